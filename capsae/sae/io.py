@@ -1,0 +1,76 @@
+"""One folder a SAE: `sae.safetensors` (weights, input statistics) and `cfg.json` (settings, schema number)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .config import SAEConfig
+
+SCHEMA = 1
+WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
+_PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
+
+
+def save(folder: str | Path, state: dict[str, torch.Tensor], config: SAEConfig) -> Path:
+    """Write both files, each under a temporary name first; the settings come last and make the folder valid."""
+    from safetensors.torch import save as to_bytes
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / WEIGHTS, to_bytes({name: t.detach().cpu().contiguous() for name, t in state.items()}))
+    cfg = {"schema": SCHEMA, "kind": "topk", "d": state["pre_bias"].shape[0], "config": asdict(config)}
+    _write(folder / CONFIG, (json.dumps(cfg, indent=1) + "\n").encode())
+    return folder
+
+
+def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], SAEConfig]:
+    """Read what `save` wrote.
+
+    Raises
+    ------
+    ValueError
+        A pickle (loading one runs code of whoever wrote it), an unknown schema, a damaged or foreign file.
+    FileNotFoundError
+        One of the two files is missing.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if folder.suffix in _PICKLES:
+        raise ValueError(
+            f"{folder} is a pickle, and loading a pickle runs the code in it; a folder with {WEIGHTS} and {CONFIG} "
+            "would do (TopKSAE.save writes one)"
+        )
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; a folder written by TopKSAE.save would do")
+    try:
+        cfg = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is no JSON: {error}") from error
+    if not isinstance(cfg, dict) or cfg.get("schema") != SCHEMA:
+        found = cfg.get("schema") if isinstance(cfg, dict) else type(cfg).__name__
+        raise ValueError(f"{folder / CONFIG} has schema {found!r}; this version reads {SCHEMA}")
+    try:
+        return load_file(folder / WEIGHTS), SAEConfig.from_dict(cfg["config"])
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is no whole safetensors file: {error}") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it or nothing: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,232 @@
+"""TopKSAE and SparseCodes: a sparse code keeps its (N, k) shape from end to end, nothing here builds N x M.
+
+    z = W_enc (x - b) + c;   code = the k largest of relu(z);   x_hat = sum_i code_i w_i + b,   |w_i| = 1
+
+x is the input after the SAE's own normalisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import io
+from .config import SAEConfig
+from .select import topk
+
+__all__ = ["SAEConfig", "SparseCodes", "TopKSAE", "check_rows"]
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """The codes of N samples: which k of the M latents fire, and how strongly.
+
+    Attributes
+    ----------
+    values : (N, k) float32, >= 0, largest first; unused slots hold 0
+    indices : (N, k) int32, distinct within a row
+    n_latents : int, M
+
+    Arrays are numpy or torch, as the input of `TopKSAE.encode` was. ``codes[rows]`` takes a slice, a mask or indices.
+    """
+
+    values: np.ndarray | torch.Tensor
+    indices: np.ndarray | torch.Tensor
+    n_latents: int
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or self.values.shape != self.indices.shape:
+            raise ValueError(
+                f"values are {tuple(self.values.shape)}, indices {tuple(self.indices.shape)}; both must be (N, k)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows) -> SparseCodes:
+        rows = slice(rows, rows + 1 or None) if isinstance(rows, int | np.integer) else rows
+        return SparseCodes(self.values[rows], self.indices[rows], self.n_latents)
+
+    @property
+    def k(self) -> int:
+        return self.values.shape[1]
+
+    def dense(self) -> np.ndarray | torch.Tensor:
+        """(N, M) float32: for small N, to look at or to test."""
+        if isinstance(self.values, torch.Tensor):
+            zeros = self.values.new_zeros(len(self), self.n_latents)
+            return zeros.scatter_add_(1, self.indices.long(), self.values)
+        out = np.zeros((len(self), self.n_latents), self.values.dtype)
+        np.add.at(out, (np.arange(len(self))[:, None], self.indices), self.values)
+        return out
+
+    def numpy(self) -> SparseCodes:
+        """The same with numpy arrays."""
+        if isinstance(self.values, np.ndarray):
+            return self
+        return SparseCodes(self.values.detach().cpu().numpy(), self.indices.cpu().numpy(), self.n_latents)
+
+    def to(self, device: str | torch.device) -> SparseCodes:
+        """The same with torch tensors on a device."""
+        values, indices = torch.as_tensor(self.values), torch.as_tensor(self.indices)
+        return SparseCodes(values.to(device), indices.to(device), self.n_latents)
+
+
+class TopKSAE(nn.Module):
+    """Top-k sparse autoencoder with unit decoder rows (Gao et al. 2406.04093, as arXiv 2604.26409 uses it).
+
+    Parameters
+    ----------
+    d : int
+        Width of the input.
+    config : SAEConfig
+
+    Attributes
+    ----------
+    encoder (M, d), encoder_bias (M,), decoder (M, d) with unit rows, pre_bias (d,) : parameters, float32
+    mean (d,), std (d,) : of the training rows, used by ``normalize="dataset"`` alone
+    """
+
+    def __init__(self, d: int, config: SAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = nn.Parameter(torch.zeros(config.latents, d))
+        self.encoder_bias = nn.Parameter(torch.zeros(config.latents))
+        self.decoder = nn.Parameter(torch.zeros(config.latents, d))
+        self.pre_bias = nn.Parameter(torch.zeros(d))
+        self.register_buffer("mean", torch.zeros(d))
+        self.register_buffer("std", torch.ones(d))
+
+    @classmethod
+    def untrained(cls, d: int, config: SAEConfig) -> TopKSAE:
+        """Random unit rows, encoder = decoder^T (or random as well): where training starts, and a control."""
+        sae = cls(d, config)
+        dice = torch.Generator().manual_seed(config.seed)
+        with torch.no_grad():
+            sae.decoder.copy_(F.normalize(torch.randn(config.latents, d, generator=dice), dim=1))
+            if config.init == "transpose":
+                sae.encoder.copy_(sae.decoder)
+            else:
+                sae.encoder.copy_(F.normalize(torch.randn(config.latents, d, generator=dice), dim=1))
+        return sae
+
+    def preactivations(self, x: torch.Tensor) -> torch.Tensor:
+        """z (N, M) of normalised x (N, d)."""
+        return F.linear(x - self.pre_bias, self.encoder, self.encoder_bias)
+
+    def weighted_rows(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """sum_i code_i w_i, (N, d), without the bias."""
+        return F.embedding_bag(indices, self.decoder, per_sample_weights=values, mode="sum")
+
+    @torch.no_grad()
+    def encode(self, x: np.ndarray | torch.Tensor, batch_size: int | None = None) -> SparseCodes:
+        """Codes of raw features x (N, d), `batch_size` rows at a time; numpy in, numpy out, torch in, torch out."""
+        rows = check_rows(x, d=self.pre_bias.shape[0])
+        values = torch.empty(len(rows), self.config.k)
+        indices = torch.empty(len(rows), self.config.k, dtype=torch.int32)
+        size = batch_size or (512 if self.pre_bias.device.type == "cpu" else 8192)
+        for start in range(0, len(rows), size):
+            block = self._normalized(rows[start : start + size])[0]
+            v, i = topk(self.preactivations(block), self.config.k, self.config.relu)
+            values[start : start + size], indices[start : start + size] = v, i
+        return _like(SparseCodes(values, indices, self.config.latents), x)
+
+    @torch.no_grad()
+    def decode(self, codes: SparseCodes) -> np.ndarray | torch.Tensor:
+        """x_hat (N, d) in the *normalised* space: compare it with ``normalize(x)``.
+
+        A code does not know the mean and the length of its sample; `reconstruct` undoes the normalisation.
+        """
+        if codes.n_latents != self.config.latents:
+            raise ValueError(f"codes have {codes.n_latents} latents, this SAE {self.config.latents}")
+        own = codes.to(self.pre_bias.device)
+        return _like(self.weighted_rows(own.values, own.indices.long()) + self.pre_bias, codes.values)
+
+    @torch.no_grad()
+    def normalize(self, x: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+        """x (N, d) as the encoder sees it. Rows without variance become 0, never NaN."""
+        return _like(self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0], x)
+
+    @torch.no_grad()
+    def reconstruct(self, x: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+        """x_hat (N, d) in the input's own space: decoded, and the normalisation undone."""
+        rows, shift, scale = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))
+        return _like(self._decoded(rows) * scale + shift, x)
+
+    @torch.no_grad()
+    def fvu(self, x: np.ndarray | torch.Tensor) -> float:
+        """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean|^2, float64, on normalised inputs."""
+        rows = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0].double()
+        total = (rows - rows.mean(0)).square().sum().item()
+        if total == 0:
+            raise ValueError("x has no variance (equal rows after normalisation): its FVU is undefined")
+        return (rows - self._decoded(rows.float())).square().sum().item() / total
+
+    def _decoded(self, rows: torch.Tensor, size: int = 4096) -> torch.Tensor:
+        blocks = (topk(self.preactivations(b), self.config.k, self.config.relu) for b in rows.split(size))
+        return torch.cat([self.weighted_rows(v, i) for v, i in blocks]) + self.pre_bias
+
+    def _normalized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x - shift) / scale, shift and scale, on the SAE's device, float32."""
+        x = x.to(self.pre_bias)
+        shift, scale = torch.zeros_like(x[:, :1]), torch.ones_like(x[:, :1])
+        if self.config.normalize == "sample":
+            shift, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True, correction=0)
+        elif self.config.normalize == "l2":
+            scale = x.norm(dim=1, keepdim=True)
+        elif self.config.normalize == "dataset":
+            shift, scale = self.mean, self.std
+        # A constant row differs from its rounded mean by rounding alone: that is not to be blown up to unit std.
+        noise = 1e-6 * x.abs().amax(1, keepdim=True) if self.config.normalize == "sample" else 0
+        flat = scale <= noise
+        return ((x - shift) / scale.masked_fill(flat, 1)).masked_fill(flat, 0), shift, scale.masked_fill(flat, 1)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `sae.safetensors` and `cfg.json` into a folder, atomically."""
+        return io.save(folder, self.state_dict(), self.config)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> TopKSAE:
+        """Read a folder written by `save`. Pickles and unknown schemas are refused (ValueError)."""
+        state, config = io.load(folder)
+        sae = cls(state["pre_bias"].shape[0] if "pre_bias" in state else 0, config)
+        try:
+            sae.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: weights and settings do not fit together: {error}") from error
+        return sae.to(device)
+
+
+def check_rows(x: np.ndarray | torch.Tensor, d: int | None = None, at_least: int = 1, name: str = "x") -> torch.Tensor:
+    """x as a tensor (N, d), or an error that names what is wrong with it."""
+    if not isinstance(x, np.ndarray | torch.Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; a numpy array or torch tensor (N, d) would do")
+    try:
+        rows = torch.as_tensor(x).detach()
+    except TypeError as error:
+        raise TypeError(f"{name} has dtype {x.dtype}; floating point would do") from error
+    if not rows.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}; floating point would do")
+    if rows.ndim != 2:
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}; (N, d) would do")
+    if len(rows) < at_least:
+        raise ValueError(f"{name} has {len(rows)} rows; at least {at_least} would do")
+    if d is not None and rows.shape[1] != d:
+        raise ValueError(f"{name} has {rows.shape[1]} columns, the SAE {d}")
+    finite = rows.isfinite().all(1)
+    if not finite.all():
+        bad = (~finite).nonzero().ravel().tolist()
+        raise ValueError(f"{name} has NaN or infinity in {len(bad)} of {len(rows)} rows, first in row {bad[0]}")
+    return rows
+
+
+def _like(result, given):
+    """The result in the kind (and on the device) of what was given."""
+    if isinstance(given, np.ndarray):
+        return result.numpy() if isinstance(result, SparseCodes) else result.cpu().numpy()
+    return result.to(given.device)

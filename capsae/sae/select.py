@@ -1,0 +1,57 @@
+"""Selection: the k largest positive pre-activations of each row.
+
+torch.topk costs many times the encoder product on a CPU (benchmarks/sae_training.py), so there a numba kernel does
+the work when numba is installed. Relatives of top-k (batch top-k, thresholds, ...) belong here too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+
+@functools.cache
+def compiled():
+    """The module of numba kernels, or None where numba is missing (or ``CAPSAE_NUMBA=0``)."""
+    if os.environ.get("CAPSAE_NUMBA", "1") == "0":
+        return None
+    try:
+        from . import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def topk(z: torch.Tensor, k: int, relu: str = "before") -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of relu(z) per row, exact, largest first; of equal values on the CPU the lower index.
+
+    Parameters
+    ----------
+    z : (N, M) float32 or bfloat16 tensor
+    k : int
+    relu : {"before", "after"}
+        Either order gives the same values.
+
+    Returns
+    -------
+    values (N, k) of z's dtype, >= 0; indices (N, k) int64, distinct within a row. A row with fewer than k positive
+    entries has zeros at its end.
+    """
+    kernels = compiled()
+    if z.device.type != "cpu" or kernels is None or z.requires_grad or z.dtype not in (torch.float32, torch.bfloat16):
+        return topk_plain(z, k, relu)
+    values = torch.empty(len(z), k)
+    indices = torch.empty(len(z), k, dtype=torch.int32)
+    kernels.topk_rows(*kernels.keys_and_floats(z), values.numpy(), indices.numpy())
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values.to(z.dtype), indices.long().gather(1, order)
+
+
+def topk_plain(z: torch.Tensor, k: int, relu: str = "before") -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by torch.topk: any device, differentiable, the reference of the tests."""
+    if relu == "before":
+        return torch.topk(z.relu(), k, dim=1)
+    values, indices = torch.topk(z, k, dim=1)
+    return values.relu(), indices
