@@ -1,0 +1,15 @@
+"""Out-of-distribution detectors: ``create(name, **options).fit(obs_train).score(obs)``, higher = more OOD.
+
+To add one, subclass :class:`Detector` in the module of its kind and decorate it with :func:`register`.
+"""
+
+from __future__ import annotations
+
+from .base import Detector, Observations, available, create, info, register
+
+from . import epd  # noqa: F401  # isort: skip  (the paper's score and its controls first in every table)
+from . import activations, distances, logits  # noqa: F401  # isort: skip
+
+OURS = "ours"  # registry name of this project's own score
+
+__all__ = ["OURS", "Detector", "Observations", "available", "create", "info", "register"]

@@ -1,0 +1,310 @@
+"""The paper's score, and the controls that tell what in it does the work.
+
+All of them read the same k-sparse codes and the same profiles. ``divergence`` swaps the comparison and nothing else;
+the flatness controls use no class and no profile; the dictionary controls use no trained SAE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..caps import ClassActivationProfiles, as_numpy, core_activations, core_reference, epd_terms
+from .base import Detector, Observations, register
+
+PAPER = "oh2026sparsity"
+
+
+@dataclass
+class _OnProfiles(Detector):
+    """Fits the CAPs that a score on profiles needs."""
+
+    group: ClassVar[str] = "control"
+    needs: ClassVar[tuple[str, ...]] = ("codes", "labels", "logits")
+    core_fraction: float = 0.15
+    correct_only: bool = False
+
+    def __post_init__(self):
+        if not 0 < self.core_fraction <= 1:
+            raise ValueError(f"core_fraction is {self.core_fraction}: use a share in (0, 1], the paper's is 0.15")
+
+    def _codes(self, obs: Observations):
+        return obs.codes
+
+    def fit(self, obs: Observations) -> Detector:
+        n_classes = obs.logits.shape[1]
+        labels, codes = obs.require_labels(n_classes), self._codes(obs)
+        if self.correct_only:
+            hit = obs.predicted == labels
+            codes, labels = codes[hit], labels[hit]
+        self.caps = ClassActivationProfiles.fit(codes, labels, n_classes)
+        return self
+
+
+@register("epd")
+@dataclass
+class EPD(_OnProfiles):
+    """Energy Profile Divergence: KL of the sample's core profile from its predicted class's."""
+
+    title: ClassVar[str] = "EPD"
+    group: ClassVar[str] = "paper"
+    formula: ClassVar[str] = r"\sum_{i\in M_{\hat y}} P_i\log(P_i/Q_i)"
+    source: ClassVar[str] = PAPER
+
+    def score(self, obs: Observations) -> np.ndarray:
+        return epd_terms(self._codes(obs), obs.predicted, self.caps, self.core_fraction)[0]
+
+    def degenerate(self, obs: Observations) -> np.ndarray:
+        """Rows (N,) bool for which EPD is undefined or infinite and the largest score was given."""
+        return epd_terms(self._codes(obs), obs.predicted, self.caps, self.core_fraction)[2]
+
+
+class _Divergence(_OnProfiles):
+    """Another comparison of the same P and Q on the same core. A silent core (P = 0) gets the largest value."""
+
+    source: ClassVar[str] = "our control"
+    largest: ClassVar[float]
+
+    def fit(self, obs: Observations) -> Detector:
+        super().fit(obs)
+        self._reference = core_reference(self.caps, self.core_fraction)[0]
+        return self
+
+    def _pq(self, obs: Observations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """P (N, k), Q at the same latents (N, k), predicted class (N,)."""
+        inside = core_activations(obs.codes, obs.predicted, self.caps, self.core_fraction)
+        total = inside.sum(axis=1, keepdims=True)
+        p = np.divide(inside, total, out=np.zeros_like(inside), where=total > 0)
+        return p, self._reference[obs.predicted[:, None], obs.codes.indices], obs.predicted
+
+    def _compare(self, p: np.ndarray, q: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        raise TypeError(f"{type(self).__name__} defines no comparison")
+
+    def score(self, obs: Observations) -> np.ndarray:
+        p, q, predicted = self._pq(obs)
+        return np.where(p.sum(axis=1) > 0, self._compare(p, q, predicted), self.largest)
+
+
+@register("cosine")
+class Cosine(_Divergence):
+    """One less the cosine of P and Q."""
+
+    title: ClassVar[str] = "CAP cosine"
+    formula: ClassVar[str] = r"1-\cos(P,Q)"
+    largest: ClassVar[float] = 1.0
+
+    def _compare(self, p, q, predicted):
+        norms = np.linalg.norm(p, axis=1) * np.linalg.norm(self._reference, axis=1)[predicted]
+        return 1 - np.divide((p * q).sum(1), norms, out=np.zeros(len(p)), where=norms > 0)
+
+
+@register("euclidean")
+class Euclidean(_Divergence):
+    """Euclidean distance of P and Q."""
+
+    title: ClassVar[str] = "CAP Euclidean"
+    formula: ClassVar[str] = r"\lVert P-Q\rVert_2"
+    largest: ClassVar[float] = float(np.sqrt(2))
+
+    def _compare(self, p, q, predicted):
+        squared = (p**2).sum(1) - 2 * (p * q).sum(1) + (self._reference**2).sum(1)[predicted]
+        return np.sqrt(np.maximum(squared, 0))
+
+
+@register("hellinger")
+class Hellinger(_Divergence):
+    """Hellinger distance of P and Q."""
+
+    title: ClassVar[str] = "CAP Hellinger"
+    formula: ClassVar[str] = r"\sqrt{1-\sum_i\sqrt{P_iQ_i}}"
+    largest: ClassVar[float] = 1.0
+
+    def _compare(self, p, q, predicted):
+        return np.sqrt(np.maximum(1 - np.sqrt(p * q).sum(1), 0))
+
+
+@register("spearman")
+class Spearman(_Divergence):
+    """One less Spearman's rank correlation of P and Q over the core, ties with average ranks.
+
+    The score of an earlier version of the paper (OpenReview rxiWsoM6Cx).
+    """
+
+    title: ClassVar[str] = "CAP Spearman"
+    formula: ClassVar[str] = r"1-\rho(P,Q)"
+    source: ClassVar[str] = "withdrawn earlier version of the paper"
+    largest: ClassVar[float] = 2.0
+
+    def fit(self, obs: Observations) -> Detector:
+        from scipy.stats import rankdata
+
+        super().fit(obs)
+        core = self.caps.core(self.core_fraction).astype(np.int64)
+        ranks = rankdata(np.take_along_axis(self._reference, core, 1), axis=1)
+        ranks -= ranks.mean(axis=1, keepdims=True)
+        self._ranks = np.zeros_like(self._reference)
+        np.put_along_axis(self._ranks, core, ranks, axis=1)
+        return self
+
+    def score(self, obs: Observations) -> np.ndarray:
+        from scipy.stats import rankdata
+
+        p, _, predicted = self._pq(obs)
+        size = self.caps.core_size(self.core_fraction)
+        fired = p > 0
+        silent = size - fired.sum(axis=1)
+        # The L - n latents that do not fire share the mean of the lowest ranks; those that fire follow above them.
+        rank = np.where(fired, rankdata(np.where(fired, p, -np.inf), axis=1) - (~fired).sum(1, keepdims=True), 0.0)
+        zero_rank = (silent + 1) / 2
+        lift = np.where(fired, rank + silent[:, None] - zero_rank[:, None], 0.0)
+        centred = self._ranks[predicted[:, None], obs.codes.indices]
+        covariance = (lift * centred).sum(axis=1)  # the centred ranks of Q sum to zero, so a shift of P's drops out
+        mean = (size + 1) / 2
+        spread_p = (np.where(fired, rank + silent[:, None] - mean, 0.0) ** 2).sum(1) + silent * (zero_rank - mean) ** 2
+        norms = np.sqrt(spread_p * (self._ranks**2).sum(axis=1)[predicted])
+        rho = np.divide(covariance, norms, out=np.zeros(len(p)), where=norms > 0)
+        return np.where(fired.any(axis=1), 1 - rho, self.largest)
+
+
+@register("reverse_kl")
+@dataclass
+class ReverseKL(_Divergence):
+    """KL(Q || P), with P mixed with the uniform profile of the core, or it would be infinite for every sample."""
+
+    title: ClassVar[str] = "CAP reverse KL"
+    formula: ClassVar[str] = r"\mathrm{KL}(Q\Vert(1-\epsilon)P+\epsilon U)"
+    smoothing: float = 0.01
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.smoothing < 1:
+            raise ValueError(f"smoothing is {self.smoothing}: use a number between 0 and 1")
+
+    def score(self, obs: Observations) -> np.ndarray:
+        p, q, predicted = self._pq(obs)
+        floor = self.smoothing / self.caps.core_size(self.core_fraction)
+        entropy = np.where(self._reference > 0, self._reference * np.log(np.maximum(self._reference, 1e-300)), 0).sum(1)
+        # Every latent of the core at the floor, corrected where P > 0.
+        lifted = np.log((1 - self.smoothing) * p + floor) - np.log(floor)
+        return entropy[predicted] - np.log(floor) - (q * lifted).sum(axis=1)
+
+
+@register("symmetric_kl")
+@dataclass
+class SymmetricKL(ReverseKL):
+    """EPD plus the smoothed reverse divergence."""
+
+    title: ClassVar[str] = "CAP symmetric KL"
+    formula: ClassVar[str] = r"\mathrm{KL}(P\Vert Q)+\mathrm{KL}(Q\Vert(1-\epsilon)P+\epsilon U)"
+
+    def score(self, obs: Observations) -> np.ndarray:
+        return super().score(obs) + epd_terms(obs.codes, obs.predicted, self.caps, self.core_fraction)[0]
+
+
+@register("code_l1")
+class CodeL1(Detector):
+    """Flatness alone: the L1 norm of the code, without class or profile. Low energy counts as OOD."""
+
+    title: ClassVar[str] = "code L1 norm"
+    group: ClassVar[str] = "control"
+    formula: ClassVar[str] = r"-\lVert h\rVert_1"
+    source: ClassVar[str] = "our control"
+    needs: ClassVar[tuple[str, ...]] = ("codes",)
+
+    def score(self, obs: Observations) -> np.ndarray:
+        return -as_numpy(obs.codes.values).astype(np.float64).sum(axis=1)
+
+
+@register("code_entropy")
+class CodeEntropy(Detector):
+    """Flatness alone: the entropy of the normalised code, without class or profile."""
+
+    title: ClassVar[str] = "code entropy"
+    group: ClassVar[str] = "control"
+    formula: ClassVar[str] = r"H(h/\lVert h\rVert_1)"
+    source: ClassVar[str] = "our control"
+    needs: ClassVar[tuple[str, ...]] = ("codes",)
+
+    def score(self, obs: Observations) -> np.ndarray:
+        from scipy.special import entr
+
+        values = as_numpy(obs.codes.values).astype(np.float64)
+        total = values.sum(axis=1, keepdims=True)
+        return entr(np.divide(values, total, out=np.zeros_like(values), where=total > 0)).sum(axis=1)
+
+
+def dense_codes(values: np.ndarray):
+    """Every column of non-negative ``values`` (N, M) as a latent: SparseCodes with k = M."""
+    from ..sae import SparseCodes
+
+    indices = np.broadcast_to(np.arange(values.shape[1], dtype=np.int32), values.shape)
+    return SparseCodes(np.ascontiguousarray(values, np.float32), np.ascontiguousarray(indices), values.shape[1])
+
+
+def _standardised_rows(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64) - x.mean(axis=1, keepdims=True, dtype=np.float64)
+    std = x.std(axis=1, keepdims=True)
+    return np.divide(x, std, out=np.zeros_like(x), where=std > 0)
+
+
+@register("epd_dense")
+class EPDDense(EPD):
+    """EPD with the rectified feature itself in place of the code: no dictionary at all."""
+
+    title: ClassVar[str] = "EPD on dense ReLU"
+    group: ClassVar[str] = "control"
+    formula: ClassVar[str] = r"\text{EPD with } h=\mathrm{relu}(z)"
+    source: ClassVar[str] = "our control"
+    needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
+
+    def _codes(self, obs):
+        return dense_codes(np.maximum(_standardised_rows(obs.cls), 0))
+
+
+@register("epd_pca")
+class EPDPCA(EPD):
+    """EPD on principal components, each split into a positive and a negative latent."""
+
+    title: ClassVar[str] = "EPD on PCA"
+    group: ClassVar[str] = "control"
+    formula: ClassVar[str] = r"\text{EPD with } h=\mathrm{relu}([Vz, -Vz])"
+    source: ClassVar[str] = "our control"
+    needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
+
+    def fit(self, obs):
+        x = _standardised_rows(obs.cls)
+        self._centre = x.mean(axis=0)
+        self._axes = np.linalg.eigh(np.cov(x.T))[1]
+        return super().fit(obs)
+
+    def _codes(self, obs):
+        scores = (_standardised_rows(obs.cls) - self._centre) @ self._axes
+        return dense_codes(np.maximum(np.concatenate([scores, -scores], axis=1), 0))
+
+
+@register("epd_untrained")
+@dataclass
+class EPDUntrained(EPD):
+    """EPD on an untrained dictionary of random unit rows, otherwise configured as the SAE of the observations."""
+
+    title: ClassVar[str] = "EPD, untrained SAE"
+    group: ClassVar[str] = "control"
+    formula: ClassVar[str] = r"\text{EPD with random } W"
+    source: ClassVar[str] = "our control"
+    needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits", "codes")
+    seed: int = 0
+
+    def fit(self, obs):
+        from dataclasses import replace
+
+        from ..sae import TopKSAE
+
+        if obs.sae is None:
+            raise ValueError("epd_untrained copies the configuration of the sae: give sae to Observations(...)")
+        self._sae = TopKSAE.untrained(obs.cls.shape[1], replace(obs.sae.config, seed=self.seed))
+        return super().fit(obs)
+
+    def _codes(self, obs):
+        return self._sae.encode(obs.cls).numpy()

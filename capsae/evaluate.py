@@ -1,0 +1,127 @@
+"""Detectors x OOD sets -> one tidy table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from .caps import as_numpy
+from .detectors import Detector, Observations
+from .metrics import METRICS, Thresholds, all_metrics
+from .stats import bootstrap, interval
+
+COLUMNS = ["method", "set", "group", "metric", "value", "lo", "hi"]
+
+
+def group_of(set_name: str) -> str:
+    """``near`` of ``near/imagenet980``; ValueError for a name without a group."""
+    group, _, rest = set_name.partition("/")
+    if group not in ("near", "far") or not rest:
+        raise ValueError(f"OOD set {set_name!r}: name it near/<set> or far/<set>, so that it lands in the right mean")
+    return group
+
+
+def _named(detectors) -> dict[str, Detector]:
+    if isinstance(detectors, Mapping):
+        return dict(detectors)
+    named = {getattr(d, "name", None) or type(d).__name__: d for d in detectors}
+    if len(named) < len(detectors):
+        raise ValueError("two detectors of one class in a list: give a dict {name: detector}")
+    return named
+
+
+def _scores(name: str, detector: Detector, where: str, obs: Observations) -> np.ndarray:
+    scores = as_numpy(detector.score(obs)).astype(np.float64)
+    if scores.shape != (len(obs),):
+        raise ValueError(f"{name} gave scores of shape {scores.shape} for {where}, expected ({len(obs)},)")
+    if np.isnan(scores).any():
+        raise ValueError(f"{name} gave NaN for {where}, first in row {int(np.isnan(scores).argmax())}")
+    return scores
+
+
+def scores_table(detectors, sets: Mapping[str, Observations]) -> pd.DataFrame:
+    """Scores of every sample, tidy: method, set, group ("id" for names without near/ or far/), row, score."""
+    frames = []
+    for where, obs in sets.items():
+        group = where.split("/")[0] if "/" in where else "id"
+        for name, detector in _named(detectors).items():
+            scores = _scores(name, detector, where, obs)
+            frames.append(
+                pd.DataFrame(
+                    {"method": name, "set": where, "group": group, "row": np.arange(len(scores)), "score": scores}
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+def evaluate(
+    detectors, id_test: Observations, ood: Mapping[str, Observations], n_boot: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Compare fitted detectors on one ID set and several OOD sets.
+
+    Parameters
+    ----------
+    detectors : dict of fitted Detector, or a list of them
+    id_test : Observations
+        ID samples that trained nothing.
+    ood : dict of Observations
+        Keys ``near/<set>`` or ``far/<set>``.
+    n_boot : int
+        Bootstrap replicates over both sides; 0 leaves ``lo`` and ``hi`` NaN.
+    seed : int
+
+    Returns
+    -------
+    DataFrame
+        Columns method, set, group, metric, value, lo, hi. Metrics are shares in [0, 1] (see :mod:`capsae.metrics`),
+        ``lo`` and ``hi`` a 95 % percentile interval. Unweighted means over sets have ``set`` "mean" and ``group``
+        "near", "far" or "all". If labels of ``id_test`` are known, one row holds the head's accuracy: method "head",
+        set "test", group "id", metric "accuracy".
+
+    Raises
+    ------
+    ValueError
+        For no detector, no OOD set, an empty set, a set without near/ or far/, or scores that are NaN or misshapen.
+    """
+    detectors = _named(detectors)
+    if not detectors or not ood:
+        raise ValueError("evaluate needs at least one detector and one OOD set")
+    groups = {where: group_of(where) for where in ood}
+    for where, obs in {"id_test": id_test, **ood}.items():
+        if not len(obs):
+            raise ValueError(f"{where} has no rows")
+
+    rows = []
+    for name, detector in detectors.items():
+        id_scores = _scores(name, detector, "id_test", id_test)
+        values, replicates = {}, {}
+        for stream, (where, obs) in enumerate(ood.items()):
+            ood_scores = _scores(name, detector, where, obs)
+            one = all_metrics(Thresholds.of(id_scores, ood_scores), np.ones(len(id_scores)), np.ones(len(ood_scores)))
+            values[where] = {metric: float(one[metric]) for metric in METRICS}
+            if n_boot:
+                replicates[where] = bootstrap(id_scores, ood_scores, n_boot, seed, stream)
+        means = {"near": [w for w in ood if groups[w] == "near"], "far": [w for w in ood if groups[w] == "far"]}
+        means["all"] = list(ood)
+        for metric in METRICS:
+            for label, group, over in [
+                *((where, groups[where], [where]) for where in ood),
+                *(("mean", group, over) for group, over in means.items() if over),
+            ]:
+                value = float(np.mean([values[where][metric] for where in over]))
+                draws = np.mean([replicates[where][metric] for where in over], axis=0) if n_boot else None
+                rows.append((name, label, group, metric, value, *(interval(draws) if n_boot else (np.nan, np.nan))))
+    if id_test.labels is not None:
+        rows.append(_accuracy_row(id_test, n_boot, seed))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _accuracy_row(id_test: Observations, n_boot: int, seed: int) -> tuple:
+    hit = (id_test.predicted == as_numpy(id_test.labels)).astype(np.float64)
+    lo = hi = np.nan
+    if n_boot:
+        draws = np.random.default_rng(seed).binomial(len(hit), hit.mean(), n_boot) / len(hit)
+        lo, hi = interval(draws)
+    return ("head", "test", "id", "accuracy", float(hit.mean()), lo, hi)

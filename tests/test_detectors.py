@@ -1,0 +1,230 @@
+"""Every detector against an independent computation on small arrays, and properties all of them share."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+import capsae
+from capsae import detectors
+from capsae.sae import SAEConfig, TopKSAE
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Three classes in 12 dimensions, and as OOD a cloud elsewhere."""
+    rng = np.random.default_rng(0)
+    centres, mix = rng.normal(size=(3, 12)) * 2, rng.normal(size=(12, 12))
+    head = SimpleNamespace(weight=rng.normal(size=(3, 12)) * 0.2 + centres / 12, bias=rng.normal(size=3))
+    sae = TopKSAE.untrained(12, SAEConfig(latents=60, k=6))
+
+    def observations(n, centres=centres):
+        labels = np.arange(n) % 3
+        cls = (centres[labels] + rng.normal(size=(n, 12)) @ mix * 0.5).astype(np.float32)
+        return capsae.Observations(cls, labels=labels, head=head, sae=sae)
+
+    return observations(300), observations(90), observations(60, rng.normal(size=(3, 12)) * 3)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def mahalanobis(train, test, relative, unit):
+    def prepare(o):
+        x = o.cls.astype(np.float64)
+        return x / np.linalg.norm(x, axis=1, keepdims=True) if unit else x
+
+    x, z, y = prepare(train), prepare(test), train.labels
+    means = np.stack([x[y == c].mean(0) for c in range(3)])
+    tied = sum((x[y == c] - means[c]).T @ (x[y == c] - means[c]) for c in range(3)) / len(x)
+    d = np.stack([np.einsum("nd,de,ne->n", z - m, np.linalg.inv(tied), z - m) for m in means], 1).min(1)
+    if relative:
+        d = d - np.einsum("nd,de,ne->n", z - x.mean(0), np.linalg.inv(np.cov(x.T, bias=True)), z - x.mean(0))
+    return d
+
+
+def residual(train, test, dim):
+    w, b = train.require_head()
+    u = -np.linalg.pinv(w) @ b
+    x, z = train.cls.astype(np.float64) - u, test.cls.astype(np.float64) - u
+    principal = np.linalg.svd(x, full_matrices=True)[2][:dim]
+    return np.linalg.norm(z - z @ principal.T @ principal, axis=1), np.linalg.norm(
+        x - x @ principal.T @ principal, axis=1
+    )
+
+
+def knn(train, test, k):
+    a, b = (
+        o.cls.astype(np.float64) / np.linalg.norm(o.cls.astype(np.float64), axis=1, keepdims=True)
+        for o in (train, test)
+    )
+    return np.sort(((b[:, None] - a[None]) ** 2).sum(-1), axis=1)[:, k - 1]
+
+
+def by_hand(name, train, test):
+    logit = test.logits.astype(np.float64)
+    p = softmax(logit)
+    w, b = train.require_head()
+    energy = lambda x: -np.log(np.exp(x).sum(1))  # noqa: E731
+    correct = train.predicted == train.labels
+    match name:
+        case "msp":
+            return -p.max(1)
+        case "maxlogit":
+            return -logit.max(1)
+        case "energy":
+            return energy(logit)
+        case "gen":
+            return (p**0.1 * (1 - p) ** 0.1).sum(1)
+        case "knn":
+            return knn(train, test, 50)
+        case "mds" | "rmds" | "mds++" | "rmds++":
+            return mahalanobis(train, test, "r" in name, "++" in name)
+        case "residual":
+            return residual(train, test, 6)[0]
+        case "vim":
+            r, r_train = residual(train, test, 6)
+            return train.logits.max(1).mean() / r_train.mean() * r + energy(logit)
+        case "react":
+            return energy(np.minimum(test.cls, np.percentile(train.cls, 90)) @ w.T + b)
+        case "she":
+            means = np.stack([train.cls[correct & (train.labels == c)].mean(0) for c in range(3)])
+            return -np.array([z @ means[c] for z, c in zip(test.cls, test.predicted, strict=True)])
+        case "code_l1":
+            return -test.codes.values.sum(1)
+        case "code_entropy":
+            q = test.codes.values.astype(np.float64)
+            q /= q.sum(1, keepdims=True)
+            return -np.where(q > 0, q * np.log(np.maximum(q, 1e-300)), 0).sum(1)
+
+
+BASELINES = [
+    "msp",
+    "maxlogit",
+    "energy",
+    "gen",
+    "knn",
+    "mds",
+    "rmds",
+    "mds++",
+    "rmds++",
+    "residual",
+    "vim",
+    "react",
+    "she",
+]
+
+
+@pytest.mark.parametrize("name", [*BASELINES, "code_l1", "code_entropy"])
+def test_against_a_closed_form(world, name):
+    train, test, _ = world
+    scores, expected = detectors.create(name).fit(train).score(test), by_hand(name, train, test)
+    assert np.abs(scores - expected).max() < 1e-5 * expected.std()
+
+
+def profiles_by_hand(train, test, fraction=0.15):
+    h, x = train.codes.dense().astype(np.float64), test.codes.dense().astype(np.float64)
+    for row, c in zip(x, test.predicted, strict=True):
+        mean = h[train.labels == c].mean(0)
+        core = np.argsort(-mean, kind="stable")[: round(fraction * len(mean))]
+        yield row[core] / max(row[core].sum(), 1e-300), mean[core] / mean[core].sum()
+
+
+DIVERGENCES = {
+    "cosine": lambda p, q: 1 - p @ q / np.linalg.norm(p) / np.linalg.norm(q),
+    "euclidean": lambda p, q: np.linalg.norm(p - q),
+    "hellinger": lambda p, q: np.linalg.norm(np.sqrt(p) - np.sqrt(q)) / np.sqrt(2),
+    "spearman": lambda p, q: 1 - spearmanr(p, q).statistic,
+    "reverse_kl": lambda p, q: (q * np.log(q / (0.99 * p + 0.01 / len(q)))).sum(),
+    "symmetric_kl": lambda p, q: (
+        (q * np.log(q / (0.99 * p + 0.01 / len(q)))).sum()
+        + sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("fraction", [0.15, 0.4])
+def test_divergences_against_dense_profiles(world, name, fraction):
+    train, test, _ = world
+    scores = detectors.create(name, core_fraction=fraction).fit(train).score(test)
+    compared = 0
+    for score, (p, q) in zip(scores, profiles_by_hand(train, test, fraction), strict=True):
+        if p.sum() > 0:
+            assert score == pytest.approx(DIVERGENCES[name](p, q), rel=1e-5, abs=1e-7)
+            compared += 1
+    assert compared > 80
+
+
+@pytest.mark.parametrize("name", detectors.available())
+def test_metadata_finite_and_independent_of_batch_and_order(world, name):
+    train, test, ood = world
+    described = detectors.info(name)
+    assert all(described[key] for key in ("title", "group", "formula", "source", "needs", "description"))
+    detector = detectors.create(name).fit(train)
+    assert detector.options == described["defaults"]
+    for obs in (test, ood):
+        scores = detector.score(obs)
+        assert scores.shape == (len(obs),) and scores.dtype == np.float64 and np.isfinite(scores).all()
+    order = np.random.default_rng(0).permutation(len(test))
+    whole = detector.score(test)
+    np.testing.assert_allclose(detector.score(test.take(order)), whole[order], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(detector.score(test.take(np.arange(7))), whole[:7], rtol=1e-6, atol=1e-9)
+
+
+OTHER = {
+    "core_fraction": 0.4, "correct_only": True, "smoothing": 0.2, "seed": 1, "temperature": 3.0, "gamma": 0.5,
+    "top": 1, "k": 5, "dim": 3, "percentile": 50.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(n, o) for n in detectors.available() for o in detectors.info(n)["defaults"] if o in OTHER]
+)
+def test_each_option_moves_the_score(world, name, option):
+    train, test, _ = world
+    a = detectors.create(name).fit(train).score(test)
+    b = detectors.create(name, **{option: OTHER[option]}).fit(train).score(test)
+    assert np.abs(a - b).max() > 1e-9
+
+
+def test_every_option_is_exercised():
+    tested = set(OTHER) | OWN_TESTED
+    assert {o for n in detectors.available() for o in detectors.info(n)["defaults"]} <= tested
+
+
+OWN_TESTED: set[str] = set()  # options of our own score, moved in test_ours.py
+
+
+def test_refusals(world):
+    train, test, _ = world
+    with pytest.raises(ValueError, match="no detector is named 'mps'"):
+        detectors.create("mps")
+    with pytest.raises(TypeError, match="no option 'kk'"):
+        detectors.create("knn", kk=3)
+    with pytest.raises(ValueError, match="k is 301"):
+        detectors.create("knn", k=301).fit(train)
+    with pytest.raises(ValueError, match="dim is 12"):
+        detectors.create("vim", dim=12).fit(train)
+    with pytest.raises(ValueError, match="head"):
+        detectors.create("vim").fit(capsae.Observations(train.cls, logits=train.logits))
+    with pytest.raises(ValueError, match="labels"):
+        detectors.create("mds").fit(capsae.Observations(train.cls))
+    broken = train.cls.copy()
+    broken[17, 3] = np.nan
+    with pytest.raises(ValueError, match="row 17"):
+        capsae.Observations(broken)
+    with pytest.raises(ValueError, match="logits has 5 rows, cls 300"):
+        capsae.Observations(train.cls, logits=train.logits[:5])
+
+
+def test_take_does_not_compute_again(world):
+    train, test, _ = world
+    full = capsae.Observations(test.cls, head=test.head, sae=test.sae, labels=test.labels)
+    codes = full.codes
+    part = full.take(np.arange(3))
+    part.sae = None
+    assert (part.codes.values == codes.values[:3]).all() and len(part) == 3

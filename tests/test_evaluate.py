@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+import capsae
+from capsae import metrics
+from capsae.evaluate import COLUMNS, scores_table
+
+
+class Column:
+    """A detector that reads its score from the first feature."""
+
+    def score(self, obs):
+        return obs.cls[:, 0]
+
+
+@pytest.fixture
+def world():
+    rng = np.random.default_rng(0)
+
+    def observations(n, shift):
+        return capsae.Observations(rng.normal(shift, 1, size=(n, 2)), logits=rng.normal(size=(n, 4)))
+
+    id_test = observations(120, 0)
+    id_test.labels = id_test.predicted.copy()
+    id_test.labels[:30] = (id_test.labels[:30] + 1) % 4
+    return id_test, {"near/a": observations(60, 1), "far/b": observations(50, 2), "far/c": observations(40, 3)}
+
+
+def test_table_is_tidy_and_true(world):
+    id_test, ood = world
+    table = capsae.evaluate({"column": Column()}, id_test, ood, n_boot=200)
+    assert list(table.columns) == COLUMNS
+    cell = table.set_index(["set", "group", "metric"])["value"]
+    for where, obs in ood.items():
+        for metric in metrics.METRICS:
+            expected = getattr(metrics, metric)(id_test.cls[:, 0], obs.cls[:, 0])
+            assert cell[where, where.split("/")[0], metric] == pytest.approx(expected, abs=1e-12)
+    far = [metrics.auroc(id_test.cls[:, 0], ood[w].cls[:, 0]) for w in ("far/b", "far/c")]
+    assert cell["mean", "far", "auroc"] == pytest.approx(np.mean(far))
+    assert cell["mean", "near", "auroc"] == cell["near/a", "near", "auroc"]
+    assert cell["test", "id", "accuracy"] == pytest.approx(0.75)
+    assert ((table.lo <= table.value) & (table.value <= table.hi)).mean() > 0.9
+    assert (table.hi - table.lo).gt(0).mean() > 0.9
+
+
+def test_both_fpr95_conventions_are_named(world):
+    names = set(capsae.evaluate({"column": Column()}, *world, n_boot=0).metric)
+    assert {"fpr95_ood_pos", "fpr95_id_pos"} <= names and not {"fpr", "fpr95"} & names
+
+
+def test_same_seed_same_table(world):
+    a, b = (capsae.evaluate([Column()], *world, n_boot=50, seed=s) for s in (1, 1))
+    assert a.equals(b)
+    assert not a.equals(capsae.evaluate([Column()], *world, n_boot=50, seed=2))
+
+
+def test_scores_table(world):
+    id_test, ood = world
+    table = scores_table({"column": Column()}, {"test": id_test, **ood})
+    assert len(table) == 270 and set(table.group) == {"id", "near", "far"}
+    assert table[table.set == "far/b"].score.tolist() == ood["far/b"].cls[:, 0].tolist()
+
+
+def test_refusals(world):
+    id_test, ood = world
+    with pytest.raises(ValueError, match="near/<set>"):
+        capsae.evaluate({"c": Column()}, id_test, {"texture": ood["far/b"]})
+    with pytest.raises(ValueError, match="far/b has no rows"):
+        capsae.evaluate({"c": Column()}, id_test, {"far/b": ood["far/b"].take([])})
+    with pytest.raises(ValueError, match="two detectors"):
+        capsae.evaluate([Column(), Column()], id_test, ood)
+
+    class Broken:
+        def score(self, obs):
+            return np.full(len(obs), np.nan)
+
+    with pytest.raises(ValueError, match="broken gave NaN"):
+        capsae.evaluate({"broken": Broken()}, id_test, ood)
