@@ -1,0 +1,414 @@
+"""Profiles: everything a run is made of, as one TOML file, checked before any work starts.
+
+The embedded ones lie in the folder ``profiles/`` beside this file; a user's own has the same keys. The field names of
+:class:`Profile` are the keys of the TOML file and of overrides (``"sae.k"``, ``"ood.far/textures.limit"``).
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator, model_validator
+
+from .profile_errors import ProfileError, explain_validation
+from .sae.config import SAEConfig
+
+FOLDER = Path(__file__).with_name("profiles")
+DATA_ENV = "CAPSAE_DATA"  # where relative paths of sources start when a profile sets no data_root
+_SET_NAME = re.compile(r"(near|far)/[A-Za-z0-9_.-]+")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Backbone(_Part):
+    """The frozen feature extractor: a timm name, ``torchvision/vit_b_16``, or ``capsae/digits_vit`` (trained here)."""
+
+    model: str
+    checkpoint: str | None = None  # weights file; relative paths start from data_root
+    pretrained: bool = False
+    pooling: Literal["cls", "avg", "token"] = "cls"
+    image_size: int | None = None  # None here and below: what the weights were trained with
+    crop: Literal["center", "squash"] = "center"
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+class _Source(_Part):
+    classes: tuple[str, ...] | None = None  # keep these classes only, in this order
+    limit: int | None = None  # at most so many images, evenly spaced over the source
+
+    @field_validator("limit")
+    @classmethod
+    def _some_rows(cls, value):
+        if value is not None and value < 1:
+            raise ValueError("keeps no image; use 1 or more, or leave the key out for all")
+        return value
+
+
+class Hub(_Source):
+    """A Hugging Face data set."""
+
+    kind: Literal["hub"]
+    name: str
+    config: str | None = None
+    split: str
+    image: str | None = None  # columns; None: found by type and name
+    label: str | None = None
+    id: str | None = None
+
+
+class Parquet(_Source):
+    """A local parquet file, a folder of them or a glob pattern, in the hub's layout."""
+
+    kind: Literal["parquet"]
+    path: str
+    image: str | None = None
+    label: str | None = None
+    id: str | None = None
+
+
+class ImageFolder(_Source):
+    """``path/<class>/<image>``, or a flat folder of images without labels."""
+
+    kind: Literal["folder"]
+    path: str
+
+
+class ImgList(_Source):
+    """OpenOOD's image lists: lines of ``<path under root> <label>``."""
+
+    kind: Literal["imglist"]
+    list: str
+    root: str
+    class_names: tuple[str, ...] | None = None
+
+
+class Builtin(_Source):
+    """Images that installed packages carry or that are drawn: see ``capsae.builtin``."""
+
+    kind: Literal["builtin"]
+    name: str
+    seed: int = 0
+
+
+class Holdout(_Part):
+    """ID validation rows held out of train, stratified by class; "train" then excludes them."""
+
+    fraction: float = 0.1
+    seed: int = 0
+
+    @field_validator("fraction")
+    @classmethod
+    def _proper_share(cls, value):
+        if not 0 < value < 1:
+            raise ValueError("must lie between 0 and 1, both excluded; 0.1 holds out a tenth of train")
+        return value
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+
+
+Source = Annotated[Hub | Parquet | ImageFolder | ImgList | Builtin, Discriminator("kind")]
+Validation = Annotated[
+    Annotated[Hub, Tag("hub")]
+    | Annotated[Parquet, Tag("parquet")]
+    | Annotated[ImageFolder, Tag("folder")]
+    | Annotated[ImgList, Tag("imglist")]
+    | Annotated[Builtin, Tag("builtin")]
+    | Annotated[Holdout, Tag("holdout")],
+    Discriminator(lambda value: _kind(value) or "holdout"),
+]
+
+
+class CapConfig(_Part):
+    """How class activation profiles are made and cut."""
+
+    core_fraction: float = 0.15  # the paper's p: L = p * D
+    correct_only: bool = False  # only training rows that the head predicts correctly
+
+    @field_validator("core_fraction")
+    @classmethod
+    def _some_latents(cls, value):
+        if not 0 < value <= 1:
+            raise ValueError("must be above 0 and at most 1; the paper's p is 0.15")
+        return value
+
+
+class Profile(_Part):
+    """One experiment, from backbone to table. See the module's docstring and ``capsae profiles NAME``.
+
+    ``data_root`` is the folder that relative paths of sources and of the checkpoint start from.
+    """
+
+    name: str
+    title: str
+    description: str = ""
+    needs: str = ""  # what has to be there or is downloaded, in words, for `capsae profiles`
+    pack: str | None = None  # embedded features that stand in for the images
+    data_root: str | None = None
+    backbone: Backbone
+    n_classes: int
+    train: Source
+    val: Validation = Holdout()
+    test: Source
+    ood: dict[str, Source]
+    head: Literal["probe", "backbone"] = "probe"
+    sae: SAEConfig
+    caps: CapConfig = CapConfig()
+    predicted: Literal["predicted", "true"] = "predicted"  # "true": ID sets are scored under their label (an ablation)
+    train_fraction: float = 1.0  # share of every class's training rows that SAE, CAPs and detectors see; not the head
+    detectors: dict[str, dict[str, bool | int | float | str]] = {}  # options by detector name
+    n_boot: int = 1000
+    seed: int = 0  # splits, probe and intervals; the SAE has its own
+    show_images: bool = False  # may its images stand in a book that is given away?
+
+    @field_validator("pack", mode="before")
+    @classmethod
+    def _no_pack(cls, value):
+        return None if value in ("", "none") else value  # TOML knows no null
+
+    @field_validator("n_classes")
+    @classmethod
+    def _some_classes(cls, value):
+        if value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+    @field_validator("n_boot")
+    @classmethod
+    def _some_resamples(cls, value):
+        if value < 0:
+            raise ValueError("must be 0 (no intervals) or more")
+        return value
+
+    @field_validator("train_fraction")
+    @classmethod
+    def _some_rows(cls, value):
+        if not 0 < value <= 1:
+            raise ValueError("must be above 0 and at most 1; 1.0 uses all training rows")
+        return value
+
+    @field_validator("ood")
+    @classmethod
+    def _names(cls, value):
+        wrong = [name for name in value if not _SET_NAME.fullmatch(name)]
+        if wrong:
+            raise ValueError(f"set names must read near/<set> or far/<set>, found {', '.join(map(repr, wrong))}")
+        if not value:
+            raise ValueError('holds no set; give at least one, e.g. [ood."far/textures"]')
+        return value
+
+    @model_validator(mode="after")
+    def _head_fits(self):
+        if self.pack and self.head == "backbone":
+            raise ValueError('head = "backbone": a pack holds no backbone head; use head = "probe" or pack = "none"')
+        return self
+
+    @property
+    def ood_sets(self) -> list[str]:
+        """Names of the OOD sets, near ones first."""
+        return sorted(self.ood, key=lambda name: not name.startswith("near/"))
+
+    @property
+    def sets(self) -> list[str]:
+        """Every set name: train, val, test and the OOD sets."""
+        return ["train", "val", "test", *self.ood_sets]
+
+    def source(self, set_name: str) -> Source | Holdout:
+        """Return the source of a set as the profile states it; ValueError for an unknown name."""
+        if set_name in ("train", "val", "test"):
+            return getattr(self, set_name)
+        if set_name not in self.ood:
+            raise ValueError(f"profile {self.name!r} has no set {set_name!r}; it has {', '.join(self.sets)}")
+        return self.ood[set_name]
+
+    def source_spec(self, set_name: str) -> dict:
+        """Return the source as the plain dict of ``data.open_source``, paths resolved against ``data_root``."""
+        source = self.source(set_name)
+        spec = source.model_dump(mode="json", exclude_none=True)
+        return spec | {key: str(self.resolve(getattr(source, key))) for key in _path_fields(source)}
+
+    def resolve(self, path: str) -> Path:
+        """Return ``path`` itself if absolute, else under ``data_root`` or, without one, $CAPSAE_DATA."""
+        path = Path(path).expanduser()
+        root = self.data_root or os.environ.get(DATA_ENV)
+        if path.is_absolute():
+            return path
+        if root is None:
+            raise ProfileError(
+                f"profile {self.name!r} reads {str(path)!r} from a folder that nobody has named",
+                [f"set data_root to the folder that holds it (--set data_root=FOLDER), or the variable {DATA_ENV}"],
+            )
+        return Path(root).expanduser().absolute() / path
+
+    def missing_files(self, sets: list[str] | None = None) -> list[str]:
+        """Return one line for each file or folder of ``sets`` (default: all) that is not there."""
+        lines = []
+        for name in self.sets if sets is None else sets:
+            source = self.source(name)
+            key = f"ood.{name}" if "/" in name else name
+            lines += [self._missing(f"{key}.{field}", getattr(source, field)) for field in _path_fields(source)]
+        if self.backbone.checkpoint:
+            lines.append(self._missing("backbone.checkpoint", self.backbone.checkpoint))
+        return [line for line in lines if line]
+
+    def _missing(self, key: str, value: str) -> str | None:
+        path = self.resolve(value)
+        if path.exists() or glob.glob(str(path), recursive=True):
+            return None
+        return f"{key} = {value!r}: nothing at {path}; correct the path, or data_root"
+
+    def check_files(self, sets: list[str] | None = None) -> None:
+        """Raise ProfileError, naming key, value and place, if a file or folder of ``sets`` is missing."""
+        lines = self.missing_files(sets)
+        if lines:
+            raise ProfileError(f"profile {self.name!r}: missing files", lines)
+
+    def to_dict(self) -> dict:
+        """Return the profile as plain values, the form of its TOML file."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def _path_fields(source: _Source | Holdout) -> tuple[str, ...]:
+    return {Parquet: ("path",), ImageFolder: ("path",), ImgList: ("list", "root")}.get(type(source), ())
+
+
+def available() -> list[str]:
+    """Return the names of the embedded profiles, the default first."""
+    names = sorted(path.stem for path in FOLDER.glob("*.toml"))
+    return sorted(names, key=lambda name: (name != "imagenet20", name.startswith("imagenet1k")))
+
+
+def load_profile(name_or_path: str | Path | Profile, overrides: Mapping[str, Any] | None = None) -> Profile:
+    """Load a profile by name, from a ``.toml`` path, or from another profile, with overrides on top.
+
+    Parameters
+    ----------
+    name_or_path : str, Path or Profile
+    overrides : mapping of dotted keys to values, e.g. ``{"sae.k": 64}``
+
+    Raises
+    ------
+    ProfileError (a ValueError)
+        Unknown profile or key, wrong type, impossible value; a missing file where its place is known. Each line names
+        the key, the value and what would do. (An embedded profile whose ``data_root`` is not set yet is checked for
+        files when a run begins.)
+    """
+    overrides = dict(overrides or {})
+    if isinstance(name_or_path, Profile):
+        raw, label, own = name_or_path.to_dict(), f"profile {name_or_path.name!r}", False
+    else:
+        path = _find(name_or_path)
+        own = path.parent != FOLDER
+        raw, label = _read(path), f"profile {path.stem!r}" if not own else str(path)
+        if own:
+            _anchor(raw, path.parent)
+    before = raw.get("pack")
+    for key, value in overrides.items():
+        _put(raw, key, value, label)
+    try:
+        profile = Profile.model_validate_json(json.dumps(raw, default=str), strict=True)
+    except ValidationError as error:
+        raise ProfileError(f"{label} cannot be used", explain_validation(error, raw, Profile)) from None
+    _check_pack_stands(label, before, overrides)
+    if profile.data_root is not None and not Path(profile.data_root).expanduser().is_dir():
+        raise ProfileError(f"{label} cannot be used", [f"data_root = {profile.data_root!r}: no such folder"])
+    if profile.pack is None and (profile.data_root or own):
+        profile.check_files()
+    elif profile.backbone.checkpoint:
+        profile.check_files([])
+    return profile
+
+
+def _find(name_or_path: str | Path) -> Path:
+    text = str(name_or_path)
+    if not text.endswith(".toml"):
+        path = FOLDER / f"{text}.toml"
+        if "/" in text or not path.is_file():
+            known = ", ".join(available())
+            raise ProfileError(f"no profile {text!r}", [f"known: {known}; or the path of your own .toml file"])
+        return path
+    path = Path(text).expanduser()
+    if not path.is_file():
+        embedded = ", ".join(available())
+        raise ProfileError(f"no profile file {text!r}", [f"looked at {path.absolute()}; embedded: {embedded}"])
+    return path.absolute()
+
+
+def _read(path: Path) -> dict:
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path} is no readable TOML", [str(error)]) from None
+    parent = raw.pop("extends", None)
+    raw.setdefault("name", path.stem)
+    if parent is None:
+        return raw
+    base = _find(path.parent / parent if str(parent).endswith(".toml") else parent)
+    if base == path:
+        raise ProfileError(f"{path} extends itself", ["name another profile"])
+    inherited = _read(base)
+    _check_pack_stands(str(path), inherited.get("pack"), _flat(raw))
+    return _merged(inherited, raw)
+
+
+def _merged(base: dict, own: dict) -> dict:
+    """Lay ``own`` over ``base``; a source, and the table of OOD sets, replaces its predecessor whole."""
+    out = dict(base)
+    for key, value in own.items():
+        whole = key in ("train", "val", "test", "ood") or not isinstance(value, dict)
+        out[key] = value if whole or not isinstance(out.get(key), dict) else _merged(out[key], value)
+    return out
+
+
+def _flat(raw: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in raw.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _anchor(raw: dict, folder: Path) -> None:
+    """Let the relative paths of a user's own file start from that file's folder."""
+    root = raw.get("data_root", os.environ.get(DATA_ENV, "."))
+    if isinstance(root, str):
+        raw["data_root"] = str((folder / Path(root).expanduser()).resolve())
+
+
+def _check_pack_stands(label: str, pack: str | None, changes: Mapping[str, Any]) -> None:
+    """Refuse changes that a pack's stored features would silently ignore."""
+    if not pack or pack == "none" or "pack" in changes:
+        return
+    free = ("backbone.checkpoint", "backbone.pretrained", "val.fraction", "val.seed")
+    ignored = [
+        f"{key} = {value!r}: pack {pack!r} holds stored features, so this would change nothing;"
+        ' also set pack = "none" and data_root to the images\' folder'
+        for key, value in changes.items()
+        if key.split(".")[0] in ("backbone", "train", "val", "test", "ood") and key not in free
+    ]
+    if ignored:
+        raise ProfileError(f"{label} cannot be used", ignored)
+
+
+def _put(raw: dict, key: str, value: Any, label: str) -> None:
+    """Set a dotted key in nested dicts."""
+    *parents, last = key.split(".")
+    at = raw
+    for i, part in enumerate(parents):
+        at = at.setdefault(part, {})
+        if not isinstance(at, dict):
+            where = ".".join(parents[: i + 1])
+            raise ProfileError(f"{label} cannot be used", [f"{key} = {value!r}: {where} is a value, it has no keys"])
+    at[last] = value
