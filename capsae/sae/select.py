@@ -44,7 +44,7 @@ def topk(z: torch.Tensor, k: int, relu: str = "before") -> tuple[torch.Tensor, t
         return topk_plain(z, k, relu)
     values = torch.empty(len(z), k)
     indices = torch.empty(len(z), k, dtype=torch.int32)
-    kernels.topk_rows(*kernels.keys_and_floats(z), values.numpy(), indices.numpy())
+    kernels.topk_rows(*kernels.keys_and_bits(z), values.view(torch.int32).numpy(), indices.numpy())
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values.to(z.dtype), indices.long().gather(1, order)
 

@@ -98,11 +98,11 @@ def train_sae(
             if held_out is not None:
                 record["held_out_fvu"] = step.squared_error(held_out) / held_out_variance
                 if keep == "best" and (best is None or record["held_out_fvu"] < best[0]):
-                    best = record["held_out_fvu"], epoch, copy.deepcopy(step.weights())
+                    best = record["held_out_fvu"], epoch, copy.deepcopy(step.result().state_dict())
             records.append(record | {"seconds": time.perf_counter() - epoch_began})
             bar.update()
             bar.set_postfix(fvu=f"{record['fvu']:.4f}", dead=f"{record['dead_fraction']:.3f}")
-        sae.load_state_dict(best[2] if best else step.weights(), strict=False)
+        sae.load_state_dict(best[2] if best else step.result().state_dict())
 
     if not all(p.isfinite().all() for p in sae.parameters()):
         raise FloatingPointError(f"the weights left the finite numbers in epoch {epoch} at lr {lr:g}: lower lr")
