@@ -1,0 +1,184 @@
+"""Shows a figure or a table in a notebook: light and dark, with alt text, caption, provenance and its data as CSV.
+
+Where the CSV goes: :mod:`capsae.publish` sets ``CAPSAE_PAGE_DATA`` to a folder relative to the page; the CSV is
+written there and linked. Without it (Jupyter, plain papermill) nothing is written and the link carries the data itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+PAGE_DATA = "CAPSAE_PAGE_DATA"
+RESULT_MIME = "application/vnd.capsae.result+json"
+DPI = 130
+
+INK = {"light": ("#ffffff", "#222832", "#c9cdd2"), "dark": ("#14181e", "#d6dbe1", "#48566b")}  # page, text, grid
+
+# Beside book/_static/book.css, so that the pair also works in Jupyter and VS Code, whose themes say so on <body>.
+_DARK = ':is(html[data-theme="dark"],[data-jp-theme-light="false"],.vscode-dark)'
+_CSS = (
+    ".capsae-figure .capsae-dark{display:none}"
+    f"{_DARK} .capsae-figure .capsae-light{{display:none}}{_DARK} .capsae-figure .capsae-dark{{display:inline}}"
+    ".capsae-figure img{max-width:100%}"
+)
+
+
+@contextmanager
+def style(theme: str = "light") -> Iterator[None]:
+    """Set colours and sizes for one figure; sizes are such that a figure stays legible on a phone."""
+    if theme not in INK:
+        raise ValueError(f"theme is {theme!r}: use 'light' or 'dark'")
+    page, text, grid = INK[theme]
+    settings = {
+        "figure.facecolor": page, "axes.facecolor": page, "savefig.facecolor": page,
+        "text.color": text, "axes.labelcolor": text, "axes.edgecolor": grid, "axes.titlecolor": text,
+        "xtick.color": text, "ytick.color": text, "grid.color": grid, "grid.linewidth": 0.6, "grid.alpha": 0.6,
+        "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "font.size": 12, "axes.titlesize": 12.5, "axes.labelsize": 12, "legend.fontsize": 11,
+        "lines.linewidth": 1.9, "figure.dpi": 100, "font.family": "DejaVu Sans", "patch.edgecolor": text,
+    }  # fmt: skip
+    with mpl.rc_context(settings):
+        yield
+
+
+def render_png(figure: Figure, colours: int = 64) -> bytes:
+    """The figure as a PNG of few colours: a third of the size, no metadata, the same bytes on every run."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    image = Image.open(buffer).convert("RGB")
+    image = image.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    out = io.BytesIO()
+    image.save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+def provenance_line(run, stage: str = "table") -> str:
+    """Profile, backbone, data and digest of a run, as the text that stands under each figure."""
+    profile = run.profile
+    data = f"embedded pack {profile.pack}" if getattr(profile, "pack", None) else "computed from its images"
+    backbone, digest = profile.backbone.model, run.digest(stage)[:12]
+    return f"Profile {profile.name} · backbone {backbone} · data: {data} · digest {digest}"
+
+
+def _csv_link(data: pd.DataFrame, name: str) -> str:
+    text = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    folder = os.environ.get(PAGE_DATA)
+    if folder:
+        path = Path(folder) / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        target = path.as_posix()
+    else:
+        target = "data:text/csv;base64," + base64.b64encode(text.encode()).decode()
+    return f'<a href="{html.escape(target)}" download="{html.escape(name)}.csv">CSV</a>'
+
+
+def _caption(caption: str, data: pd.DataFrame, name: str, run, stage: str) -> str:
+    return (
+        f"<figcaption>{html.escape(caption)} "
+        f'<span class="capsae-provenance">{html.escape(provenance_line(run, stage))} · {_csv_link(data, name)}</span>'
+        "</figcaption>"
+    )
+
+
+def figure_html(function, data, name, caption, alt, run, stage="table", colours: int = 64, **kwargs) -> str:
+    """The HTML of :func:`show`; ``colours`` of the PNG."""
+    if not alt.strip() or not caption.strip():
+        raise ValueError(f"figure {name!r} has no {'caption' if alt.strip() else 'alt text'}: say what it shows")
+    images = []
+    for theme in INK:
+        with style(theme):
+            png = base64.b64encode(render_png(function(data, **kwargs), colours)).decode()
+        images.append(f'<img class="capsae-{theme}" alt="{html.escape(alt)}" src="data:image/png;base64,{png}">')
+    return (
+        f'<figure class="capsae-figure" id="fig-{name}"><style>{_CSS}</style>{"".join(images)}'
+        f"{_caption(caption, data, name, run, stage)}</figure>"
+    )
+
+
+def show(function, data: pd.DataFrame, name: str, caption: str, alt: str, run, stage: str = "table", **kwargs) -> None:
+    """Draw ``function(data, **kwargs)`` for light and dark pages and display it with its caption and its CSV.
+
+    Parameters
+    ----------
+    function : callable
+        One of :mod:`capsae.figures`.
+    data : DataFrame
+        Its tidy data; written as ``<name>.csv``.
+    name, caption, alt : str
+        ``alt`` says what the figure shows to whoever cannot see it; an empty one is refused with ValueError.
+    run : pipeline.Run
+        Whose profile, backbone, data and digest stand under the caption.
+    stage : str
+        The stage of the run that the data come from.
+    """
+    from IPython.display import HTML, display
+
+    display(HTML(figure_html(function, data, name, caption, alt, run, stage, **kwargs)))
+
+
+def table_html(data, name, caption, run, stage="table", formats=None, links=None) -> str:
+    """The HTML of :func:`table`."""
+    formats, links = dict(formats or {}), dict(links or {})
+    columns = [column for column in data.columns if column not in links.values()]
+    cells = {}
+    for column in columns:
+        form = formats.get(column, _plain)
+        cells[column] = [html.escape(form(v) if callable(form) else form.format(v)) for v in data[column]]
+    for column, address in links.items():
+        pairs = zip(cells[column], data[address], strict=True)
+        cells[column] = [f'<a href="{html.escape(a)}">{c}</a>' for c, a in pairs]
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in columns)
+    rows = zip(*cells.values(), strict=True)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<figure class="capsae-figure" id="table-{name}"><style>{_CSS}</style><div class="capsae-scroll"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"{_caption(caption, data, name, run, stage)}</figure>"
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.4g}"
+    return str(value)
+
+
+def table(data, name, caption, run, stage="table", formats=None, links=None) -> None:
+    """Display a table that scrolls in its own box, with caption, provenance and CSV.
+
+    Parameters
+    ----------
+    data, name, caption, run, stage : as for :func:`show`
+    formats : mapping of columns to a format text or a function
+    links : mapping of columns to the column that holds their link's address; the latter is not shown
+    """
+    from IPython.display import HTML, display
+
+    display(HTML(table_html(data, name, caption, run, stage, formats, links)))
+
+
+def result(values: Mapping[str, Any]) -> None:
+    """Record numbers of this notebook: shown as a short list, kept in the notebook for pages, sweeps and claims.
+
+    ``values`` is JSON: numbers, texts, lists and mappings of them. NaN is not JSON and is refused.
+    """
+    from IPython.display import display
+
+    plain = json.loads(json.dumps(dict(values), allow_nan=False, default=float))
+    text = json.dumps(plain, indent=1, sort_keys=True)
+    display({RESULT_MIME: plain, "text/plain": text}, raw=True)
