@@ -21,24 +21,21 @@ from .caps import ClassActivationProfiles
 from .detectors import Observations
 from .evaluate import evaluate, scores_table
 from .featureset import FeatureSet, LinearHead
+from .inputs import Inputs
 from .profile_errors import ProfileError
 from .profiles import Holdout, Profile, load_profile
-from .splits import check_classes, holdout_mask, stratified_mask
+from .splits import check_classes, stratified_mask
 from .store import Store, artefact_digest, versions
 
 log = logging.getLogger(__name__)
 
 # What makes each kind of artefact: a change of this code (comments aside) makes it anew.
 MODULES = {
-    "backbone": ("capsae.tinyvit", "capsae.builtin"),
-    "features": ("capsae.backbone", "capsae.images", "capsae.convert"),
-    "split": ("capsae.splits",),
     "head": ("capsae.probe", "capsae.featureset:LinearHead", "capsae.splits"),
     "sae": ("capsae.sae", "capsae.splits"),
     "caps": ("capsae.caps", "capsae.splits"),
     "table": ("capsae.caps", "capsae.detectors", "capsae.metrics", "capsae.stats", "capsae.evaluate"),
 }
-DIGITS_VIT = "capsae/digits_vit"
 _CHUNK = 65_536  # rows encoded at a time where only a running sum is kept
 
 
@@ -74,16 +71,10 @@ class Run:
         self.store = store if isinstance(store, Store) else Store(store)
         self.device, self.progress = device, progress
         self._features: dict[str, FeatureSet] = {}
-        self._parts: dict[str, FeatureSet] = {}
-        self._sources: dict[str, Any] = {}
         self._observations: dict[str, Observations] = {}
         self._detectors: dict[str, Any] = {}
-        _check_detectors(self.profile)
-        if self.profile.pack:
-            _check_pack(self.profile)
-        else:
-            self.profile.check_files()
-            _check_backbone(self.profile)
+        check_detectors(self.profile)
+        self.inputs = Inputs(self.profile, self.store, device, progress, self._who())
 
     # --- features and head
 
@@ -94,7 +85,7 @@ class Run:
         is fitted on all training rows all the same, so that only their data varies.
         """
         if set_name not in self._features:
-            features, fraction = self._split(set_name), self.profile.train_fraction
+            features, fraction = self.inputs.features(set_name), self.profile.train_fraction
             if set_name == "train" and fraction < 1:
                 features = features.take(stratified_mask(features.labels, fraction, self.profile.seed))
             logits = features.logits if self.profile.head == "backbone" else None
@@ -106,13 +97,13 @@ class Run:
     @cached_property
     def head(self) -> LinearHead:
         """The linear classification head: the backbone's own, or a probe fitted on all training rows."""
-        if self.profile.head == "backbone":
-            return self._backbone_head()
 
         def make():
             from .probe import fit_linear_probe
 
-            train = self._split("train")
+            if self.profile.head == "backbone":
+                return self.inputs.backbone_head()
+            train = self.inputs.features("train")
             return fit_linear_probe(train.cls, train.labels, self.profile.n_classes, seed=self.profile.seed)
 
         return self._stored(
@@ -122,130 +113,13 @@ class Run:
             load=lambda folder: LinearHead.load(folder / "head.safetensors"),
         )
 
-    def source(self, set_name: str):
-        """Return the images of a set as the profile's source has them, before any split (an ImageSource)."""
-        if set_name not in self._sources:
-            from .data import open_source
-
-            own = "train" if set_name == "val" and isinstance(self.profile.val, Holdout) else set_name
-            if own != set_name:
-                return self.source(own)
-            self.profile.check_files([set_name])
-            source = open_source(self.profile.source_spec(set_name))
-            if set_name in ("train", "test"):
-                what = f"profile {self.profile.name!r}, {set_name} ({source.name})"
-                check_classes(source.labels, self.profile.n_classes, what, every=set_name == "train")
-            self._sources[set_name] = source
-        return self._sources[set_name]
-
     def image(self, set_name: str, row: int):
-        """Return the image (PIL, RGB) that a row of ``features(set_name)`` was made from."""
-        source, wanted = self.source(set_name), self.features(set_name).ids[row]
+        """Return the image (PIL, RGB) that a row of ``features(set_name)`` was made from.
+
+        A profile with a pack needs ``data_root`` for that. Whether images may be published says ``show_images``.
+        """
+        source, wanted = self.inputs.source(set_name), self.features(set_name).ids[row]
         return source.image(int(np.flatnonzero(source.ids == wanted)[0]))
-
-    def backbone(self, checkpoint: str | None = None):
-        """Return the loaded backbone (``capsae.backbone.Backbone``), from ``checkpoint`` if it is given."""
-        from .backbone import load_backbone
-
-        return load_backbone(self._backbone_settings(checkpoint)).to(_torch_device(self.device))
-
-    def _split(self, set_name: str) -> FeatureSet:
-        """Features as extracted, after the split into train and val; logits are the backbone's or None."""
-        if set_name not in self._parts:
-            holdout = self.profile.val if isinstance(self.profile.val, Holdout) else None
-            if holdout and set_name in ("train", "val"):
-                whole = self._raw("train")
-                held_out = holdout_mask(whole.labels, holdout.fraction, holdout.seed)
-                self._parts |= {"train": whole.take(~held_out), "val": whole.take(held_out)}
-            else:
-                self._parts[set_name] = self._raw(set_name)
-        return self._parts[set_name]
-
-    def _raw(self, set_name: str) -> FeatureSet:
-        features = self._packed(set_name) if self.profile.pack else self._extracted(set_name)
-        if set_name in ("train", "test"):
-            what = f"profile {self.profile.name!r}, {set_name}"
-            check_classes(features.labels, self.profile.n_classes, what, every=set_name == "train")
-        if len(features) == 0:
-            raise ValueError(f"profile {self.profile.name!r}: set {set_name!r} holds no images")
-        return features
-
-    def _packed(self, set_name: str) -> FeatureSet:
-        from .packs import load_pack
-
-        return load_pack(self.profile.pack, set_name)
-
-    def _extracted(self, set_name: str) -> FeatureSet:
-        if set_name != "train":
-            self.source("train")  # labels that do not fit stop the run before the first extraction
-        source, (config, inputs) = self.source(set_name), self._recipe_features(set_name)
-
-        def make():
-            from .features import extract
-
-            settings = self._backbone_settings()
-            shards = self.store.scratch("features", artefact_digest("features", config, inputs, MODULES["features"]))
-            return extract(source, settings, shards, device=self.device, name=set_name, progress=self.progress)
-
-        return self.store.get_or_make(
-            "features",
-            config,
-            inputs,
-            MODULES["features"],
-            make,
-            save=lambda features, folder: features.save(folder / "features.safetensors"),
-            load=lambda folder: FeatureSet.load(folder / "features.safetensors"),
-            provenance=self._who(),
-        )
-
-    def _backbone_settings(self, checkpoint: str | None = None) -> dict:
-        settings = self.profile.backbone.model_dump(exclude_none=True)
-        if checkpoint is not None:
-            settings["checkpoint"] = str(checkpoint)
-        elif "checkpoint" in settings:
-            settings["checkpoint"] = str(self.profile.resolve(settings["checkpoint"]))
-        elif settings["model"] == DIGITS_VIT:
-            settings["checkpoint"] = str(self._digits_vit())
-        return settings
-
-    def _digits_vit(self) -> Path:
-        """Return the weights of the small ViT that the digits profile trains."""
-        config, inputs = self._recipe_backbone()
-
-        def make():
-            from .tinyvit import train_digits_vit
-
-            return train_digits_vit(self.source("train"), seed=self.profile.seed, device=self.device)
-
-        path = self.store.path("backbone", artefact_digest("backbone", config, inputs, MODULES["backbone"]))
-        self.store.get_or_make(
-            "backbone",
-            config,
-            inputs,
-            MODULES["backbone"],
-            make,
-            save=lambda trained, folder: trained.save(folder / "weights.safetensors"),
-            load=lambda folder: folder,
-            provenance=self._who(),
-        )
-        return path / "weights.safetensors"
-
-    def _backbone_head(self) -> LinearHead:
-        """The backbone's own classifier as weight and bias, checked against the profile's number of classes."""
-        classifier = self.backbone().net.get_classifier()
-        if not hasattr(classifier, "weight"):
-            raise ProfileError(
-                f"profile {self.profile.name!r}",
-                [f"head = 'backbone': {self.profile.backbone.model} has no linear head; use head = 'probe'"],
-            )
-        weight = classifier.weight.detach().float().cpu().numpy()
-        if len(weight) != self.profile.n_classes:
-            raise ProfileError(
-                f"profile {self.profile.name!r}",
-                [f"n_classes = {self.profile.n_classes}: the backbone's head has {len(weight)}; use head = 'probe'"],
-            )
-        bias = classifier.bias
-        return LinearHead(weight, np.zeros(len(weight), np.float32) if bias is None else bias.detach().cpu().numpy())
 
     # --- SAE, codes, profiles
 
@@ -374,7 +248,7 @@ class Run:
         Stages: "features" (all sets together), "head", "sae", "caps", "scores", "table" (of detectors ``names``).
         """
         if stage == "features":
-            return artefact_digest("sets", None, {name: self._features_digest(name) for name in self.profile.sets}, ())
+            return artefact_digest("sets", None, {name: self.inputs.digest(name) for name in self.profile.sets}, ())
         config, inputs = self._recipe(stage, names)
         return artefact_digest(stage, config, inputs, self._modules(stage))
 
@@ -407,52 +281,22 @@ class Run:
         amount = {"train_fraction": profile.train_fraction, "seed": profile.seed}
         if stage == "head":
             config = {"head": profile.head, "n_classes": profile.n_classes, "seed": profile.seed}
-            return config, {"train": self._features_digest("train")}
+            return config, {"train": self.inputs.digest("train")}
         if stage == "sae":
-            sets = {name: self._features_digest(name) for name in ("train", "val")}
+            sets = {name: self.inputs.digest(name) for name in ("train", "val")}
             return {"sae": asdict(profile.sae), "keep": "best", **amount}, sets
         if stage == "caps":
-            inputs = {"train": self._features_digest("train"), "sae": self.digest("sae")}
+            inputs = {"train": self.inputs.digest("train"), "sae": self.digest("sae")}
             if profile.caps.correct_only:
                 inputs["head"] = self.digest("head")
             return {"correct_only": profile.caps.correct_only, "n_classes": profile.n_classes, **amount}, inputs
         if stage in ("table", "scores"):
             options = {name: self.detector_options(name) for name in self._names(names)}
             config = {"detectors": options, "predicted": profile.predicted}
-            sets = {name: self._features_digest(name) for name in profile.sets}
+            sets = {name: self.inputs.digest(name) for name in profile.sets}
             inputs = {**sets, "head": self.digest("head"), "sae": self.digest("sae")}
             return config | amount | ({"n_boot": profile.n_boot} if stage == "table" else {}), inputs
         raise ValueError(f"no stage {stage!r}; there are features, head, sae, caps, scores, table")
-
-    def _features_digest(self, set_name: str) -> str:
-        """Digest of one set as :meth:`_split` gives it."""
-        holdout = self.profile.val if isinstance(self.profile.val, Holdout) else None
-        if holdout and set_name in ("train", "val"):
-            whole = self._whole_digest("train")
-            return artefact_digest(f"split-{set_name}", holdout.model_dump(), {"whole": whole}, MODULES["split"])
-        return self._whole_digest(set_name)
-
-    def _whole_digest(self, set_name: str) -> str:
-        if self.profile.pack:
-            from .packs import pack_info
-
-            return pack_info(self.profile.pack)["sets"][set_name]["sha256"]
-        config, inputs = self._recipe_features(set_name)
-        return artefact_digest("features", config, inputs, MODULES["features"])
-
-    def _recipe_features(self, set_name: str) -> tuple[dict, dict[str, str]]:
-        from .features import EXTRACTOR
-
-        backbone = self.profile.backbone.model_dump(mode="json", exclude={"checkpoint"})
-        inputs = {"source": self.source(set_name).digest()}
-        if self.profile.backbone.checkpoint:
-            inputs["weights"] = _file_digest(self.profile.resolve(self.profile.backbone.checkpoint))
-        elif self.profile.backbone.model == DIGITS_VIT:
-            inputs["weights"] = artefact_digest("backbone", *self._recipe_backbone(), MODULES["backbone"])
-        return {"backbone": backbone, "set": set_name, "extractor": EXTRACTOR}, inputs
-
-    def _recipe_backbone(self) -> tuple[dict, dict[str, str]]:
-        return {"model": DIGITS_VIT, "seed": self.profile.seed}, {"train": self.source("train").digest()}
 
     def _names(self, names: Iterable[str] | None) -> list[str]:
         names = list(_detectors.available() if names is None else [names] if isinstance(names, str) else names)
@@ -488,13 +332,8 @@ def load_features(
     return run.features(set_name)
 
 
-def _torch_device(device: str):
-    import torch
-
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-
-
-def _check_detectors(profile: Profile) -> None:
+def check_detectors(profile: Profile) -> None:
+    """Raise ProfileError if ``[detectors.NAME]`` names what no detector has."""
     lines = []
     for name, options in profile.detectors.items():
         if name not in _detectors.available():
@@ -510,44 +349,10 @@ def _check_detectors(profile: Profile) -> None:
         raise ProfileError(f"profile {profile.name!r} cannot be used", lines)
 
 
-def _check_pack(profile: Profile) -> None:
-    from .packs import pack_info
+def _torch_device(device: str):
+    import torch
 
-    info = pack_info(profile.pack)
-    stored = info["backbone"]["model"]
-    lines = []
-    if stored.partition(".")[0] != profile.backbone.model.partition(".")[0]:
-        lines.append(f"backbone.model = {profile.backbone.model!r}: pack {profile.pack!r} holds features of {stored!r}")
-    wanted = {"train", "test", *profile.ood} | ({"val"} if not isinstance(profile.val, Holdout) else set())
-    missing = sorted(wanted - set(info["sets"]))
-    if missing:
-        lines.append(f"pack = {profile.pack!r}: it has no {', '.join(missing)}; it has {', '.join(info['sets'])}")
-    if lines:
-        raise ProfileError(f"profile {profile.name!r} cannot be used", lines)
-
-
-def _check_backbone(profile: Profile) -> None:
-    model = profile.backbone.model
-    ours = (DIGITS_VIT, "torchvision/vit_b_16")
-    if model in ours or model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return
-    import difflib
-
-    import timm
-
-    if not timm.is_model(model.partition(".")[0]):
-        close = difflib.get_close_matches(model.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them"
-        raise ProfileError(
-            f"profile {profile.name!r} cannot be used",
-            [f"backbone.model = {model!r}: no timm model (nor {' or '.join(ours)}); {hint}"],
-        )
-
-
-def _file_digest(path: Path) -> str:
-    from .store import file_record
-
-    return file_record(path)["sha256"]
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def _save_frame(frame: pd.DataFrame, folder: Path) -> None:

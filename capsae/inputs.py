@@ -1,0 +1,240 @@
+"""What a profile starts from: its images, its backbone, and their features, split into train and validation."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .featureset import FeatureSet, LinearHead
+from .profile_errors import ProfileError
+from .profiles import Holdout, Profile
+from .splits import check_classes, holdout_mask
+from .store import Store, artefact_digest, file_record
+
+DIGITS_VIT = "capsae/digits_vit"
+# What makes each kind of artefact: a change of this code (comments aside) makes it anew. features.py itself counts by
+# its number EXTRACTOR alone, so that a change of its progress bar does not cost a day of extraction.
+MODULES = {
+    "backbone": ("capsae.tinyvit", "capsae.builtin", "capsae.splits"),
+    "features": ("capsae.backbone", "capsae.images", "capsae.convert"),
+    "split": ("capsae.splits",),
+}
+
+
+class Inputs:
+    """Features of a profile's sets, from its pack or by extraction, before any head.
+
+    Parameters
+    ----------
+    profile : Profile
+    store : Store
+    device : str
+    progress : bool
+    who : dict
+        Entries for the provenance of what is stored.
+
+    Raises
+    ------
+    ProfileError
+        For a pack that does not fit the profile, a missing file, or an unknown backbone.
+    """
+
+    def __init__(self, profile: Profile, store: Store, device: str, progress: bool, who: dict[str, Any]):
+        self.profile, self.store, self.device, self.progress, self.who = profile, store, device, progress, who
+        self.holdout = profile.val if isinstance(profile.val, Holdout) else None
+        self._parts: dict[str, FeatureSet] = {}
+        self._sources: dict[str, Any] = {}
+        if profile.pack:
+            check_pack(profile)
+        else:
+            profile.check_files()
+            check_backbone(profile)
+
+    def features(self, set_name: str) -> FeatureSet:
+        """Return features as extracted, after the split into train and val; logits are the backbone's or None."""
+        if set_name not in self._parts:
+            if self.holdout and set_name in ("train", "val"):
+                whole = self._whole("train")
+                held_out = holdout_mask(whole.labels, self.holdout.fraction, self.holdout.seed)
+                self._parts |= {"train": whole.take(~held_out), "val": whole.take(held_out)}
+            else:
+                self._parts[set_name] = self._whole(set_name)
+        return self._parts[set_name]
+
+    def digest(self, set_name: str) -> str:
+        """Return what :meth:`features` follows from, as a digest; nothing is extracted."""
+        if self.holdout and set_name in ("train", "val"):
+            split, whole = self.holdout.model_dump(), self._whole_digest("train")
+            return artefact_digest(f"split-{set_name}", split, {"whole": whole}, MODULES["split"])
+        return self._whole_digest(set_name)
+
+    def source(self, set_name: str):
+        """Return a set's images (an ImageSource), before the split: "val" gives those it is held out of.
+
+        Labels are checked here, so that a class without training samples stops a run before the first extraction.
+        """
+        from .data import open_source
+
+        own = "train" if set_name == "val" and self.holdout else set_name
+        if own not in self._sources:
+            self.profile.check_files([own])
+            source = open_source(self.profile.source_spec(own))
+            self._check_classes(own, source.labels)
+            self._sources[own] = source
+        return self._sources[own]
+
+    def backbone_settings(self, checkpoint: str | Path | None = None) -> dict[str, Any]:
+        """Return what ``capsae.backbone.load_backbone`` takes, with the weights of ``checkpoint`` if it is given."""
+        settings = self.profile.backbone.model_dump(exclude_none=True)
+        if checkpoint is not None:
+            settings["checkpoint"] = str(checkpoint)
+        elif "checkpoint" in settings:
+            settings["checkpoint"] = str(self.profile.resolve(settings["checkpoint"]))
+        elif settings["model"] == DIGITS_VIT:
+            settings["checkpoint"] = str(self._digits_vit())
+        return settings
+
+    def backbone_head(self) -> LinearHead:
+        """Return the backbone's own classifier as weight and bias, checked against the profile's number of classes."""
+        from .backbone import load_backbone
+
+        profile = self.profile
+        classifier = load_backbone(self.backbone_settings()).net.get_classifier()
+        if not hasattr(classifier, "weight"):
+            why = f"head = 'backbone': {profile.backbone.model} has no linear head; use head = 'probe'"
+            raise ProfileError(f"profile {profile.name!r} cannot be used", [why])
+        weight, bias = classifier.weight.detach().numpy(), classifier.bias
+        if len(weight) != profile.n_classes:
+            why = f"n_classes = {profile.n_classes}: the backbone's head has {len(weight)}; use head = 'probe'"
+            raise ProfileError(f"profile {profile.name!r} cannot be used", [why])
+        return LinearHead(weight, np.zeros(len(weight), np.float32) if bias is None else bias.detach().numpy())
+
+    def _whole(self, set_name: str) -> FeatureSet:
+        if self.profile.pack:
+            from .packs import load_pack
+
+            features = load_pack(self.profile.pack, set_name)
+        else:
+            features = self._extracted(set_name)
+        self._check_classes(set_name, features.labels)  # again: bad images may have taken a class's last sample
+        return features
+
+    def _check_classes(self, set_name: str, labels: np.ndarray) -> None:
+        what = f"profile {self.profile.name!r}, {set_name}"
+        if len(labels) == 0:
+            raise ValueError(f"{what}: the set holds no images")
+        if set_name in ("train", "test"):
+            check_classes(labels, self.profile.n_classes, what, every=set_name == "train")
+
+    def _extracted(self, set_name: str) -> FeatureSet:
+        self.source("train")  # labels that do not fit stop the run before the first extraction
+        config, inputs = self._recipe(set_name)
+
+        def make():
+            from .features import extract
+
+            shards = self.store.scratch("features", artefact_digest("features", config, inputs, MODULES["features"]))
+            source, settings = self.source(set_name), self.backbone_settings()
+            return extract(source, settings, shards, device=self.device, name=set_name, progress=self.progress)
+
+        return self.store.get_or_make(
+            "features",
+            config,
+            inputs,
+            MODULES["features"],
+            make,
+            save=lambda features, folder: features.save(folder / "features.safetensors"),
+            load=lambda folder: FeatureSet.load(folder / "features.safetensors"),
+            provenance=self.who,
+        )
+
+    def _whole_digest(self, set_name: str) -> str:
+        if self.profile.pack:
+            from .packs import pack_info
+
+            return pack_info(self.profile.pack)["sets"][set_name]["sha256"]
+        return artefact_digest("features", *self._recipe(set_name), MODULES["features"])
+
+    def _recipe(self, set_name: str) -> tuple[dict, dict[str, str]]:
+        from .features import EXTRACTOR
+
+        backbone = self.profile.backbone
+        inputs = {"source": self.source(set_name).digest()}
+        if backbone.checkpoint:
+            inputs["weights"] = file_record(self.profile.resolve(backbone.checkpoint))["sha256"]
+        elif backbone.model == DIGITS_VIT:
+            inputs["weights"] = artefact_digest("backbone", *self._recipe_digits_vit(), MODULES["backbone"])
+        settings = backbone.model_dump(mode="json", exclude={"checkpoint"})
+        return {"backbone": settings, "set": set_name, "extractor": EXTRACTOR}, inputs
+
+    def _digits_vit(self) -> Path:
+        """Return the weights of the small ViT that is trained on a profile's own training images."""
+
+        def make():
+            from .tinyvit import train_digits_vit
+
+            seed, device = self.profile.seed, self.device
+            return train_digits_vit(self._trained_on(), seed=seed, device=device, progress=self.progress)
+
+        def save(trained, folder):
+            trained.save(folder / "weights.safetensors")
+            trained.history.to_csv(folder / "history.csv", index=False)
+
+        recipe = self._recipe_digits_vit()
+        self.store.get_or_make("backbone", *recipe, MODULES["backbone"], make, save, lambda folder: folder, self.who)
+        digest = artefact_digest("backbone", *recipe, MODULES["backbone"])
+        return self.store.path("backbone", digest) / "weights.safetensors"
+
+    def _recipe_digits_vit(self) -> tuple[dict, dict[str, str]]:
+        return {"model": DIGITS_VIT, "seed": self.profile.seed}, {"train": self._trained_on().digest()}
+
+    def _trained_on(self):
+        """Training images without the held-out ones: the backbone must not have seen what chooses a threshold."""
+        source = self.source("train")
+        if not self.holdout:
+            return source
+        return source.take(~holdout_mask(source.labels, self.holdout.fraction, self.holdout.seed))
+
+
+def check_pack(profile: Profile) -> None:
+    """Raise ProfileError unless the profile's pack holds its sets, made by its backbone."""
+    from .packs import pack_info
+
+    info = pack_info(profile.pack)
+    lines = []
+    for key in ("model", "pooling", "crop"):
+        stored, wanted = info["backbone"].get(key), getattr(profile.backbone, key)
+        if stored is not None and stored != wanted:
+            lines.append(f"backbone.{key} = {wanted!r}: pack {profile.pack!r} holds features made with {stored!r}")
+    missing = sorted(set(profile.sets) - set(info["sets"]) - ({"val"} if isinstance(profile.val, Holdout) else set()))
+    if missing:
+        lines.append(f"pack = {profile.pack!r}: it has no {', '.join(missing)}; it has {', '.join(info['sets'])}")
+    if lines:
+        raise ProfileError(f"profile {profile.name!r} cannot be used", lines)
+
+
+def check_backbone(profile: Profile) -> None:
+    """Raise ProfileError, with the nearest names, if nothing here or in timm is called ``backbone.model``."""
+    model = profile.backbone.model
+    family, _, rest = model.rpartition("/")
+    if model == DIGITS_VIT or family.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    if family == "torchvision":
+        from .convert import TIMM_NAMES
+
+        known = [f"torchvision/{name}" for name in TIMM_NAMES]
+    else:
+        import timm
+
+        if not family and timm.is_model(rest.partition(".")[0]):
+            return
+        known = timm.list_models()
+    if model in known:
+        return
+    close = difflib.get_close_matches(model.partition(".")[0], known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists timm's"
+    ours = f"no timm model, nor {DIGITS_VIT} or torchvision/vit_b_16"
+    raise ProfileError(f"profile {profile.name!r} cannot be used", [f"backbone.model = {model!r}: {ours}; {hint}"])
