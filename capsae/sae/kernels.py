@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numba import njit
 
-# Sums may be reordered, which lets them use vector registers; NaN and infinity keep their meaning.
-_compiled = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+# Sums may be reordered, and x / 0 is infinity, not an exception: without both, no loop uses vector registers. NaN and
+# infinity keep their meaning.
+_compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 
 BLOCK = 32  # columns that are looked at together when the chosen ones are collected
 
@@ -180,12 +181,13 @@ def sort_pairs(values, value_gradient, indices, first, pair_row, pair_value, pai
 
 
 @_compiled
-def adam_rows(p, m, v, g, lr, root, eps):
-    """Adam for one row, in place; lr carries the first bias correction, root is the root of the second."""
+def adam_row(p, m, v, g, lr, rescale, eps):
+    """Adam for one row, in place: lr / (1 - beta1^t) and rescale = (1 - beta2^t)^-1/2 correct the moments' start."""
     for j in range(len(p)):
-        m[j] += np.float32(0.1) * (g[j] - m[j])
-        v[j] += np.float32(0.001) * (g[j] * g[j] - v[j])
-        p[j] -= lr * m[j] / (np.sqrt(v[j]) / root + eps)
+        mean = m[j] + np.float32(0.1) * (g[j] - m[j])
+        square = v[j] + np.float32(0.001) * (g[j] * g[j] - v[j])
+        m[j], v[j] = mean, square
+        p[j] -= lr * mean / (np.sqrt(square) * rescale + eps)
 
 
 @_compiled
@@ -193,7 +195,7 @@ def update_latents(
     begin, end, first, pair_row, pair_value, pair_gradient, centred, gradient,
     dead_slot, dead_encoder, dead_bias, dead_decoder,
     encoder, encoder_m, encoder_v, decoder, decoder_m, decoder_v, bias, bias_m, bias_v,
-    idle, through_bias, lr, root, eps,
+    idle, through_bias, lr, rescale, eps,
 ):  # fmt: skip
     """Everything that happens to latents begin..end in a step: both rows' gradients, projection, Adam, unit length.
 
@@ -240,9 +242,9 @@ def update_latents(
         for j in range(d):
             gd[j] -= along * wd[j]
         gb1[0] = gb
-        adam_rows(bias[i : i + 1], bias_m[i : i + 1], bias_v[i : i + 1], gb1, lr, root, eps)
-        adam_rows(we, encoder_m[i], encoder_v[i], ge, lr, root, eps)
-        adam_rows(wd, decoder_m[i], decoder_v[i], gd, lr, root, eps)
+        adam_row(bias[i : i + 1], bias_m[i : i + 1], bias_v[i : i + 1], gb1, lr, rescale, eps)
+        adam_row(we, encoder_m[i], encoder_v[i], ge, lr, rescale, eps)
+        adam_row(wd, decoder_m[i], decoder_v[i], gd, lr, rescale, eps)
         squared = np.float32(0)
         for j in range(d):
             squared += wd[j] * wd[j]

@@ -202,8 +202,8 @@ class CompiledStep(Step):
 
     def update(self, centred: torch.Tensor, gradient: torch.Tensor, dead: tuple, lr: float) -> None:
         """Gradients of the weights, projection, Adam and unit length, latent by latent; then the pre-bias."""
-        correction, root = 1 - BETAS[0] ** self.steps, (1 - BETAS[1] ** self.steps) ** 0.5
-        adam = np.float32(lr / correction), np.float32(root), np.float32(EPS)
+        rescale = (1 - BETAS[1] ** self.steps) ** -0.5
+        adam = np.float32(lr / (1 - BETAS[0] ** self.steps)), np.float32(rescale), np.float32(EPS)
         pairs = self.first, *self.pairs, centred.numpy(), gradient.numpy()
         state = [a for name in ("encoder", "decoder", "encoder_bias") for a in self.arrays(name)]
         starts = range(0, self.config.latents, LATENTS)
@@ -215,7 +215,7 @@ class CompiledStep(Step):
 
         list(self.pool.map(block, range(len(starts))))
         pre_bias_gradient = gradient.sum(0).numpy() - through_bias.sum(0)
-        self.kernels.adam_rows(*self.arrays("pre_bias"), pre_bias_gradient, *adam)
+        self.kernels.adam_row(*self.arrays("pre_bias"), pre_bias_gradient, *adam)
 
     def arrays(self, name: str) -> tuple[np.ndarray, ...]:
         """A parameter and its two moments, as numpy arrays on the same memory."""
