@@ -94,7 +94,7 @@ def by_hand(name, train, test):
             means = np.stack([train.cls[correct & (train.labels == c)].mean(0) for c in range(3)])
             return -np.array([z @ means[c] for z, c in zip(test.cls, test.predicted, strict=True)])
         case "code_l1":
-            return -test.codes.values.sum(1)
+            return test.codes.values.sum(1)
         case "code_entropy":
             q = test.codes.values.astype(np.float64)
             q /= q.sum(1, keepdims=True)

@@ -205,16 +205,19 @@ class SymmetricKL(ReverseKL):
 
 @register("code_l1")
 class CodeL1(Detector):
-    """Flatness alone: the L1 norm of the code, without class or profile. Low energy counts as OOD."""
+    """Flatness alone: the L1 norm of the code, without class or profile.
+
+    Inputs of one length have codes of about one L2 norm; then a large L1 norm means that the energy lies flat.
+    """
 
     title: ClassVar[str] = "code L1 norm"
     group: ClassVar[str] = "control"
-    formula: ClassVar[str] = r"-\lVert h\rVert_1"
+    formula: ClassVar[str] = r"\lVert h\rVert_1"
     source: ClassVar[str] = "our control"
     needs: ClassVar[tuple[str, ...]] = ("codes",)
 
     def score(self, obs: Observations) -> np.ndarray:
-        return -as_numpy(obs.codes.values).astype(np.float64).sum(axis=1)
+        return as_numpy(obs.codes.values).astype(np.float64).sum(axis=1)
 
 
 @register("code_entropy")
