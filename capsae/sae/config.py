@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 _OPTIONS = {
@@ -93,15 +95,15 @@ class SAEConfig:
             if getattr(self, key) not in options:
                 raise ValueError(f"{key} is {getattr(self, key)!r}; one of {', '.join(map(repr, options))} would do")
         if self.lr is not None:
-            _need_number("lr", self.lr, self.lr > 0, "a number over 0, or None")
-        _need_number("aux_alpha", self.aux_alpha, self.aux_alpha >= 0, "0 or more")
-        _need_number("dead_after_epochs", self.dead_after_epochs, self.dead_after_epochs > 0, "a number over 0")
+            _need_number("lr", self.lr, lambda v: v > 0, "a number over 0, or None")
+        _need_number("aux_alpha", self.aux_alpha, lambda v: v >= 0, "0 or more")
+        _need_number("dead_after_epochs", self.dead_after_epochs, lambda v: v > 0, "a number over 0")
         for key in ("warmup", "decay"):
-            _need_number(key, getattr(self, key), 0 <= getattr(self, key) <= 1, "a fraction from 0 to 1")
+            _need_number(key, getattr(self, key), lambda v: 0 <= v <= 1, "a fraction from 0 to 1")
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} are over 1 together")
         if self.ema is not None:
-            _need_number("ema", self.ema, 0 < self.ema < 1, "a number between 0 and 1, such as .999, or None")
+            _need_number("ema", self.ema, lambda v: 0 < v < 1, "a number between 0 and 1, such as .999, or None")
 
     @property
     def peak_lr(self) -> float:
@@ -124,6 +126,8 @@ def _need_int(key: str, value: object, at_least: int) -> None:
         raise ValueError(f"{key} is {value}; at least {at_least} would do")
 
 
-def _need_number(key: str, value: object, good: bool, wanted: str) -> None:
-    if not good or value != value or value in (float("inf"), float("-inf")):
+def _need_number(key: str, value: object, good: Callable[[float], bool], wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{key} is {value!r}; {wanted} would do")
+    if not math.isfinite(value) or not good(value):
         raise ValueError(f"{key} is {value!r}; {wanted} would do")

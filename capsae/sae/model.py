@@ -7,6 +7,7 @@ x is the input after the SAE's own normalisation.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,9 +128,10 @@ class TopKSAE(nn.Module):
     def encode(self, x: np.ndarray | torch.Tensor, batch_size: int | None = None) -> SparseCodes:
         """Codes of raw features x (N, d), `batch_size` rows at a time; numpy in, numpy out, torch in, torch out."""
         rows = check_rows(x, d=self.pre_bias.shape[0])
-        values = torch.empty(len(rows), self.config.k)
-        indices = torch.empty(len(rows), self.config.k, dtype=torch.int32)
-        size = batch_size or (512 if self.pre_bias.device.type == "cpu" else 8192)
+        device = self.pre_bias.device
+        values = torch.empty(len(rows), self.config.k, device=device)
+        indices = torch.empty(len(rows), self.config.k, dtype=torch.int32, device=device)
+        size = batch_size or (512 if device.type == "cpu" else 8192)
         for start in range(0, len(rows), size):
             block = self._normalized(rows[start : start + size])[0]
             v, i = topk(self.preactivations(block), self.config.k, self.config.relu)
@@ -161,11 +163,14 @@ class TopKSAE(nn.Module):
     @torch.no_grad()
     def fvu(self, x: np.ndarray | torch.Tensor) -> float:
         """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean|^2, float64, on normalised inputs."""
-        rows = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0].double()
-        total = (rows - rows.mean(0)).square().sum().item()
-        if total == 0:
+        rows = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0]
+        mean, total, left = rows.mean(0, dtype=torch.float64), 0.0, 0.0
+        for block in rows.split(4096):
+            total += (block - mean).square().sum().item()
+            left += (block.double() - self._decoded(block)).square().sum().item()
+        if total <= 1e-12 * len(rows):
             raise ValueError("x has no variance (equal rows after normalisation): its FVU is undefined")
-        return (rows - self._decoded(rows.float())).square().sum().item() / total
+        return left / total
 
     def _decoded(self, rows: torch.Tensor, size: int = 4096) -> torch.Tensor:
         blocks = (topk(self.preactivations(b), self.config.k, self.config.relu) for b in rows.split(size))
@@ -206,12 +211,11 @@ def check_rows(x: np.ndarray | torch.Tensor, d: int | None = None, at_least: int
     """x as a tensor (N, d), or an error that names what is wrong with it."""
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; a numpy array or torch tensor (N, d) would do")
-    try:
-        rows = torch.as_tensor(x).detach()
-    except TypeError as error:
-        raise TypeError(f"{name} has dtype {x.dtype}; floating point would do") from error
-    if not rows.is_floating_point():
+    if not (x.is_floating_point() if isinstance(x, torch.Tensor) else np.issubdtype(x.dtype, np.floating)):
         raise TypeError(f"{name} has dtype {x.dtype}; floating point would do")
+    with warnings.catch_warnings(action="ignore"):  # read-only arrays are welcome: nothing is written to them
+        rows = torch.as_tensor(x).detach()
+    rows = rows.float() if rows.dtype == torch.float64 else rows
     if rows.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}; (N, d) would do")
     if len(rows) < at_least:

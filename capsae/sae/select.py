@@ -7,19 +7,23 @@ the work when numba is installed. Relatives of top-k (batch top-k, thresholds, .
 from __future__ import annotations
 
 import functools
+import logging
 import os
 
 import torch
 
+log = logging.getLogger(__name__)
+
 
 @functools.cache
 def compiled():
-    """The module of numba kernels, or None where numba is missing (or ``CAPSAE_NUMBA=0``)."""
+    """The module of numba kernels, or None where numba is missing or unable (or ``CAPSAE_NUMBA=0``)."""
     if os.environ.get("CAPSAE_NUMBA", "1") == "0":
         return None
     try:
         from . import kernels
-    except ImportError:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: numba finds no folder for its cache
+        log.warning("no numba kernels (%s): selection and training on the CPU take several times longer", error)
         return None
     return kernels
 
