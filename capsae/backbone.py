@@ -1,0 +1,256 @@
+"""A frozen timm backbone: uint8 images in, the vector that its head reads (and its logits) out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+POOLINGS = ("cls", "token", "avg")
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Settings of a backbone.
+
+    Attributes
+    ----------
+    model : str
+        A timm name (``deit_tiny_patch16_224``), or ``torchvision/vit_b_16`` (converted to timm), or
+        ``capsae/digits_vit`` (needs ``checkpoint``).
+    checkpoint : str or None
+        A file of weights (safetensors, or a torch state dict).
+    pretrained : bool
+        Download timm's weights (or torchvision's); ignored if ``checkpoint`` is given.
+    pooling : str
+        ``cls``: what the model's own head reads, which must be the CLS token after the final norm; ``token``: the CLS
+        token of ``forward_features`` whatever the head reads; ``avg``: what the head of a pooled model reads (Swin),
+        or the mean patch token of a ViT.
+    image_size : int or None
+        Side of the square input in pixels; None = the model's own.
+    crop : float or None
+        Share of the resized image that is kept: the shorter side goes to ``image_size / crop``, then the central
+        square is cut out (1 keeps all of a square image). None = the model's own.
+    interpolation, mean, std
+        None = the model's own.
+    """
+
+    model: str
+    checkpoint: str | None = None
+    pretrained: bool = False
+    pooling: str = "cls"
+    image_size: int | None = None
+    crop: float | None = None
+    interpolation: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        for key, allowed in (("pooling", POOLINGS), ("interpolation", (None, *_RESAMPLE))):
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"backbone {key} is {getattr(self, key)!r}, expected one of {', '.join(str(a) for a in allowed)}"
+                )
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise ValueError(f"backbone crop is {self.crop!r}, expected a share in (0, 1]")
+        if self.checkpoint is not None and not os.path.isfile(self.checkpoint):
+            raise FileNotFoundError(f"no checkpoint file {os.fspath(self.checkpoint)!r} for backbone {self.model!r}")
+
+    @classmethod
+    def of(cls, settings) -> BackboneSpec:
+        """From a timm name, a mapping, or any object with these attributes (a profile's backbone); None and unset =
+        default."""
+        if isinstance(settings, cls):
+            return settings
+        if isinstance(settings, str):
+            return cls(settings)
+        names = [f.name for f in fields(cls)]
+        if isinstance(settings, Mapping):
+            unknown = sorted(set(settings) - set(names))
+            if unknown:
+                raise ValueError(f"unknown backbone key {unknown[0]!r}; it takes {', '.join(names)}")
+            values = dict(settings)
+        else:
+            values = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if v is not None}
+        if "checkpoint" in values:
+            values["checkpoint"] = os.fspath(values["checkpoint"])
+        return cls(**values)
+
+
+class Backbone:
+    """A loaded backbone; made by :func:`load_backbone`.
+
+    Attributes
+    ----------
+    spec : BackboneSpec
+    net : torch.nn.Module
+        In evaluation mode, without gradients.
+    size : int
+        Side of the input in pixels.
+    dim, n_logits : int
+        Width d of the features, C of the logits (0 if the model has no head).
+    digest : str
+        SHA-256 of weights and preprocessing: equal digests give equal features.
+    """
+
+    def __init__(self, net: torch.nn.Module, spec: BackboneSpec, weights: str | None = None):
+        from timm.data import resolve_model_data_config
+
+        own = resolve_model_data_config(net)
+        self.net, self.spec = net.eval().requires_grad_(False), spec
+        self.size = int(spec.image_size or own["input_size"][-1])
+        self.mean = tuple(spec.mean or own["mean"])
+        self.std = tuple(spec.std or own["std"])
+        self.interpolation = spec.interpolation or own["interpolation"]
+        self.crop = float(spec.crop or own["crop_pct"])
+        self.n_logits = int(getattr(net, "num_classes", 0) or 0)
+        self.weights = weights or _weights_digest(net)
+        described = {key: value for key, value in self.describe().items() if key not in ("checkpoint", "pretrained")}
+        self.digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        with torch.inference_mode():
+            blank = torch.zeros(1, self.size, self.size, 3, dtype=torch.uint8)
+            self.dim = int(self.forward(blank)[0].shape[1])
+
+    def describe(self) -> dict:
+        """Everything that decides the features, as JSON."""
+        spec = asdict(self.spec)
+        spec["checkpoint"] = (
+            Path(spec["checkpoint"]).name if spec["checkpoint"] else None
+        )  # the path is this machine's affair
+        own = {key: getattr(self, key) for key in ("crop", "mean", "std", "interpolation")}
+        return spec | own | {"image_size": self.size, "weights_sha256": self.weights}
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """An RGB image as (size, size, 3) uint8: resized and cropped, not yet normalised. Safe to call from threads."""
+        resample = _RESAMPLE.get(self.interpolation, 3)
+        target = int(math.floor(self.size / self.crop))
+        width, height = image.size
+        short = min(width, height)
+        if short != target:  # torchvision's Resize: the longer side is cut off, not rounded
+            image = image.resize((int(target * width / short), int(target * height / short)), resample)
+        width, height = image.size
+        if width == height == self.size:
+            return np.asarray(image)
+        left, top = int(round((width - self.size) / 2.0)), int(round((height - self.size) / 2.0))
+        return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+
+    def to(self, device: str | torch.device) -> Backbone:
+        """Move the weights."""
+        self.net.to(device)
+        return self
+
+    def forward(self, batch: torch.Tensor, logits: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features (B, d) and logits (B, C) or None of a uint8 batch (B, size, size, 3) on the network's device."""
+        pixels = batch.permute(0, 3, 1, 2).to(torch.float32)
+        scale = [1.0 / (255.0 * s) for s in self.std]
+        shift = [-m / s for m, s in zip(self.mean, self.std, strict=True)]
+        scale, shift = (torch.tensor(v, device=batch.device).view(1, 3, 1, 1) for v in (scale, shift))
+        tokens = self.net.forward_features(pixels * scale + shift)
+        pooled = self._pool(tokens)
+        return pooled, (self.net.forward_head(tokens) if logits and self.n_logits else None)
+
+    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        net, pooling = self.net, self.spec.pooling
+        pooled_by = getattr(net, "global_pool", None)
+        has_token = getattr(net, "cls_token", None) is not None and tokens.ndim == 3
+        if pooling in ("cls", "token") and not has_token:
+            raise ValueError(
+                f"backbone {self.spec.model!r} has no CLS token, so pooling = {pooling!r} is impossible; use 'avg'"
+            )
+        if pooling == "cls" and pooled_by != "token":
+            raise ValueError(
+                f"the head of {self.spec.model!r} reads the {pooled_by!r} pool, not the CLS token; "
+                "use pooling = 'token' or 'avg'"
+            )
+        if pooling == "token":
+            return tokens[:, 0]
+        if pooling == "avg" and has_token and pooled_by == "token":
+            return tokens[:, getattr(net, "num_prefix_tokens", 1) :].mean(dim=1)
+        return net.forward_head(tokens, pre_logits=True)
+
+
+def load_backbone(settings) -> Backbone:
+    """Load a backbone; ``settings`` is anything that :meth:`BackboneSpec.of` takes, or a :class:`Backbone`, which is
+    returned as it is.
+
+    Raises
+    ------
+    ValueError
+        Unknown model, weights that do not fit it, a pooling that it does not have.
+    FileNotFoundError
+        No such checkpoint.
+    """
+    if isinstance(settings, Backbone):
+        return settings
+    spec = BackboneSpec.of(settings)
+    family, _, name = spec.model.partition("/")
+    if family == "torchvision":
+        from .convert import load_torchvision_vit
+
+        weights = spec.checkpoint or ("DEFAULT" if spec.pretrained else None)
+        return Backbone(load_torchvision_vit(name, weights=weights), spec)
+    if family == "capsae":
+        from .tinyvit import load_digits_vit
+
+        if name != "digits_vit":
+            raise ValueError(f"unknown backbone {spec.model!r}; ours is 'capsae/digits_vit'")
+        if spec.checkpoint is None:
+            raise ValueError(
+                "backbone 'capsae/digits_vit' needs a checkpoint: train one with capsae.tinyvit.train_digits_vit"
+            )
+        return Backbone(load_digits_vit(spec.checkpoint), spec)
+    return Backbone(_timm_model(spec), spec, _file_digest(spec.checkpoint) if spec.checkpoint else None)
+
+
+def _timm_model(spec: BackboneSpec) -> torch.nn.Module:
+    import timm
+
+    options = {}
+    if spec.image_size:
+        own = (timm.get_pretrained_cfg(spec.model, allow_unregistered=True) or None) if "/" not in spec.model else None
+        if own is None or own.input_size[-1] != spec.image_size:
+            options["img_size"] = spec.image_size
+    arguments = {"pretrained": spec.pretrained and not spec.checkpoint, "checkpoint_path": spec.checkpoint or ""}
+    try:
+        try:
+            return timm.create_model(spec.model, **arguments, **options)
+        except TypeError:  # fully convolutional: takes any size and no img_size
+            return timm.create_model(spec.model, **arguments)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()
+        raise ValueError(f"backbone {spec.model!r} (checkpoint {spec.checkpoint}): {' '.join(first[:2])}") from None
+
+
+def available_cores() -> int:
+    """Cores that this process may use (a container's or a scheduler's share, not the machine's)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """``auto`` = CUDA if there is any, else CPU."""
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _file_digest(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weights_digest(net: torch.nn.Module) -> str:
+    sha = hashlib.sha256()
+    for key, value in sorted(net.state_dict().items()):
+        sha.update(key.encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -1,0 +1,202 @@
+"""Small images that need no download: handwritten digits, drawn letters, patches of photographs, noise.
+
+All of them are made to look alike in everything but what they show: scikit-learn's digits were bitmaps of 32 x 32
+pixels, of which blocks of 4 x 4 were counted (8 x 8 values from 0 to 16). Letters, patches and noise go the same way,
+and all are then enlarged to 32 x 32. So neither resolution, blur nor the number of grey levels tells OOD from ID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 32  # pixels of every image here
+CELLS = 8  # values a side of scikit-learn's digits
+LEVELS = 16
+N_TEST = 450
+
+LETTERS = "ACEFHKMNPRTVWXYadefhkmnrtuwxy"
+"""Letters that no digit looks like. Left out, because a drawn one is often a digit: O o Q D U (0), I i l J j L (1), Z
+z (2), B (3 or 8), S s (5), G b (6), q g p (9), and c v, which are parts of digits."""
+
+FONTS = (
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Italic.ttf",
+    "DejaVuSansMono.ttf",
+    "STIXGeneral.ttf",
+    "STIXGeneralItalic.ttf",
+    "cmss10.ttf",
+)
+"""Fonts that matplotlib carries."""
+
+N_PATCHES = 600
+N_NOISE = 100  # of each kind
+Images = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
+
+
+def load(name: str, seed: int = 0) -> Images:
+    """Images of a built-in set.
+
+    Parameters
+    ----------
+    name : str
+        One of ``NAMES``.
+    seed : int
+        Of drawing and cutting. The split of the digits does not depend on it: nobody should test on what another run
+        trained on.
+
+    Returns
+    -------
+    images : (N, 32, 32, 3) uint8
+    labels : (N,) int64
+    ids : (N,) str
+    class_names : tuple of str
+    """
+    if name not in _MAKERS:
+        raise ValueError(f"no built-in set {name!r}; there are {', '.join(NAMES)}")
+    return _MAKERS[name](seed)
+
+
+def enlarge(cells: np.ndarray) -> np.ndarray:
+    """Values (N, 8, 8) in [0, 16] -> images (N, 32, 32, 3) uint8, bicubic."""
+    grey = np.round(np.asarray(cells, dtype=np.float64) * (255 / LEVELS)).clip(0, 255).astype(np.uint8)
+    large = [np.asarray(Image.fromarray(each).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for each in grey]
+    return np.repeat(np.stack(large)[..., None], 3, axis=3)
+
+
+def count_cells(grey: np.ndarray) -> np.ndarray:
+    """Grey images (N, 32, 32) in [0, 1] -> mean of each 4 x 4 block in steps of 1/16, as whole numbers (N, 8, 8) from
+    0 to 16."""
+    block = SIDE // CELLS
+    means = grey.reshape(-1, CELLS, block, CELLS, block).mean(axis=(2, 4))
+    return np.round(means * LEVELS)
+
+
+# --- digits ---------------------------------------------------------------------------------------
+
+
+def _digits(part: str) -> Images:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    train, test = train_test_split(np.arange(len(data.target)), test_size=N_TEST, stratify=data.target, random_state=0)
+    rows = np.sort(train if part == "train" else test)
+    labels = data.target[rows].astype(np.int64)
+    ids = np.array([f"digit-{row:04d}" for row in rows])
+    return enlarge(data.images[rows]), labels, ids, tuple(str(digit) for digit in range(10))
+
+
+# --- letters --------------------------------------------------------------------------------------
+
+
+def _letters(seed: int, variants: int = 3) -> Images:
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    rng = np.random.default_rng(seed)
+    drawn, labels, ids = [], [], []
+    for file in FONTS:
+        font = ImageFont.truetype(str(folder / file), 96)
+        for label, letter in enumerate(LETTERS):
+            for variant in range(variants):
+                hand = {"angle": rng.uniform(-12, 12), "slant": rng.uniform(-0.2, 0.2), "narrow": rng.uniform(0.7, 1.0)}
+                drawn.append(_draw(letter, font, stroke=int(rng.integers(0, 5)), **hand))
+                labels.append(label)
+                ids.append(f"{letter}-{file.removesuffix('.ttf')}-{variant}")
+    return enlarge(count_cells(np.stack(drawn))), np.array(labels, dtype=np.int64), np.array(ids), tuple(LETTERS)
+
+
+def _draw(
+    letter: str, font: ImageFont.FreeTypeFont, stroke: int, angle: float, slant: float, narrow: float
+) -> np.ndarray:
+    """A letter as bitmap (32, 32) of 0 and 1, as high as the frame and centred, as the digits were."""
+    canvas = Image.new("L", (256, 256))
+    ImageDraw.Draw(canvas).text((128, 128), letter, fill=255, font=font, anchor="mm", stroke_width=stroke)
+    canvas = canvas.transform(
+        canvas.size, Image.Transform.AFFINE, (1, slant, -128 * slant, 0, 1, 0), Image.Resampling.BILINEAR
+    )
+    canvas = canvas.rotate(angle, Image.Resampling.BILINEAR)
+    canvas = canvas.crop(canvas.getbbox())
+    width, height = canvas.size
+    scale = SIDE / max(height, width * narrow)
+    small = canvas.resize((max(1, round(width * narrow * scale)), max(1, round(height * scale))), Image.Resampling.BOX)
+    frame = Image.new("L", (SIDE, SIDE))
+    frame.paste(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
+    return (np.asarray(frame) >= 96).astype(np.float64)
+
+
+# --- patches and noise ----------------------------------------------------------------------------
+
+
+def photographs() -> dict[str, np.ndarray]:
+    """Grey photographs and textures that scikit-learn and matplotlib carry, ``{name: (H, W) float in [0, 1]}``."""
+    import matplotlib
+    from sklearn.datasets import load_sample_images
+
+    sample = load_sample_images()
+    found = {Path(name).stem: image for name, image in zip(sample.filenames, sample.images, strict=True)}
+    folder = Path(matplotlib.get_data_path()) / "sample_data"
+    for name in ("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png"):
+        if (folder / name).is_file():  # some distributions of matplotlib leave its sample data out
+            with Image.open(folder / name) as image:
+                found[Path(name).stem] = np.asarray(image.convert("RGB"))
+    return {
+        name: image.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255 for name, image in sorted(found.items())
+    }
+
+
+def _patches(seed: int) -> Images:
+    """Random squares of 32 to 96 pixels, not blank, stretched to the whole grey scale."""
+    rng = np.random.default_rng(seed)
+    photos = photographs()
+    names = tuple(photos)
+    taken, labels, ids = [], [], []
+    while len(taken) < N_PATCHES:
+        label = len(taken) % len(names)
+        grey = photos[names[label]]
+        side = int(rng.choice((32, 64, 96)))
+        y, x = (int(rng.integers(0, size - side + 1)) for size in grey.shape)
+        patch = grey[y : y + side, x : x + side]
+        patch = patch.reshape(SIDE, side // SIDE, SIDE, side // SIDE).mean(axis=(1, 3))
+        low, high = np.percentile(patch, (1, 99))
+        if high - low < 0.15:  # sky and other blank places
+            continue
+        taken.append(((patch - low) / (high - low)).clip(0, 1))
+        labels.append(label)
+        ids.append(f"{names[label]}-{y}-{x}-{side}")
+    return enlarge(count_cells(np.stack(taken))), np.array(labels, dtype=np.int64), np.array(ids), names
+
+
+def _noise(seed: int) -> Images:
+    """Uniform, salt and pepper, and smooth noise; the smooth kind has about the digits' blur."""
+    rng = np.random.default_rng(seed)
+    shape = (N_NOISE, CELLS, CELLS)
+    coarse = rng.uniform(size=(N_NOISE, 4, 4)).astype(np.float32)
+    smooth = np.stack(
+        [np.asarray(Image.fromarray(each).resize((CELLS, CELLS), Image.Resampling.BICUBIC)) for each in coarse]
+    )
+    kinds: dict[str, np.ndarray] = {
+        "uniform": rng.uniform(size=shape),
+        "salt and pepper": (rng.uniform(size=shape) < rng.uniform(0.2, 0.6, size=(N_NOISE, 1, 1))).astype(np.float64),
+        "smooth": smooth.clip(0, 1),
+    }
+    cells = np.round(np.concatenate(list(kinds.values())) * LEVELS)
+    labels = np.repeat(np.arange(len(kinds)), N_NOISE)
+    ids = np.array([f"{kind}-{i:03d}" for kind in kinds for i in range(N_NOISE)])
+    return enlarge(cells), labels, ids, tuple(kinds)
+
+
+_MAKERS: dict[str, Callable[[int], Images]] = {
+    "digits/train": lambda seed: _digits("train"),
+    "digits/test": lambda seed: _digits("test"),
+    "letters": _letters,
+    "patches": _patches,
+    "noise": _noise,
+}
+NAMES = tuple(_MAKERS)

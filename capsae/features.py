@@ -1,0 +1,368 @@
+"""Images -> features: one pass of a frozen backbone over a source, sharded, resumable and flat in memory.
+
+Decoding runs in threads ahead of the forward pass (Pillow releases the GIL); a finished shard is one safetensors
+file, written atomically, and is never made again by a later run with the same source and backbone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .backbone import Backbone, BackboneSpec, available_cores, load_backbone, pick_device
+from .data import ImageSource, open_source
+from .featureset import FeatureSet, LinearHead, read_tensors, write_tensors
+from .images import BadImage
+from .packs import load_pack, make_pack, pack_sets
+from .probe import fit_linear_probe
+
+__all__ = [
+    "BackboneSpec",
+    "BadImagesError",
+    "FeatureSet",
+    "LinearHead",
+    "extract",
+    "fit_linear_probe",
+    "load_backbone",
+    "load_pack",
+    "make_pack",
+    "pack_sets",
+]
+
+log = logging.getLogger(__name__)
+
+EXTRACTOR = 1
+"""Raised whenever the same pixels and weights would give other features: shards and packs of another number are not
+resumed."""
+
+MAX_BAD = 0.01
+_TASK = (
+    16  # images per decoding task: few enough to spread a batch over the threads, enough that the queue costs nothing
+)
+_AHEAD = 3  # batches decoded ahead of the forward pass
+
+
+class BadImagesError(ValueError):
+    """More images are bad than a run may skip; ``bad`` lists them as ``{"id", "why"}``."""
+
+    def __init__(self, source: str, bad: list[dict], total: int, max_bad: float):
+        first = "; ".join(f"{each['id']!r}: {each['why']}" for each in bad[:3])
+        super().__init__(
+            f"{source}: at least {len(bad)} of {total} images are bad, "
+            f"more than the {max_bad:.2%} that may be skipped. "
+            f"The first: {first}. Repair or remove them, or raise max_bad"
+        )
+        self.bad = bad
+
+
+@dataclass(frozen=True)
+class _Batch:
+    shard: int
+    rows: np.ndarray  # (B,)
+    pixels: torch.Tensor  # (B, size, size, 3) uint8
+    tasks: list[Future]  # each gives [(position, BadImage)]
+
+
+def extract(
+    source,
+    backbone,
+    out_dir: str | os.PathLike,
+    *,
+    batch_size: int = 128,
+    shard_size: int = 4096,
+    device: str = "auto",
+    dtype: str = "auto",
+    workers: int | None = None,
+    logits: bool = True,
+    name: str | None = None,
+    max_bad: float = MAX_BAD,
+    progress: bool = True,
+) -> FeatureSet:
+    """Features of all images of a source.
+
+    Parameters
+    ----------
+    source : ImageSource or mapping
+        What :func:`capsae.data.open_source` gives or takes.
+    backbone : str, mapping, BackboneSpec or Backbone
+        What :func:`capsae.backbone.load_backbone` takes.
+    out_dir : path
+        Gets ``shard-00000.safetensors`` and so on. Run again after a kill: finished shards are kept, shards of
+        another source, backbone or setting are replaced.
+    batch_size, shard_size : int
+        Images per forward pass and per shard.
+    device : str
+        ``auto`` = CUDA if there is any.
+    dtype : str
+        Products in ``float32``, ``bfloat16`` or ``auto``: bfloat16 on CUDA, float32 on a CPU (even where a CPU has
+        bfloat16 instructions: results should not depend on its generation).
+    workers : int or None
+        Decoding threads; None = the cores that this process may use.
+    logits : bool
+        Keep the logits of the model's own head, if it has one.
+    name : str or None
+        Name of the set; None = the source's.
+    max_bad : float
+        Share of bad images that may be skipped.
+    progress : bool
+        Show a bar with images/s.
+
+    Returns
+    -------
+    FeatureSet
+        Rows in the order of the source, bad images left out; ``meta["bad_images"]`` lists them as ``{"id", "why"}``.
+
+    Raises
+    ------
+    BadImagesError
+        If more than ``max_bad`` of the images are bad; as soon as that is sure.
+    """
+    source = source if isinstance(source, ImageSource) else open_source(source)
+    if len(source) == 0:
+        raise ValueError(f"{source.name} holds no images")
+    for key, value in (("batch_size", batch_size), ("shard_size", shard_size)):
+        if value < 1:
+            raise ValueError(f"{key} is {value}, expected at least 1")
+    workers = workers or available_cores()
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+    device = pick_device(device)
+    dtype = _pick_dtype(dtype, device)
+    backbone = load_backbone(backbone).to(device)
+    logits = bool(logits and backbone.n_logits)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+    key = _key(source, backbone, shard_size, dtype, logits)
+    n_shards = -(-len(source) // shard_size)
+    done = {i: info for i in range(n_shards) if (info := _finished(out_dir, i, key)) is not None}
+    _sweep(out_dir, n_shards)
+    bad: list[dict] = [each for i in sorted(done) for each in done[i]["bad_images"]]
+    kept_rows = sum(done[i]["n_rows"] for i in done)
+    if done:
+        log.info("%s: %d of %d shards are finished already", source.name, len(done), n_shards)
+
+    started = time.perf_counter()
+    with (
+        _bar(len(source), kept_rows, source.name, progress) as bar,
+        ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
+    ):
+        shard = _Shard.empty()
+        batches = _batches(
+            source, backbone, [i for i in range(n_shards) if i not in done], shard_size, batch_size, pool, device
+        )
+        try:
+            for batch, found, cls, scores in _forward(batches, backbone, device, dtype, logits):
+                if batch.shard != shard.number:
+                    shard.write(out_dir, key)
+                    shard = _Shard.empty(batch.shard)
+                shard.add(source, batch, found, cls, scores)
+                bad += [{"id": each.id, "why": each.why} for _, each in found]
+                if len(bad) > max_bad * len(source):
+                    raise BadImagesError(source.name, bad, len(source), max_bad)
+                bar.update(len(batch.rows))
+            shard.write(out_dir, key)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    if len(bad) > max_bad * len(source):
+        raise BadImagesError(source.name, bad, len(source), max_bad)
+    for each in bad:
+        log.warning("%s: skipped %s: %s", source.name, each["id"], each["why"])
+
+    meta = {
+        "backbone": backbone.describe(),
+        "backbone_digest": backbone.digest,
+        "source": source.spec,
+        "source_digest": source.digest(),
+        "bad_images": bad,
+        "n_images": len(source),
+        "device": _device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": round(time.perf_counter() - started, 3),
+        "resumed_shards": len(done),
+        "extractor": EXTRACTOR,
+        "versions": _versions(),
+    }
+    return _collect(out_dir, n_shards, source, name or source.name, meta, logits)
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def _batches(source, backbone: Backbone, shards, shard_size, batch_size, pool, device) -> Iterator[_Batch]:
+    """Batches in order, decoding up to ``_AHEAD`` of them beyond the one that is handed out."""
+    waiting: deque[_Batch] = deque()
+    pinned = device.type == "cuda"
+    for shard in shards:
+        stop = min(len(source), (shard + 1) * shard_size)
+        for start in range(shard * shard_size, stop, batch_size):
+            rows = np.arange(start, min(stop, start + batch_size))
+            pixels = torch.zeros(len(rows), backbone.size, backbone.size, 3, dtype=torch.uint8, pin_memory=pinned)
+            view = pixels.numpy()
+            tasks = [
+                pool.submit(_decode, source, backbone, rows[i : i + _TASK], view[i : i + _TASK], i)
+                for i in range(0, len(rows), _TASK)
+            ]
+            waiting.append(_Batch(shard, rows, pixels, tasks))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
+
+
+def _decode(source: ImageSource, backbone: Backbone, rows, out: np.ndarray, offset: int) -> list[tuple[int, BadImage]]:
+    bad = []
+    for i, row in enumerate(rows):
+        try:
+            out[i] = backbone.prepare(source.image(int(row)))
+        except BadImage as error:
+            bad.append((offset + i, error))
+    return bad
+
+
+def _forward(batches: Iterator[_Batch], backbone: Backbone, device, dtype, logits: bool):
+    """Yield (batch, bad, cls, logits) one batch late, so that an accelerator computes the next while this one is
+    fetched."""
+    previous = None
+    for batch in batches:
+        found = [each for task in batch.tasks for each in task.result()]
+        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = backbone.forward(batch.pixels.to(device, non_blocking=True), logits)
+        if previous is not None:
+            yield _fetch(*previous)
+        previous = (batch, found, out)
+    if previous is not None:
+        yield _fetch(*previous)
+
+
+def _fetch(batch, found, out):
+    cls, scores = out
+    return batch, found, cls.float().cpu().numpy(), None if scores is None else scores.float().cpu().numpy()
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+class _Shard:
+    """Rows of one shard until it is full."""
+
+    def __init__(self, number: int | None):
+        self.number, self.n_rows, self.bad = number, 0, []
+        self.rows: list[np.ndarray] = []
+        self.cls: list[np.ndarray] = []
+        self.logits: list[np.ndarray] = []
+
+    @classmethod
+    def empty(cls, number: int | None = None) -> _Shard:
+        return cls(number)
+
+    def add(self, source, batch: _Batch, found, cls, logits) -> None:
+        good = np.ones(len(batch.rows), dtype=bool)
+        good[[position for position, _ in found]] = False
+        self.rows.append(batch.rows[good])
+        self.cls.append(cls[good])
+        if logits is not None:
+            self.logits.append(logits[good])
+        self.bad += [{"id": each.id, "why": each.why} for _, each in found]
+        self.n_rows += len(batch.rows)
+
+    def write(self, out_dir: Path, key: str) -> None:
+        if self.number is None:
+            return
+        tensors = {"rows": np.concatenate(self.rows), "cls": np.concatenate(self.cls)}
+        if self.logits:
+            tensors["logits"] = np.concatenate(self.logits)
+        write_tensors(
+            _shard_path(out_dir, self.number), tensors, {"key": key, "n_rows": self.n_rows, "bad_images": self.bad}
+        )
+
+
+def _shard_path(out_dir: Path, number: int) -> Path:
+    return out_dir / f"shard-{number:05d}.safetensors"
+
+
+def _key(source: ImageSource, backbone: Backbone, shard_size: int, dtype, logits: bool) -> str:
+    parts = [EXTRACTOR, source.digest(), backbone.digest, shard_size, str(dtype), logits]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _finished(out_dir: Path, number: int, key: str) -> dict | None:
+    """Info of a shard that this very run would make, else None. A rename puts only whole files there; the header
+    alone is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(_shard_path(out_dir, number), framework="numpy") as file:
+            info = json.loads((file.metadata() or {}).get("capsae", "{}"))
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return info if info.get("key") == key else None
+
+
+def _sweep(out_dir: Path, n_shards: int) -> None:
+    """Remove what a killed run or a longer source left behind."""
+    for path in [*out_dir.glob("shard-*.safetensors.*.tmp"), *out_dir.glob("shard-*.safetensors")]:
+        if path.suffix == ".tmp" or int(path.name[6:11]) >= n_shards:
+            path.unlink(missing_ok=True)
+
+
+def _collect(out_dir: Path, n_shards: int, source: ImageSource, name: str, meta: dict, logits: bool) -> FeatureSet:
+    parts = [read_tensors(_shard_path(out_dir, i))[0] for i in range(n_shards)]
+    rows = np.concatenate([part["rows"] for part in parts])
+    return FeatureSet(
+        cls=np.concatenate([part["cls"] for part in parts]),
+        labels=source.labels[rows],
+        ids=source.ids[rows],
+        logits=np.concatenate([part["logits"] for part in parts]) if logits else None,
+        name=name,
+        class_names=source.class_names,
+        meta=meta,
+    )
+
+
+# --- small things ---------------------------------------------------------------------------------
+
+
+def _pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if dtype not in known:
+        raise ValueError(f"dtype is {dtype!r}, expected 'auto', 'float32' or 'bfloat16'")
+    return known[dtype]
+
+
+def _bar(total: int, initial: int, name: str, progress: bool):
+    from tqdm.auto import tqdm
+
+    label = Path(name).parent.name + "/" + Path(name).name if os.sep in name else name
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=f"features {label}",
+        unit="images",
+        disable=not progress,
+        mininterval=0.5,
+        smoothing=0.05,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict:
+    import PIL
+    import timm
+
+    return {"torch": torch.__version__, "timm": timm.__version__, "pillow": PIL.__version__, "numpy": np.__version__}

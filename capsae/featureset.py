@@ -1,0 +1,203 @@
+"""Features of a set of images, the linear head on them, and how both are kept on disk (safetensors, never pickle)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+SCHEMA = 1
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, np.ndarray], info: dict) -> Path:
+    """Write one safetensors file atomically: temporary name, fsync, rename. A killed run leaves the old file or the
+    new one."""
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # one metadata key: safetensors does not keep the order of several, and equal content should be equal bytes
+    contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    save_file(contiguous, temporary, metadata={"capsae": json.dumps(info, sort_keys=True)})
+    os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that only their owner may read
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+    return path
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
+    """Tensors and info of a file that :func:`write_tensors` wrote; ValueError if it is another kind of file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {os.fspath(path)!r}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            info = (file.metadata() or {}).get("capsae")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)!r} is not a whole safetensors file: {error}") from None
+    if info is None:
+        raise ValueError(f"{os.fspath(path)!r} is a safetensors file, but not one of ours (no 'capsae' metadata)")
+    return tensors, json.loads(info)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # reading it means setting it
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def pack_strings(strings) -> np.ndarray:
+    """Strings as one uint8 tensor (UTF-8 JSON), so that a million names do not swell the safetensors header."""
+    return np.frombuffer(json.dumps([str(s) for s in strings], ensure_ascii=False).encode(), dtype=np.uint8)
+
+
+def unpack_strings(tensor: np.ndarray) -> list[str]:
+    """Inverse of :func:`pack_strings`."""
+    return json.loads(tensor.tobytes().decode())
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of N images.
+
+    Attributes
+    ----------
+    cls : (N, d) float32
+        The vector that the backbone's head reads (CLS token after the final norm, or the pooled token).
+    labels : (N,) int64
+        The source's own labels; -1 where it has none.
+    ids : (N,) str
+        Names of the images in their source.
+    logits : (N, C) float32 or None
+        Output of a head, the backbone's own or a probe.
+    name : str
+        Name of the set, e.g. ``"near/imagenet980"``.
+    class_names : tuple of str
+        ``class_names[label]``; empty if unknown.
+    meta : dict
+        Where the features come from: backbone, digest of the weights, source, bad images, device, wall time.
+    """
+
+    cls: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    logits: np.ndarray | None = None
+    name: str = ""
+    class_names: tuple[str, ...] = ()
+    meta: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        cls = np.asarray(self.cls, dtype=np.float32)
+        if cls.ndim != 2:
+            raise ValueError(f"cls has shape {cls.shape}, expected (N, d)")
+        arrays = {
+            "cls": cls,
+            "labels": np.asarray(self.labels, dtype=np.int64),
+            "ids": np.asarray(self.ids, dtype=str),
+            "logits": None if self.logits is None else np.asarray(self.logits, dtype=np.float32),
+            "class_names": tuple(self.class_names),
+        }
+        for key in ("labels", "ids", "logits"):
+            if arrays[key] is not None and len(arrays[key]) != len(cls):
+                raise ValueError(f"{key} has {len(arrays[key])} rows, cls {len(cls)}")
+        for key, value in arrays.items():
+            object.__setattr__(self, key, value)
+
+    def __len__(self) -> int:
+        return len(self.cls)
+
+    def take(self, rows) -> FeatureSet:
+        """The rows of a boolean mask (N,) or of indices, in their order."""
+        rows = np.asarray(rows)
+        if rows.dtype == bool and rows.shape != (len(self),):
+            raise ValueError(f"mask has shape {rows.shape}, expected ({len(self)},)")
+        if rows.size == 0:
+            rows = rows.astype(np.int64)
+        logits = None if self.logits is None else self.logits[rows]
+        return replace(self, cls=self.cls[rows], labels=self.labels[rows], ids=self.ids[rows], logits=logits)
+
+    def digest(self) -> str:
+        """SHA-256 of the content (arrays and names, not ``meta``: a wall time is no content), in hex."""
+        sha = hashlib.sha256(json.dumps([SCHEMA, self.name, list(self.class_names)]).encode())
+        for key in ("cls", "labels", "logits"):
+            value = getattr(self, key)
+            if value is not None:
+                sha.update(f"{key}{value.shape}".encode())
+                sha.update(np.ascontiguousarray(value).data)
+        sha.update(pack_strings(self.ids).data)
+        return sha.hexdigest()
+
+    def save(self, path: str | os.PathLike, dtype: str = "float32") -> Path:
+        """Write one ``.safetensors`` file; ``dtype="float16"`` halves it (for features, seldom for statistics)."""
+        if dtype not in ("float16", "float32"):
+            raise ValueError(f"dtype is {dtype!r}, expected 'float16' or 'float32'")
+        tensors = {"cls": self.cls.astype(dtype), "labels": self.labels, "ids": pack_strings(self.ids)}
+        if self.logits is not None:
+            tensors["logits"] = self.logits.astype(dtype)
+        info = {"schema": SCHEMA, "name": self.name, "class_names": list(self.class_names), "meta": self.meta}
+        return write_tensors(path, tensors, info)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> FeatureSet:
+        """Read what :meth:`save` wrote."""
+        tensors, info = read_tensors(path)
+        if info.get("schema") != SCHEMA or "cls" not in tensors:
+            raise ValueError(
+                f"{os.fspath(path)!r} holds no FeatureSet of schema {SCHEMA} (found {info.get('schema')!r})"
+            )
+        return cls(
+            cls=tensors["cls"],
+            labels=tensors["labels"],
+            ids=unpack_strings(tensors["ids"]),
+            logits=tensors.get("logits"),
+            name=info["name"],
+            class_names=tuple(info["class_names"]),
+            meta=info["meta"],
+        )
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Linear classifier on features: ``logits = cls @ weight.T + bias``.
+
+    Attributes
+    ----------
+    weight : (C, d) float32
+    bias : (C,) float32
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def logits(self, cls: np.ndarray) -> np.ndarray:
+        """Logits (N, C) float32 of features (N, d)."""
+        cls = np.asarray(cls, dtype=np.float32)
+        if cls.ndim != 2 or cls.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"cls has shape {cls.shape}, this head expects (N, {self.weight.shape[1]})")
+        return cls @ self.weight.T + self.bias
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write one ``.safetensors`` file."""
+        return write_tensors(path, {"weight": self.weight, "bias": self.bias}, {"schema": SCHEMA})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> LinearHead:
+        """Read what :meth:`save` wrote."""
+        tensors, _ = read_tensors(path)
+        return cls(weight=tensors["weight"], bias=tensors["bias"])

@@ -1,0 +1,173 @@
+"""Embedded feature sets: the default profiles need no download, no weights and no image.
+
+A pack is a folder with one ``<set>.safetensors`` per set (``/`` in the name of a set becomes ``__``) and
+``pack.json``, which says how it was made. It holds features only: no image can be looked at.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..featureset import FeatureSet
+
+PACKS = Path(__file__).parent
+MAX_BYTES = 8_000_000
+LICENCE = (
+    "Features computed from images that belong to others; for non-commercial research only "
+    "where they derive from ImageNet. No image is included."
+)
+
+
+def packs() -> list[str]:
+    """Names of the embedded packs."""
+    return sorted(path.parent.name for path in PACKS.glob("*/pack.json"))
+
+
+def pack_sets(name: str | os.PathLike) -> list[str]:
+    """Names of the sets of a pack (a name, or a folder that :func:`make_pack` wrote), in the order they were given."""
+    return list(pack_info(name)["sets"])
+
+
+def pack_info(name: str | os.PathLike) -> dict:
+    """Provenance of a pack: the content of its ``pack.json``."""
+    return json.loads((_folder(name) / "pack.json").read_text(encoding="utf-8"))
+
+
+def load_pack(name: str | os.PathLike, set_name: str) -> FeatureSet:
+    """One set of a pack; cls (N, d) float32, rounded to float16 when it was made.
+
+    Raises
+    ------
+    ValueError
+        No such pack or set; the message lists those there are.
+    """
+    known = pack_sets(name)
+    if set_name not in known:
+        raise ValueError(f"pack {os.fspath(name)!r} has no set {set_name!r}; its sets are {', '.join(known)}")
+    return FeatureSet.load(_file(_folder(name), set_name))
+
+
+def make_pack(
+    name: str,
+    sources: Mapping[str, object],
+    backbone,
+    out: str | os.PathLike,
+    *,
+    work: str | os.PathLike | None = None,
+    notes: str = "",
+    max_bytes: int | None = MAX_BYTES,
+    **options,
+) -> Path:
+    """Extract sets into a pack.
+
+    Parameters
+    ----------
+    name : str
+        Name of the pack.
+    sources : mapping
+        ``{set name: ImageSource or what open_source takes}``.
+    backbone : anything that ``load_backbone`` takes
+    out : path
+        Folder of the pack.
+    work : path or None
+        Folder of the shards (resumed after a kill); None = ``<out>/.work``, removed at the end.
+    notes : str
+        A sentence for ``pack.json`` about the images and their processing.
+    max_bytes : int or None
+        Refuse a pack that is larger.
+    options
+        For :func:`capsae.features.extract`; logits are left out unless asked for.
+
+    Returns
+    -------
+    Path
+        The folder of the pack.
+    """
+    import shutil
+
+    from ..backbone import load_backbone
+    from ..data import ImageSource, open_source
+    from ..features import EXTRACTOR, extract
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    shards = Path(work) if work else out / ".work"
+    backbone = load_backbone(backbone)
+    options = {"dtype": "float32", "logits": False} | options
+    sets: dict[str, dict] = {}
+    versions: dict = {}
+    for set_name, given in sources.items():
+        source = given if isinstance(given, ImageSource) else open_source(given)
+        features = extract(source, backbone, shards / set_name.replace("/", "__"), name=set_name, **options)
+        versions = features.meta["versions"]
+        bad = features.meta["bad_images"]
+        # the pack is the same wherever and however often it is made: no path, no wall time in its files
+        meta = {"pack": name, "backbone_digest": backbone.digest, "bad_images": bad}
+        features = FeatureSet(
+            features.cls, features.labels, features.ids, features.logits, set_name, features.class_names, meta
+        )
+        path = features.save(_file(out, set_name), dtype="float16")
+        sets[set_name] = {
+            "file": path.name,
+            "sha256": _sha256(path),
+            "bytes": path.stat().st_size,
+            "n": len(features),
+            "n_classes": len(features.class_names),
+            "bad_images": len(bad),
+            "source": {file.parent.name + "/" + file.name: _sha256(file) for file in source.files},
+        }
+    total = sum(each["bytes"] for each in sets.values())
+    if max_bytes is not None and total > max_bytes:
+        raise ValueError(
+            f"pack {name!r} has {total} bytes, more than {max_bytes}: pack fewer images or a narrower backbone"
+        )
+    info = {
+        "name": name,
+        "notes": notes,
+        "licence": LICENCE,
+        "backbone": backbone.describe(),
+        "backbone_digest": backbone.digest,
+        "dim": backbone.dim,
+        "dtype": {"products": options["dtype"], "stored": "float16"},
+        "extractor": EXTRACTOR,
+        "code": _code_digest(),
+        "versions": versions,
+        "made": datetime.date.today().isoformat(),
+        "bytes": total,
+        "sets": sets,
+    }
+    (out / "pack.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    if work is None:
+        shutil.rmtree(shards, ignore_errors=True)
+    return out
+
+
+def _folder(name: str | os.PathLike) -> Path:
+    for folder in (PACKS / name, Path(name)):
+        if (folder / "pack.json").is_file():
+            return folder
+    raise ValueError(
+        f"no pack {os.fspath(name)!r}; embedded are {', '.join(packs()) or 'none'}, or give the folder of your own"
+    )
+
+
+def _file(folder: Path, set_name: str) -> Path:
+    return folder / f"{set_name.replace('/', '__')}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _code_digest() -> str:
+    """SHA-256 over the source of the modules that turn an image into features."""
+    sha = hashlib.sha256()
+    for module in ("images.py", "data.py", "backbone.py", "features.py"):
+        sha.update((PACKS.parent / module).read_bytes())
+    return sha.hexdigest()
