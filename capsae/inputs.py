@@ -207,13 +207,19 @@ def check_pack(profile: Profile) -> None:
     lines = []
     for key in ("model", "pooling", "crop"):
         stored, wanted = info["backbone"].get(key), getattr(profile.backbone, key)
-        if stored is not None and stored != wanted:
+        same = _architecture(stored) == _architecture(wanted) if key == "model" else stored == wanted
+        if None not in (stored, wanted) and not same:
             lines.append(f"backbone.{key} = {wanted!r}: pack {profile.pack!r} holds features made with {stored!r}")
     missing = sorted(set(profile.sets) - set(info["sets"]) - ({"val"} if isinstance(profile.val, Holdout) else set()))
     if missing:
         lines.append(f"pack = {profile.pack!r}: it has no {', '.join(missing)}; it has {', '.join(info['sets'])}")
     if lines:
         raise ProfileError(f"profile {profile.name!r} cannot be used", lines)
+
+
+def _architecture(model: str) -> str:
+    """``deit_tiny_patch16_224`` of ``deit_tiny_patch16_224.fb_in1k``: a checkpoint file is known by the former only."""
+    return model.partition(".")[0]
 
 
 def check_backbone(profile: Profile) -> None:
@@ -229,12 +235,12 @@ def check_backbone(profile: Profile) -> None:
     else:
         import timm
 
-        if not family and timm.is_model(rest.partition(".")[0]):
+        if not family and timm.is_model(_architecture(rest)):
             return
         known = timm.list_models()
     if model in known:
         return
-    close = difflib.get_close_matches(model.partition(".")[0], known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(_architecture(model), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists timm's"
     ours = f"no timm model, nor {DIGITS_VIT} or torchvision/vit_b_16"
     raise ProfileError(f"profile {profile.name!r} cannot be used", [f"backbone.model = {model!r}: {ours}; {hint}"])

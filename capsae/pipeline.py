@@ -5,7 +5,6 @@ This is the edge where files, devices and settings are decided; the modules it c
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -144,13 +143,10 @@ class Run:
         def save(trained, folder):
             sae, history = trained
             sae.save(folder)
-            history.to_csv(folder / "history.csv", index=False)
-            (folder / "history.json").write_text(json.dumps(history.attrs, default=str), encoding="utf-8")
+            _save_frame(history, folder)  # with its attrs
 
         def load(folder):
-            history = pd.read_csv(folder / "history.csv", float_precision="round_trip")
-            history.attrs = json.loads((folder / "history.json").read_text(encoding="utf-8"))
-            return TopKSAE.load(folder, device=_torch_device(self.device)), history
+            return TopKSAE.load(folder, device=_torch_device(self.device)), _load_frame(folder)
 
         return self._stored("sae", make, save, load)
 
@@ -237,8 +233,10 @@ class Run:
         return self._stored("scores", make, _save_frame, _load_frame, names)
 
     def threshold(self, name: str, keep: float = 0.95) -> float:
-        """Return the score above which a sample is flagged: ``keep`` of the ID validation rows lie at or below it."""
-        return float(np.quantile(self.detectors([name])[name].score(self.observations("val")), keep, method="higher"))
+        """Return the score above which a sample is flagged: the lowest that keeps ``keep`` of the ID val rows."""
+        return float(
+            np.quantile(self.detectors([name])[name].score(self.observations("val")), keep, method="inverted_cdf")
+        )
 
     # --- digests and provenance
 

@@ -72,10 +72,12 @@ def _nearest(path: tuple[str, ...], raw: dict, model: type) -> str:
     known = sorted(_keys_at(model, path[:-1], raw))
     close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
     by_name = {key.rpartition(".")[2]: key for key in reversed(all_keys(model))}
-    elsewhere = difflib.get_close_matches(path[-1], by_name, n=1, cutoff=0.7)
-    if elsewhere and (not close or elsewhere[0] == path[-1]):
-        return f"did you mean {by_name[elsewhere[0]]}? known here: {', '.join(known)}"
-    return (f"did you mean {prefix}{close[0]}? " if close else "") + f"known here: {', '.join(known)}"
+    # The same name in another table, or, if nothing here is near, a near one there.
+    elsewhere = [path[-1]] if path[-1] in by_name else []
+    elsewhere = elsewhere or ([] if close else difflib.get_close_matches(path[-1], by_name, n=1, cutoff=0.7))
+    meant = [prefix + name for name in close] + [by_name[name] for name in elsewhere]
+    hint = f"did you mean {' or '.join(meant)}? " if meant else ""
+    return f"{hint}known here: {', '.join(known)}"
 
 
 def all_keys(model: type, prefix: str = "") -> list[str]:

@@ -13,11 +13,12 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from .profile_errors import ProfileError, explain_validation
+from .profile_parts import Backbone, CapConfig, Holdout, Part, Source, Validation, path_fields
 from .sae.config import SAEConfig
 
 FOLDER = Path(__file__).with_name("profiles")
@@ -25,128 +26,7 @@ DATA_ENV = "CAPSAE_DATA"  # where relative paths of sources start when a profile
 _SET_NAME = re.compile(r"(near|far)/[A-Za-z0-9_.-]+")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Backbone(_Part):
-    """The frozen feature extractor: a timm name, ``torchvision/vit_b_16``, or ``capsae/digits_vit`` (trained here)."""
-
-    model: str
-    checkpoint: str | None = None  # weights file; relative paths start from data_root
-    pretrained: bool = False
-    pooling: Literal["cls", "avg", "token"] = "cls"
-    image_size: int | None = None  # None here and below: what the weights were trained with
-    crop: Literal["center", "squash"] = "center"
-    crop_pct: float | None = None
-    interpolation: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-
-class _Source(_Part):
-    classes: tuple[str, ...] | None = None  # keep these classes only, in this order
-    limit: int | None = None  # at most so many images, evenly spaced over the source
-
-    @field_validator("limit")
-    @classmethod
-    def _some_rows(cls, value):
-        if value is not None and value < 1:
-            raise ValueError("keeps no image; use 1 or more, or leave the key out for all")
-        return value
-
-
-class Hub(_Source):
-    """A Hugging Face data set."""
-
-    kind: Literal["hub"]
-    name: str
-    config: str | None = None
-    split: str
-    image: str | None = None  # columns; None: found by type and name
-    label: str | None = None
-    id: str | None = None
-
-
-class Parquet(_Source):
-    """A local parquet file, a folder of them or a glob pattern, in the hub's layout."""
-
-    kind: Literal["parquet"]
-    path: str
-    image: str | None = None
-    label: str | None = None
-    id: str | None = None
-
-
-class ImageFolder(_Source):
-    """``path/<class>/<image>``, or a flat folder of images without labels."""
-
-    kind: Literal["folder"]
-    path: str
-
-
-class ImgList(_Source):
-    """OpenOOD's image lists: lines of ``<path under root> <label>``."""
-
-    kind: Literal["imglist"]
-    list: str
-    root: str
-    class_names: tuple[str, ...] | None = None
-
-
-class Builtin(_Source):
-    """Images that installed packages carry or that are drawn: see ``capsae.builtin``."""
-
-    kind: Literal["builtin"]
-    name: str
-    seed: int = 0
-
-
-class Holdout(_Part):
-    """ID validation rows held out of train, stratified by class; "train" then excludes them."""
-
-    fraction: float = 0.1
-    seed: int = 0
-
-    @field_validator("fraction")
-    @classmethod
-    def _proper_share(cls, value):
-        if not 0 < value < 1:
-            raise ValueError("must lie between 0 and 1, both excluded; 0.1 holds out a tenth of train")
-        return value
-
-
-def _kind(value: Any) -> Any:
-    return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-
-
-Source = Annotated[Hub | Parquet | ImageFolder | ImgList | Builtin, Discriminator("kind")]
-Validation = Annotated[
-    Annotated[Hub, Tag("hub")]
-    | Annotated[Parquet, Tag("parquet")]
-    | Annotated[ImageFolder, Tag("folder")]
-    | Annotated[ImgList, Tag("imglist")]
-    | Annotated[Builtin, Tag("builtin")]
-    | Annotated[Holdout, Tag("holdout")],
-    Discriminator(lambda value: _kind(value) or "holdout"),
-]
-
-
-class CapConfig(_Part):
-    """How class activation profiles are made and cut."""
-
-    core_fraction: float = 0.15  # the paper's p: L = p * D
-    correct_only: bool = False  # only training rows that the head predicts correctly
-
-    @field_validator("core_fraction")
-    @classmethod
-    def _some_latents(cls, value):
-        if not 0 < value <= 1:
-            raise ValueError("must be above 0 and at most 1; the paper's p is 0.15")
-        return value
-
-
-class Profile(_Part):
+class Profile(Part):
     """One experiment, from backbone to table. See the module's docstring and ``capsae profiles NAME``.
 
     ``data_root`` is the folder that relative paths of sources and of the checkpoint start from.
@@ -238,7 +118,7 @@ class Profile(_Part):
         """Return the source as the plain dict of ``data.open_source``, paths resolved against ``data_root``."""
         source = self.source(set_name)
         spec = source.model_dump(mode="json", exclude_none=True)
-        return spec | {key: str(self.resolve(getattr(source, key))) for key in _path_fields(source)}
+        return spec | {key: str(self.resolve(getattr(source, key))) for key in path_fields(source)}
 
     def resolve(self, path: str) -> Path:
         """Return ``path`` itself if absolute, else under ``data_root`` or, without one, $CAPSAE_DATA."""
@@ -259,7 +139,7 @@ class Profile(_Part):
         for name in self.sets if sets is None else sets:
             source = self.source(name)
             key = f"ood.{name}" if "/" in name else name
-            lines += [self._missing(f"{key}.{field}", getattr(source, field)) for field in _path_fields(source)]
+            lines += [self._missing(f"{key}.{field}", getattr(source, field)) for field in path_fields(source)]
         if self.backbone.checkpoint:
             lines.append(self._missing("backbone.checkpoint", self.backbone.checkpoint))
         return [line for line in lines if line]
@@ -279,10 +159,6 @@ class Profile(_Part):
     def to_dict(self) -> dict:
         """Return the profile as plain values, the form of its TOML file."""
         return self.model_dump(mode="json", exclude_none=True)
-
-
-def _path_fields(source: _Source | Holdout) -> tuple[str, ...]:
-    return {Parquet: ("path",), ImageFolder: ("path",), ImgList: ("list", "root")}.get(type(source), ())
 
 
 def available() -> list[str]:

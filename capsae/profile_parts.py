@@ -1,0 +1,142 @@
+"""The parts of a profile: backbone, sources of images, validation rows, profiles of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, field_validator
+
+
+class Part(BaseModel):
+    """A table of a profile: unknown keys and other types are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Backbone(Part):
+    """The frozen feature extractor: a timm name, ``torchvision/vit_b_16``, or ``capsae/digits_vit`` (trained here)."""
+
+    model: str
+    checkpoint: str | None = None  # weights file; relative paths start from data_root
+    pretrained: bool = False
+    pooling: Literal["cls", "avg", "token"] = "cls"
+    image_size: int | None = None  # None here and below: what the weights were trained with
+    crop: float | None = None  # share of the resized image that is kept; 1.0 keeps all of a square one
+    interpolation: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @field_validator("crop")
+    @classmethod
+    def _some_pixels(cls, value):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError("must be above 0 and at most 1; 1.0 keeps all of a square image")
+        return value
+
+
+class _Source(Part):
+    classes: tuple[str, ...] | None = None  # keep these classes only, in this order
+    limit: int | None = None  # at most so many images, evenly spaced over the source
+
+    @field_validator("limit")
+    @classmethod
+    def _some_rows(cls, value):
+        if value is not None and value < 1:
+            raise ValueError("keeps no image; use 1 or more, or leave the key out for all")
+        return value
+
+
+class Hub(_Source):
+    """A Hugging Face data set."""
+
+    kind: Literal["hub"]
+    name: str
+    config: str | None = None
+    split: str
+    image: str | None = None  # columns; None: found by type and name
+    label: str | None = None
+    id: str | None = None
+
+
+class Parquet(_Source):
+    """A local parquet file, a folder of them or a glob pattern, in the hub's layout."""
+
+    kind: Literal["parquet"]
+    path: str
+    image: str | None = None
+    label: str | None = None
+    id: str | None = None
+
+
+class ImageFolder(_Source):
+    """``path/<class>/<image>``, or a flat folder of images without labels."""
+
+    kind: Literal["folder"]
+    path: str
+
+
+class ImgList(_Source):
+    """OpenOOD's image lists: lines of ``<path under root> <label>``."""
+
+    kind: Literal["imglist"]
+    list: str
+    root: str
+    class_names: tuple[str, ...] | None = None
+
+
+class Builtin(_Source):
+    """Images that installed packages carry or that are drawn: see ``capsae.builtin``."""
+
+    kind: Literal["builtin"]
+    name: str
+    seed: int = 0
+
+
+class Holdout(Part):
+    """ID validation rows held out of train, stratified by class; "train" then excludes them."""
+
+    fraction: float = 0.1
+    seed: int = 0
+
+    @field_validator("fraction")
+    @classmethod
+    def _proper_share(cls, value):
+        if not 0 < value < 1:
+            raise ValueError("must lie between 0 and 1, both excluded; 0.1 holds out a tenth of train")
+        return value
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+
+
+Source = Annotated[Hub | Parquet | ImageFolder | ImgList | Builtin, Discriminator("kind")]
+Validation = Annotated[
+    Annotated[Hub, Tag("hub")]
+    | Annotated[Parquet, Tag("parquet")]
+    | Annotated[ImageFolder, Tag("folder")]
+    | Annotated[ImgList, Tag("imglist")]
+    | Annotated[Builtin, Tag("builtin")]
+    | Annotated[Holdout, Tag("holdout")],
+    Discriminator(lambda value: _kind(value) or "holdout"),
+]
+
+
+class CapConfig(Part):
+    """How class activation profiles are made and cut."""
+
+    core_fraction: float = 0.15  # the paper's p: L = p * D
+    correct_only: bool = False  # only training rows that the head predicts correctly
+
+    @field_validator("core_fraction")
+    @classmethod
+    def _some_latents(cls, value):
+        if not 0 < value <= 1:
+            raise ValueError("must be above 0 and at most 1; the paper's p is 0.15")
+        return value
+
+
+def path_fields(source: _Source | Holdout) -> tuple[str, ...]:
+    """Return the keys of a source that name files or folders."""
+    return {Parquet: ("path",), ImageFolder: ("path",), ImgList: ("list", "root")}.get(type(source), ())

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from capsae.store import Store, artefact_digest, check_files, default_root, source_digest
+
+MODULES = ("capsae.splits",)
+
+
+def save(value, folder):
+    save_file({"x": value}, folder / "x.safetensors")
+
+
+def load(folder):
+    return load_file(folder / "x.safetensors")["x"]
+
+
+def get(store, config=None, inputs=None, make=lambda: np.arange(1000.0), modules=MODULES, save=save):
+    return store.get_or_make(
+        "stage", config or {"a": 1}, inputs or {"b": "c"}, modules, make, save, load, {"profile": "p"}
+    )
+
+
+def never():
+    raise AssertionError("made again")
+
+
+def folder(store):
+    return store.path("stage", artefact_digest("stage", {"a": 1}, {"b": "c"}, MODULES))
+
+
+def test_made_once_then_read(tmp_path):
+    assert get(Store(tmp_path)).tolist() == get(Store(tmp_path), make=never).tolist()
+
+
+def test_config_input_and_stage_each_make_it_anew(tmp_path):
+    get(Store(tmp_path))
+    for change in ({"config": {"a": 2}}, {"inputs": {"b": "d"}}, {"modules": ("capsae.splits", "capsae.store")}):
+        with pytest.raises(AssertionError, match="made again"):
+            get(Store(tmp_path), make=never, **change)
+
+
+def test_provenance_says_what_was_done(tmp_path):
+    store = Store(tmp_path)
+    get(store)
+    digest = artefact_digest("stage", {"a": 1}, {"b": "c"}, MODULES)
+    record = store.provenance("stage", digest)
+    assert record["profile"] == "p" and record["config"] == {"a": 1} and record["inputs"] == {"b": "c"}
+    assert record["wall_s"] >= 0 and record["peak_rss_mb"] > 10 and "torch" in record["versions"]
+    assert record["files"]["x.safetensors"]["bytes"] == (folder(store) / "x.safetensors").stat().st_size
+    assert store.provenance("stage", "0" * 64) is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "provenance", "no provenance"])
+def test_a_damaged_artefact_is_named_and_made_again(tmp_path, caplog, damage):
+    store = Store(tmp_path)
+    get(store)
+    path = folder(store) / ("provenance.json" if "provenance" in damage else "x.safetensors")
+    content = path.read_bytes()
+    if damage in ("truncate", "provenance"):
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match=path.name):
+        check_files(folder(store))
+    assert get(store, make=lambda: np.ones(3)).tolist() == [1, 1, 1]
+    assert path.name in caplog.text and str(folder(store)) in caplog.text
+    assert get(store, make=never).tolist() == [1, 1, 1]
+    assert not [p for p in folder(store).parent.iterdir() if p.name.startswith(".")], "nothing is left behind"
+
+
+@pytest.mark.parametrize("where", ["make", "save"])
+def test_an_error_leaves_no_artefact(tmp_path, where):
+    store = Store(tmp_path)
+
+    def fail(*_):
+        raise RuntimeError("no luck")
+
+    def half(value, folder):
+        save(value, folder)
+        fail()
+
+    with pytest.raises(RuntimeError, match="no luck"):
+        get(store, **({"make": fail} if where == "make" else {"save": half}))
+    assert not folder(store).exists()
+    assert len(get(store)) == 1000
+
+
+KILLED = """
+import sys, time, numpy as np
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_store import Store, get, save
+def slow_save(value, folder):
+    save(value, folder)
+    Path({ready!r}).touch()
+    time.sleep(60)
+def slow_make():
+    Path({ready!r}).touch()
+    time.sleep(60)
+get(Store({root!r}), **({{"make": slow_make}} if {where!r} == "make" else {{"save": slow_save}}))
+"""
+
+
+@pytest.mark.parametrize("where", ["make", "save"])
+def test_kill_9_leaves_the_old_state(tmp_path, where):
+    ready, root = tmp_path / "ready", tmp_path / "store"
+    code = KILLED.format(tests=os.path.dirname(__file__), ready=str(ready), root=str(root), where=where)
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    deadline = time.time() + 60
+    while not ready.exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    assert ready.exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    store = Store(root)
+    assert not folder(store).exists()
+    assert len(get(store)) == 1000  # neither the lock nor the half-written folder stands in the way
+    assert sorted(p.name for p in folder(store).parent.iterdir()) == [folder(store).name, folder(store).name + ".lock"]
+
+
+def _make_slowly(root, log):
+    def make():
+        with open(log, "a") as file:
+            file.write("made\n")
+        time.sleep(0.5)
+        return np.arange(3.0)
+
+    get(Store(root), make=make)
+
+
+def test_two_processes_share_one_making(tmp_path):
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    log = tmp_path / "log"
+    both = [context.Process(target=_make_slowly, args=(tmp_path / "store", log)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert log.read_text() == "made\n"
+
+
+def test_scratch_goes_with_success_and_stays_without(tmp_path):
+    store, digest = Store(tmp_path), artefact_digest("stage", {"a": 1}, {"b": "c"}, MODULES)
+
+    def make():
+        (store.scratch("stage", digest) / "shard").write_text("1")
+        return np.arange(3.0)
+
+    with pytest.raises(RuntimeError):
+        get(store, make=lambda: (make(), (_ for _ in ()).throw(RuntimeError("killed"))))
+    assert (store.scratch("stage", digest) / "shard").is_file()
+    get(store, make=make)
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write the source of a throw-away module and return its digest."""
+    monkeypatch.syspath_prepend(tmp_path)
+    name, clock = f"throwaway_{uuid.uuid4().hex}", iter(range(1, 100))
+
+    def digest(source, definition=""):
+        path = tmp_path / f"{name}.py"
+        path.write_text(source)
+        os.utime(path, (0, next(clock)))  # two writes may fall into one tick of the file system
+        return source_digest([name + definition])
+
+    return digest
+
+
+PLAIN = """
+def f(x):
+    return x + 1
+
+LIMIT = 3
+def g(x):
+    return f(x) * LIMIT
+
+def h():
+    return 0
+"""
+
+
+def test_comments_docstrings_and_layout_do_not_count_but_code_does(module):
+    commented = '"""Module."""\n# why\n' + PLAIN.replace(
+        "return x + 1", '"""Add one."""\n    # because\n    return (x +\n        1)'
+    )
+    assert module(PLAIN) == module(commented)
+    assert module(PLAIN) != module(PLAIN.replace("+ 1", "+ 2"))
+
+
+def test_one_definition_counts_with_what_it_uses(module):
+    base = module(PLAIN, ":g")
+    assert base == module(PLAIN.replace("return 0", "return 9"), ":g")
+    assert base != module(PLAIN.replace("+ 1", "+ 2"), ":g")
+    assert base != module(PLAIN.replace("LIMIT = 3", "LIMIT = 4"), ":g")
+    with pytest.raises(ValueError, match="nothing_here"):
+        source_digest(["capsae.splits:nothing_here"])
+    with pytest.raises(ValueError, match="no module"):
+        source_digest(["capsae_no_such_module"])
+
+
+def test_default_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "home"))
+    assert default_root() == tmp_path / "home"
+    monkeypatch.delenv("CAPSAE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert default_root() == tmp_path / "cache" / "capsae"
+    (tmp_path / ".capsae").mkdir()
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    assert default_root() == tmp_path / ".capsae"
