@@ -112,10 +112,13 @@ class SAEConfig:
 
     @classmethod
     def from_dict(cls, settings: dict) -> SAEConfig:
-        """Settings from a file; unknown keys are refused."""
+        """Settings from a file; unknown and missing keys are refused."""
         unknown = sorted(set(settings) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown SAE setting {unknown[0]!r}; known: {', '.join(f.name for f in fields(cls))}")
+        missing = sorted({"latents", "k"} - set(settings))
+        if missing:
+            raise ValueError(f"no setting {missing[0]!r}: latents and k have no default")
         return cls(**settings)
 
 

@@ -57,6 +57,8 @@ def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], SAEConfig]:
     if not isinstance(cfg, dict) or cfg.get("schema") != SCHEMA:
         found = cfg.get("schema") if isinstance(cfg, dict) else type(cfg).__name__
         raise ValueError(f"{folder / CONFIG} has schema {found!r}; this version reads {SCHEMA}")
+    if not isinstance(cfg.get("config"), dict):
+        raise ValueError(f"{folder / CONFIG} has no 'config', an object with the SAE's settings")
     try:
         return load_file(folder / WEIGHTS), SAEConfig.from_dict(cfg["config"])
     except SafetensorError as error:

@@ -50,7 +50,7 @@ class Step:
         self.average = copy.deepcopy(sae) if self.config.ema else None
         self.steps = 0
         self.idle = torch.zeros(self.config.latents, dtype=torch.int32, device=device)  # steps since it last fired
-        self.dead = self.idle.nonzero().ravel()  # at the beginning of the epoch
+        self.find_dead()
         self.totals = torch.zeros(4, dtype=torch.float64, device=device)  # rows, loss, squared error, active
 
     def auxk(self, centred, residual, encoder, bias, decoder) -> torch.Tensor:
@@ -64,13 +64,17 @@ class Step:
         """What was counted since the last call, and a new dead set: the one place that waits for the device."""
         rows, loss, squared_error, active = self.totals.tolist()
         self.totals.zero_()
-        self.dead = (self.idle >= self.window).nonzero().ravel()
+        self.find_dead()
         return {
             "loss": loss / rows / self.variance,
             "fvu": squared_error / rows / self.variance,
             "l0": active / rows,
             "dead_fraction": len(self.dead) / self.config.latents,
         }
+
+    def find_dead(self) -> None:
+        """Latents that AuxK works on until the next call, (n_dead,)."""
+        self.dead = (self.idle >= self.window).nonzero().ravel()
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -95,8 +99,7 @@ class PlainStep(Step):
 
     def __init__(self, sae: TopKSAE, variance: float, window: int) -> None:
         super().__init__(sae, variance, window)
-        fused = sae.pre_bias.device.type == "cuda"
-        self.adam = torch.optim.Adam(sae.parameters(), lr=0.0, betas=BETAS, eps=EPS, fused=fused)
+        self.adam = torch.optim.Adam(sae.parameters(), lr=0.0, betas=BETAS, eps=EPS, fused=True)
 
     def __call__(self, x: torch.Tensor, lr: float) -> None:
         sae = self.sae

@@ -1,0 +1,250 @@
+"""Training: gradients, both steps, determinism, a planted dictionary, the history, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from capsae.sae import SAEConfig, TopKSAE, select, train_sae
+from capsae.sae.steps import CompiledStep, PlainStep, auxk_loss
+from capsae.sae.train import geometric_median, schedule
+
+needs_numba = pytest.mark.skipif(select.compiled() is None, reason="numba is not installed")
+STEPS = [PlainStep, pytest.param(CompiledStep, marks=needs_numba)]
+
+
+def planted(n: int = 3000, d: int = 24, m: int = 60, k: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that are sums of k of m unit atoms, and the atoms."""
+    rng = np.random.default_rng(seed)
+    atoms = rng.normal(size=(m, d))
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    code = np.zeros((n, m))
+    for row in code:
+        row[rng.choice(m, k, replace=False)] = rng.uniform(1, 2, k)
+    return (code @ atoms + 0.01 * rng.normal(size=(n, d))).astype(np.float32), atoms
+
+
+def small(**options) -> SAEConfig:
+    return SAEConfig(**({"latents": 60, "k": 3, "epochs": 5, "batch_size": 500, "lr": 1e-2} | options))
+
+
+def biased_sae(config: SAEConfig, d: int) -> TopKSAE:
+    sae = TopKSAE.untrained(d, config)
+    dice = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        sae.pre_bias.copy_(0.1 * torch.randn(d, generator=dice))
+        sae.encoder_bias.copy_(0.1 * torch.randn(config.latents, generator=dice))
+    return sae
+
+
+def reference_step(sae: TopKSAE, x: torch.Tensor, variance: float, dead: torch.Tensor, lr: float) -> dict:
+    """The first step in float64, by autograd on a dense code and the textbook's Adam."""
+    cfg = sae.config
+    p = {name: t.detach().double().requires_grad_() for name, t in sae.named_parameters()}
+    x = x.double()
+    z = (x - p["pre_bias"]) @ p["encoder"].T + p["encoder_bias"]
+    code = z.relu() * torch.zeros_like(z).scatter(1, z.topk(cfg.k).indices, 1)
+    residual = x - code @ p["decoder"] - p["pre_bias"]
+    loss = residual.square().sum()
+    if len(dead):
+        z_dead = (x - p["pre_bias"]).detach() @ p["encoder"][dead].T + p["encoder_bias"][dead]
+        kept = z_dead.relu() * torch.zeros_like(z_dead).scatter(1, z_dead.topk(cfg.aux_k).indices, 1)
+        loss = loss + cfg.aux_alpha * (residual.detach() - kept @ p["decoder"][dead]).square().sum()
+    (loss / (len(x) * variance)).backward()
+    grad = {name: t.grad.clone() for name, t in p.items()}
+    unit = p["decoder"].detach()
+    grad["decoder"] -= (grad["decoder"] * unit).sum(1, keepdim=True) * unit
+    after = {name: t.detach() - lr * grad[name] / (grad[name].abs() + 6.25e-10) for name, t in p.items()}
+    return after | {"decoder": F.normalize(after["decoder"], dim=1)}, grad
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("n_dead", [0, 12])
+@pytest.mark.parametrize(("d", "k"), [(24, 3), (19, 4)])
+def test_one_step_equals_autograd_in_float64(kind, n_dead, d, k):
+    config = small(products="float32", aux_k=5, k=k)
+    sae, x = biased_sae(config, d), torch.randn(700, d, generator=torch.Generator().manual_seed(2))
+    dead = torch.arange(3, 3 + n_dead)
+    with torch.no_grad():  # the dead see much and yet do not fire, so that AuxK alone moves them
+        sae.encoder[dead] *= 12.0
+        sae.encoder_bias[dead] -= 30.0
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    expected, grad = reference_step(sae, x, 2.5, dead, lr=1e-3)
+
+    step = kind(sae, variance=2.5, window=10)
+    step.idle[dead] = 50
+    step.find_dead()
+    step(x, 1e-3)
+    step.close()
+    for name, parameter in sae.named_parameters():
+        sure = grad[name].abs() > 1e-6  # Adam's first step is the gradient's sign: rounding decides it near 0
+        assert sure.double().mean() > 0.5 or name == "encoder"
+        moved = (parameter.detach() - before[name])[sure]
+        torch.testing.assert_close(moved, (expected[name] - before[name])[sure].float(), atol=2e-6, rtol=5e-3)
+    if n_dead:
+        assert (sae.encoder[dead] != before["encoder"][dead]).any(1).all()  # AuxK's gradient reaches the encoder
+
+
+@needs_numba
+def test_gradients_of_the_compiled_path_equal_autograd():
+    config = small(products="float32")
+    sae, x = biased_sae(config, 24), torch.randn(333, 24, generator=torch.Generator().manual_seed(2))
+    step = CompiledStep(sae, variance=1.0, window=10)
+    try:
+        total, values, indices, gradient, value_gradient = step.forward(sae, x - sae.pre_bias.detach(), scale=2.0)
+    finally:
+        step.close()
+    v = torch.from_numpy(values).double().requires_grad_()
+    rows = sae.decoder.detach().double()
+    x_hat = (v[:, :, None] * rows[torch.from_numpy(indices).long()]).sum(1) + sae.pre_bias.detach().double()
+    x_hat.retain_grad()
+    loss = (x_hat - x).square().sum()
+    loss.backward()
+    assert total == pytest.approx(loss.item(), rel=1e-6)
+    np.testing.assert_allclose(gradient.numpy(), x_hat.grad, atol=1e-5)
+    np.testing.assert_allclose(value_gradient, np.where(values > 0, v.grad, 0), atol=1e-4)
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"products": "float32"},
+        {"products": "float32", "latents": 400, "k": 2, "lr": 5e-2},  # many die: AuxK at work
+        {"products": "float32", "ema": 0.9, "normalize": "l2", "init": "random", "pre_bias": "mean"},
+        {"products": "bf16"},
+    ],
+)
+def test_plain_and_compiled_agree(options):
+    x, _ = planted()
+    config = small(epochs=8, **options)
+    (a, plain), (b, quick) = (
+        train_sae(x[300:], config, held_out=x[:300], compiled=c, progress=False) for c in (False, True)
+    )
+    assert (plain.attrs["step"], quick.attrs["step"]) == ("PlainStep", "CompiledStep")
+    columns = ["loss", "fvu", "l0", "held_out_fvu"]
+    np.testing.assert_allclose(quick[columns], plain[columns], rtol=0.02)
+    np.testing.assert_allclose(quick.dead_fraction, plain.dead_fraction, atol=0.05)
+    assert a.fvu(x) == pytest.approx(b.fvu(x), rel=0.02)
+    if options.get("latents") == 400:
+        assert plain.dead_fraction.max() > 0.1
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_numba)])
+def test_bit_identical_for_a_seed(compiled):
+    x, _ = planted(1500)
+    config = small(latents=300, lr=3e-2, epochs=6)
+    (a, first), (b, second) = (train_sae(x, config, compiled=compiled, progress=False) for _ in range(2))
+    assert first.dead_fraction.max() > 0  # AuxK takes part
+    for name, weights in a.state_dict().items():
+        assert torch.equal(weights, b.state_dict()[name]), name
+    pd.testing.assert_frame_equal(first.drop(columns="seconds"), second.drop(columns="seconds"))
+    other, _ = train_sae(x, dataclasses.replace(config, seed=1), compiled=compiled, progress=False)
+    assert not torch.equal(a.decoder, other.decoder)
+
+
+@needs_numba
+def test_number_of_threads_changes_no_bit():
+    x, _ = planted(1500)
+    threads, states = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            states.append(train_sae(x, small(batch_size=750), progress=False)[0].state_dict())
+            assert torch.get_num_threads() == n  # given back
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_planted_dictionary_is_recovered():
+    x, atoms = planted()
+    sae, history = train_sae(x, small(normalize="none", epochs=50, batch_size=250, latents=90), progress=False)
+    nearest = (atoms @ sae.decoder.detach().numpy().T).max(1)
+    assert (nearest > 0.95).mean() > 0.9, np.sort(nearest)[:10]
+    assert history.fvu.iloc[-1] < 0.1
+
+
+def test_history_and_best_epoch():
+    x, _ = planted(600)
+    config = small(epochs=30, latents=200, k=8)
+    best, history = train_sae(x[100:], config, held_out=x[:100], keep="best", progress=False)
+    last, _ = train_sae(x[100:], config, held_out=x[:100], keep="last", progress=False)
+    columns = ["epoch", "loss", "fvu", "l0", "dead_fraction", "held_out_fvu", "seconds"]
+    assert list(history.columns) == columns and list(history.epoch) == list(range(1, 31))
+    assert {"best_epoch", "device", "products", "rate"} <= set(history.attrs)
+    assert history.attrs["best_epoch"] == history.epoch[history.held_out_fvu.idxmin()] < 30  # 500 rows: it overfits
+    assert best.fvu(x[:100]) == pytest.approx(history.held_out_fvu.min(), rel=0.01)
+    assert last.fvu(x[:100]) == pytest.approx(history.held_out_fvu.iloc[-1], rel=0.01)
+    assert (history.l0 <= 8).all() and history.l0.iloc[-1] > 7
+    assert "held_out_fvu" not in train_sae(x, small(), progress=False)[1]
+
+
+def test_ema_is_an_average_of_the_steps():
+    x, _ = planted(1000)
+    raw, _ = train_sae(x, small(), progress=False)
+    averaged, _ = train_sae(x, small(ema=0.99), progress=False)
+    assert not torch.equal(raw.encoder, averaged.encoder)
+    torch.testing.assert_close(averaged.decoder.norm(dim=1), torch.ones(60))
+    assert averaged.fvu(x) < 1.5 * raw.fvu(x)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 10_000])
+def test_any_batch_size(batch_size):
+    x, _ = planted(40)
+    _, history = train_sae(x, small(batch_size=batch_size, epochs=2), progress=False)
+    assert history.fvu.notna().all()
+
+
+def test_bad_input_is_refused():
+    x, _ = planted(100)
+    broken = x.copy()
+    broken[17, 3] = np.nan
+    with pytest.raises(ValueError, match="row 17"):
+        train_sae(broken, small())
+    with pytest.raises(ValueError, match="held_out has NaN"):
+        train_sae(x, small(), held_out=broken)
+    with pytest.raises(ValueError, match="held_out has 23 columns"):
+        train_sae(x, small(), held_out=x[:, 1:])
+    with pytest.raises(ValueError, match="1 rows; at least 2"):
+        train_sae(x[:1], small())
+    with pytest.raises(ValueError, match="all equal"):
+        train_sae(np.repeat(x[:1], 9, axis=0), small())
+    with pytest.raises(TypeError, match="int64"):
+        train_sae(np.ones((9, 4), np.int64), small())
+    with pytest.raises(ValueError, match="give held_out"):
+        train_sae(x, small(), keep="best")
+    with pytest.raises(ValueError, match="'last' or 'best'"):
+        train_sae(x, small(), keep="first")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_numba)])
+def test_a_learning_rate_far_too_high_is_named(compiled):
+    x, _ = planted(400)
+    with pytest.raises(FloatingPointError, match=r"lr 1e\+30"):
+        train_sae(x, small(lr=1e30, normalize="none"), compiled=compiled, progress=False)
+
+
+def test_geometric_median_resists_outliers():
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(np.vstack([rng.normal(size=(900, 5)), np.full((99, 5), 100.0)])).float()
+    assert geometric_median(x).norm() < 1 < x.mean(0).norm()
+
+
+def test_schedule_rises_stays_and_falls():
+    lr = [schedule(i, 100, 0.1, 0.2) for i in range(100)]
+    assert lr[0] < 0.1 and lr[10:80] == [1.0] * 70 and 0 < lr[-1] < 0.1
+    assert np.diff(lr[:10]).min() > 0 > np.diff(lr[81:]).max()
+    assert [schedule(i, 3, 0, 0) for i in range(3)] == [1, 1, 1]
+
+
+def test_auxk_of_all_dead_is_dense():
+    dice = torch.Generator().manual_seed(0)
+    x, e, w, v = (torch.randn(n, 6, generator=dice) for n in (10, 10, 4, 4))
+    dense = (e - F.linear(x, w).relu() @ v).square().sum()
+    torch.testing.assert_close(auxk_loss(x, e, w, torch.zeros(4), v, k=4), dense)
