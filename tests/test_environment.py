@@ -1,0 +1,92 @@
+"""The three descriptions of the environment say the same, and the README's commands exist."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==\S+", line) for line in lines)
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    return [Requirement(r) for r in [*project["dependencies"], *extras["book"], *extras["test"]]]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_every_requirement_is_pinned_inside_its_range(requirement):
+    pinned = pins()
+    assert canonicalize_name(requirement.name) in pinned
+    assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
+
+
+def test_environment_yml_and_make_install_the_same_under_the_same_constraints():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
+    install = re.search(r"pip install .*", (ROOT / "Makefile").read_text()).group()
+    assert pip == ["-c constraints.txt", "-e .[book,test]"]
+    assert all(part.split(" ", 1)[1].strip("'") in install for part in pip)
+    python = next(entry for entry in conda if isinstance(entry, str) and entry.startswith("python="))
+    assert python == "python=3.11"
+
+
+def test_the_running_environment_is_the_pinned_one():
+    """Only where make made it: elsewhere ranges of pyproject.toml hold, not pins."""
+    if not (ROOT / ".venv" / ".installed").exists() or Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
+        pytest.skip("not running in the .venv that make installs")
+    from importlib.metadata import version
+
+    found = {r.name: version(r.name) for r in requirements()}
+    assert found == {name: pins()[canonicalize_name(name)] for name in found}
+
+
+def test_import_is_light():
+    heavy = ["timm", "torchvision", "datasets", "pydantic", "matplotlib", "papermill", "jupyter_book", "numba"]
+    code = f"import capsae, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names():
+    import capsae
+
+    assert callable(capsae.evaluate) and callable(capsae.load_profile) and callable(capsae.detectors.create)
+    for name in capsae.__all__:
+        assert getattr(capsae, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = capsae.nothing
+
+
+def test_readme_commands_exist():
+    """Every `make` target and `capsae` command that the README names is there."""
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^make (\w+)", readme, re.M))
+    assert {"reproduce", "test"} <= targets
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+    help_text = subprocess.run([sys.executable, "-m", "capsae", "--help"], capture_output=True, text=True).stdout
+    commands = set(re.findall(r"^capsae (\w+)", readme, re.M))
+    assert commands and all(re.search(rf"^\s+(capsae )?{command}\b", help_text, re.M) for command in commands)
+
+
+@pytest.mark.slow
+def test_readme_example_runs():
+    """The Python block is executed as it stands; its table holds every method."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert {"epd", "rpd", "mds++", "energy", "head"} == set(names["table"].method)
+    assert (names["score"] >= 0).all() and len(names["score"]) == len(names["test"])
