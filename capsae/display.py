@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 
 PAGE_DATA = "CAPSAE_PAGE_DATA"
 RESULT_MIME = "application/vnd.capsae.result+json"
-DPI = 130
+DPI = 120
+WIDE = 8  # inches; a wider figure scrolls in its own box on a narrow screen
 
 INK = {"light": ("#ffffff", "#222832", "#c9cdd2"), "dark": ("#14181e", "#d6dbe1", "#48566b")}  # page, text, grid
 
@@ -53,12 +54,12 @@ def style(theme: str = "light") -> Iterator[None]:
         yield
 
 
-def render_png(figure: Figure, colours: int = 64) -> bytes:
+def render_png(figure: Figure, colours: int = 32) -> bytes:
     """The figure as a PNG of few colours: a third of the size, no metadata, the same bytes on every run."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=DPI if figure.get_size_inches()[0] <= WIDE else 0.85 * DPI)
     image = Image.open(buffer).convert("RGB")
     image = image.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     out = io.BytesIO()
@@ -95,17 +96,19 @@ def _caption(caption: str, data: pd.DataFrame, name: str, run, stage: str) -> st
     )
 
 
-def figure_html(function, data, name, caption, alt, run, stage="table", colours: int = 64, **kwargs) -> str:
+def figure_html(function, data, name, caption, alt, run, stage="table", colours: int = 32, **kwargs) -> str:
     """The HTML of :func:`show`; ``colours`` of the PNG."""
     if not alt.strip() or not caption.strip():
         raise ValueError(f"figure {name!r} has no {'caption' if alt.strip() else 'alt text'}: say what it shows")
     images = []
     for theme in INK:
         with style(theme):
-            png = base64.b64encode(render_png(function(data, **kwargs), colours)).decode()
+            figure = function(data, **kwargs)
+            png = base64.b64encode(render_png(figure, colours)).decode()
         images.append(f'<img class="capsae-{theme}" alt="{html.escape(alt)}" src="data:image/png;base64,{png}">')
+    box = "capsae-scroll capsae-wide" if figure.get_size_inches()[0] > WIDE else "capsae-scroll"
     return (
-        f'<figure class="capsae-figure" id="fig-{name}"><style>{_CSS}</style>{"".join(images)}'
+        f'<figure class="capsae-figure" id="fig-{name}"><style>{_CSS}</style><div class="{box}">{"".join(images)}</div>'
         f"{_caption(caption, data, name, run, stage)}</figure>"
     )
 
@@ -131,8 +134,9 @@ def show(function, data: pd.DataFrame, name: str, caption: str, alt: str, run, s
     display(HTML(figure_html(function, data, name, caption, alt, run, stage, **kwargs)))
 
 
-def table_html(data, name, caption, run, stage="table", formats=None, links=None) -> str:
+def table_html(data, name, caption, run, stage="table", formats=None, links=None, shown=None) -> str:
     """The HTML of :func:`table`."""
+    whole, data = data, data if shown is None else shown
     formats, links = dict(formats or {}), dict(links or {})
     columns = [column for column in data.columns if column not in links.values()]
     cells = {}
@@ -148,7 +152,7 @@ def table_html(data, name, caption, run, stage="table", formats=None, links=None
     return (
         f'<figure class="capsae-figure" id="table-{name}"><style>{_CSS}</style><div class="capsae-scroll"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        f"{_caption(caption, data, name, run, stage)}</figure>"
+        f"{_caption(caption, whole, name, run, stage)}</figure>"
     )
 
 
@@ -158,7 +162,7 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def table(data, name, caption, run, stage="table", formats=None, links=None) -> None:
+def table(data, name, caption, run, stage="table", formats=None, links=None, shown=None) -> None:
     """Display a table that scrolls in its own box, with caption, provenance and CSV.
 
     Parameters
@@ -166,10 +170,11 @@ def table(data, name, caption, run, stage="table", formats=None, links=None) -> 
     data, name, caption, run, stage : as for :func:`show`
     formats : mapping of columns to a format text or a function
     links : mapping of columns to the column that holds their link's address; the latter is not shown
+    shown : DataFrame to show in place of ``data``, which is what the CSV holds
     """
     from IPython.display import HTML, display
 
-    display(HTML(table_html(data, name, caption, run, stage, formats, links)))
+    display(HTML(table_html(data, name, caption, run, stage, formats, links, shown)))
 
 
 def result(values: Mapping[str, Any]) -> None:

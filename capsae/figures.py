@@ -262,8 +262,8 @@ def roc_curves(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def results_heatmap(data: pd.DataFrame, metric: str = "fpr95_ood_pos") -> Figure:
-    """One metric, methods by sets, interval in each cell. Columns: method, set, group, metric, value, lo, hi."""
+def results_heatmap(data: pd.DataFrame, metric: str = "fpr95_ood_pos", intervals: bool = True) -> Figure:
+    """One metric, methods by sets, with intervals or without. Columns: method, set, group, metric, value, lo, hi."""
     rows = data[data["metric"] == metric].copy()
     rows["column"] = np.where(rows["set"] == "mean", "mean " + rows["group"], rows["set"].map(set_label))
     methods, columns = list(dict.fromkeys(rows["method"])), list(dict.fromkeys(rows["column"]))
@@ -271,7 +271,7 @@ def results_heatmap(data: pd.DataFrame, metric: str = "fpr95_ood_pos") -> Figure
         100 * rows.pivot(index="method", columns="column", values=name).loc[methods, columns].to_numpy(float)
         for name in ("value", "lo", "hi")
     )
-    figure, axes = _figure(2.2 + 0.98 * len(columns), 2.2 + 0.42 * len(methods))
+    figure, axes = _figure(1.6 + 0.8 * len(columns), 2.2 + (0.42 if intervals else 0.3) * len(methods))
     ax = axes[0, 0]
     good_is_low = metric.startswith("fpr")
     limits = (0, max(50, np.nanmax(value))) if good_is_low else (min(50, np.nanmin(value)), 100)
@@ -280,8 +280,8 @@ def results_heatmap(data: pd.DataFrame, metric: str = "fpr95_ood_pos") -> Figure
     for (i, j), v in np.ndenumerate(value):
         bright = image.cmap(image.norm(v))
         ink = "#111111" if 0.299 * bright[0] + 0.587 * bright[1] + 0.114 * bright[2] > 0.5 else "#ffffff"
-        ax.text(j, i - 0.16, f"{v:.1f}", ha="center", va="center", color=ink, fontsize=10.5)
-        if np.isfinite([lo[i, j], hi[i, j]]).all():
+        ax.text(j, i - 0.16 * intervals, f"{v:.1f}", ha="center", va="center", color=ink, fontsize=10.5)
+        if intervals and np.isfinite([lo[i, j], hi[i, j]]).all():
             ax.text(j, i + 0.25, f"{lo[i, j]:.1f}–{hi[i, j]:.1f}", ha="center", va="center", color=ink, fontsize=7.5)
     ax.set_xticks(range(len(columns)), columns, rotation=35, ha="left", rotation_mode="anchor")
     ax.set_yticks(range(len(methods)), methods)

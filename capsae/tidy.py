@@ -10,6 +10,11 @@ import pandas as pd
 
 from .caps import ClassActivationProfiles, core_activations, core_reference, energy_profile_divergence
 
+METRIC_PANELS = {
+    "fpr95_ood_pos": "FPR95, OOD positive",
+    "fpr95_id_pos": "FPR95, ID positive",
+    "auroc": "AUROC",
+}
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 
 
@@ -245,3 +250,125 @@ def percent(cell: Mapping[str, float]) -> str:
     """``{"value": .115, "lo": .1, "hi": .13}`` -> ``11.5 % (10.0 to 13.0)``."""
     text = f"{100 * cell['value']:.1f} %"
     return text if cell.get("lo") is None else f"{text} ({100 * cell['lo']:.1f} to {100 * cell['hi']:.1f})"
+
+
+def results(table: pd.DataFrame, groups: Iterable[str]) -> pd.DataFrame:
+    """The results table with titles for names, cut to detectors of ``groups``, best first by the mean over all sets."""
+    from .detectors import info
+
+    rows = table[table["method"] != "head"].copy()
+    known = {name: info(name) for name in rows["method"].unique()}
+    rows = rows[rows["method"].map(lambda name: known[name]["group"] in set(groups))]
+    means = rows[(rows["metric"] == "fpr95_ood_pos") & (rows["set"] == "mean") & (rows["group"] == "all")]
+    order = list(means.sort_values("value")["method"])
+    rows = rows.sort_values("method", key=lambda names: names.map(order.index), kind="stable")
+    return rows.assign(name=rows["method"], method=rows["method"].map(lambda name: known[name]["title"]))
+
+
+def by_set(data: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """One metric in %, a row a method, a column a set or mean; methods in the order of :func:`results`."""
+    rows = data[data["metric"] == metric]
+    column = np.where(rows["set"] == "mean", "mean " + rows["group"], rows["set"].str.split("/").str[-1])
+    cells = rows.assign(column=column, value=100 * rows["value"])
+    return cells.pivot_table(index="method", columns="column", values="value", sort=False).reset_index()
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a detector and group of sets: the means of both FPR95 and AUROC with their intervals, in %.
+
+    Columns: method, kind, group, and value, lo and hi of each metric; best mean FPR95 (OOD positive) first.
+    """
+    from .detectors import info
+
+    rows = []
+    means = table[(table["set"] == "mean") & table["metric"].isin(METRIC_PANELS)]
+    for (name, group), part in means.groupby(["method", "group"], sort=False):
+        about, cells = info(name), part.set_index("metric")
+        row = {"name": name, "method": about["title"], "kind": about["group"], "group": group}
+        for metric in METRIC_PANELS:
+            row |= {f"{metric}_{key}": 100 * cells.loc[metric, key] for key in ("value", "lo", "hi")}
+        rows.append(row)
+    data = pd.DataFrame(rows)
+    overall = data[data["group"] == "all"].set_index("name")["fpr95_ood_pos_value"]
+    return data.sort_values("name", key=lambda names: names.map(overall), kind="stable", ignore_index=True)
+
+
+def summary_shown(data: pd.DataFrame) -> pd.DataFrame:
+    """:func:`summary` as text, one row a detector, for a page."""
+    rows = {}
+    for r in data.to_dict("records"):
+        row = rows.setdefault(r["name"], {"method": r["method"], "kind": r["kind"]})
+        for metric, title in METRIC_PANELS.items():
+            value, lo, hi = (r[f"{metric}_{key}"] for key in ("value", "lo", "hi"))
+            interval = "" if np.isnan(lo) else f" ({lo:.1f}–{hi:.1f})"
+            row[f"{title}: {r['group']}"] = f"{value:.1f}{interval}"
+    shown = pd.DataFrame(rows.values())
+    order = [c for title in METRIC_PANELS.values() for c in shown.columns if c.startswith(f"{title}: ")]
+    return shown[["method", "kind", *order]]
+
+
+def provenance(run) -> pd.DataFrame:
+    """What stands behind a notebook's numbers, without what changes from run to run. Columns: item, value."""
+    found = run.provenance()
+    rows = [("profile", f"{found['profile']}: {found['title']}"), ("backbone", found["backbone"])]
+    rows.append(("features", f"embedded pack {found['pack']}" if found.get("pack") else "extracted from the images"))
+    rows += [(f"seed, {name}", seed) for name, seed in found["seeds"].items()]
+    rows += [(f"digest, {stage}", digest[:20]) for stage, digest in found["digests"].items()]
+    rows += [(f"version, {name}", version) for name, version in found["versions"].items()]
+    return pd.DataFrame([(item, str(value)) for item, value in rows], columns=["item", "value"])
+
+
+def explained(table: pd.DataFrame, top: int = 12) -> pd.DataFrame:
+    """The latents with the largest shares of one score, and the rest together. Columns: label, kind, share, latent, ...
+
+    ``table`` as :func:`capsae.explain.explain` gives it. The shares still sum to the score.
+    """
+    table = table[table["share"] != 0]
+    table = table.iloc[np.argsort(-table["share"].abs().to_numpy(), kind="stable")]
+    head, rest = table.head(top), table.iloc[top:]
+    label = [f"{r.latent}: {_short(r.classes)}" if r.latent >= 0 else str(r.kind) for r in head.itertuples()]
+    head = head.assign(label=label)
+    if len(rest):
+        label = f"{len(rest)} further latents"
+        last = {"label": label, "kind": "all others", "share": rest["share"].sum(), "latent": -1}
+        head = pd.concat([head, pd.DataFrame([last])], ignore_index=True)
+    return head
+
+
+def _short(classes: str) -> str:
+    """The first two of a latent's classes, without wordnet numbers."""
+    names = [re.sub(r"n\d{8}_", "", name).replace("_", " ") for name in str(classes).split(", ")]
+    return ", ".join(names[:2])
+
+
+def records(table: pd.DataFrame) -> list[dict]:
+    """Rows as plain mappings for JSON; an interval that was not computed is None."""
+    plain = table.astype(object).where(table.notna(), None)
+    return plain.to_dict("records")
+
+
+def one_setting(means: pd.DataFrame) -> pd.DataFrame:
+    """Means of one run for :func:`figures.ablation`: a panel a metric, near, far and all along the axis."""
+    data = means.assign(panel=means["metric"].map(METRIC_PANELS), setting=means["group"], series=means["title"])
+    return data.assign(chosen=False)[["panel", "setting", "series", "value", "lo", "hi", "chosen"]]
+
+
+def sweep_panels(data: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
+    """Runs for :func:`figures.ablation`: one sweep with a panel a metric, or one metric with a panel a sweep."""
+    data = data[data["group"] == "all"]
+    if metric is not None:
+        data = data[data["metric"] == metric].assign(panel=lambda rows: rows["sweep"])
+    else:
+        data = data.assign(panel=data["metric"].map(METRIC_PANELS))
+    return data[["panel", "setting", "series", "value", "lo", "hi", "chosen"]]
+
+
+def sweep_wide(data: pd.DataFrame) -> pd.DataFrame:
+    """One row a run: setting, held-out FVU, means over all OOD sets in % by detector and metric, and the run's page."""
+    data = data[(data["group"] == "all") & data["metric"].isin(["fpr95_ood_pos", "auroc"])]
+    names = {"fpr95_ood_pos": "FPR95 OOD-pos., %", "auroc": "AUROC, %"}
+    column = data["series"] + ", " + data["metric"].map(names)
+    wide = data.assign(column=column, value=100 * data["value"])
+    keys = ["sweep", "setting", "fvu", "page"]
+    order = list(dict.fromkeys(column))
+    return wide.pivot_table(index=keys, columns="column", values="value", sort=False).reset_index()[[*keys, *order]]

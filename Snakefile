@@ -1,0 +1,60 @@
+# Executes the notebooks whose published pages are not fresh.  snakemake --cores 2   (or: make reproduce)
+#
+# What is fresh follows from digests stored in the pages themselves (capsae.publish.why_stale), not from file times, so a
+# fresh clone runs nothing that is up to date. A page is moved to book/runs only after its notebook succeeded; the files under
+# build/ are mere marks, so Snakemake never deletes a page. A dry run tells why each page would be executed:
+#     snakemake -n
+# One page or one sweep:  snakemake --cores 2 imagenet20/04_score_ood     snakemake --cores 2 sweep-k
+# When one machine is too small:  snakemake --executor slurm --jobs 20 (with snakemake-executor-plugin-slurm installed)
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, workflow.basedir)
+from capsae import plan, publish
+
+PAGES = plan.pages()
+STALE = {name: why for name, page in PAGES.items() if (why := publish.why_stale(page))}
+# Threads of one job: two jobs side by side must not both take all cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def mark(name):
+    """The file that says "this page was published with this digest in this working tree"."""
+    return f"build/published/{name}-{publish.page_digest(PAGES[name])}.ok"
+
+
+for name in STALE:
+    Path(mark(name)).unlink(missing_ok=True)  # a page that is stale in spite of its mark was changed by hand or checked out
+
+
+rule all:
+    input:
+        [mark(name) for name in STALE],
+    default_target: True
+
+
+for name, page in PAGES.items():
+
+    rule:
+        name: name
+        input:
+            [mark(other) for other in page.after if other in STALE],
+        output:
+            touch(mark(name)),
+        params:
+            page=name,
+            reason=STALE.get(name, "asked for by name"),
+        message: f"{name}: {STALE.get(name, 'asked for by name')}"
+        priority: 10 if page.notebook == "04_score_ood" else 1
+        retries: 0
+        shell:
+            "{sys.executable} -m capsae.publish run {params.page}"
+
+
+for sweep in plan.SWEEPS:
+
+    rule:
+        name: f"sweep-{sweep}"
+        input:
+            [mark(name) for name in (f"{plan.SWEPT}/ablation/sweep-{sweep}",) if name in STALE],

@@ -1,0 +1,208 @@
+"""Pages of the book that are made from data: the table of claims and the list of detectors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .plan import BOOK_PROFILES, root
+from .publish import path_of, results
+
+NOT_RUN = "not run here yet"
+_HEADING = "<!-- Made by `python -m capsae.publish pages`; edit {source} and make it again. -->\n\n"
+Results = Callable[[str], Mapping[str, Any]]
+
+
+def write_pages() -> list[Path]:
+    """Write book/claims.md and book/detectors.md; return their paths."""
+    book = root() / "book"
+    made = {"claims.md": claims_page(read_claims(book / "claims.yml"), _published), "detectors.md": detectors_page()}
+    for name, text in made.items():
+        (book / name).write_text(text, encoding="utf-8")
+    return [book / name for name in made]
+
+
+def _published(page: str) -> Mapping[str, Any]:
+    return results(page) if path_of(page).is_file() else {}
+
+
+def read_claims(path: Path) -> dict[str, Any]:
+    """The claims file, checked: every entry has an id, a claim and what its kind needs. ValueError names what lacks."""
+    import yaml
+
+    claims = yaml.safe_load(path.read_text(encoding="utf-8"))
+    needed = {
+        "numbers": {"id", "claim", "setting", "source", "paper", "tolerance", "run"},
+        "statements": {"id", "claim", "source", "measured", "page", "test"},
+    }
+    for kind, keys in needed.items():
+        for entry in claims[kind]:
+            missing = sorted(keys - set(entry))
+            if missing:
+                raise ValueError(f"{path.name}, {kind}, {entry.get('id', entry)}: has no {missing[0]!r}")
+    ids = [entry["id"] for kind in needed for entry in claims[kind]]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path.name}: two entries are named {twice[0]!r}")
+    return claims
+
+
+def value_at(found: Mapping[str, Any], path: str) -> dict[str, float | None]:
+    """A recorded number by its dotted path, as value, lo, hi; KeyError if the run did not record it.
+
+    A part may hold dots or blanks itself ("mds++", "OOD, predicted as another"): parts are divided by " / ".
+    """
+    at: Any = found
+    for part in path.split(" / "):
+        if not isinstance(at, Mapping) or part not in at:
+            raise KeyError(f"no {path!r} among what the run recorded")
+        at = at[part]
+    return dict(at) if isinstance(at, Mapping) else {"value": float(at), "lo": None, "hi": None}
+
+
+def judge(test: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, list[dict]]:
+    """Whether a statement holds in a run: the verdict, and the numbers it rests on.
+
+    ``test`` is {"order": [paths, from large to small]}, {"value": path, "below": number} or {"value": path, "above":
+    number}, or {"show": [paths]} for numbers without a verdict.
+    """
+    if "show" in test:
+        return "shown, not compared", [value_at(found, path) for path in test["show"]]
+    if "order" in test:
+        values = [value_at(found, path) for path in test["order"]]
+        holds = all(a["value"] > b["value"] for a, b in zip(values, values[1:], strict=False))
+        apart = all(_apart(a, b) for a, b in zip(values, values[1:], strict=False))
+        return ("holds" if holds else "does not hold") + ("" if apart else " (intervals overlap)"), values
+    value = value_at(found, test["value"])
+    holds = value["value"] < test["below"] if "below" in test else value["value"] > test["above"]
+    return "holds" if holds else "does not hold", [value]
+
+
+def _apart(a: Mapping, b: Mapping) -> bool:
+    if a.get("lo") is None or b.get("lo") is None:
+        return True
+    return a["lo"] > b["hi"] or b["lo"] > a["hi"]
+
+
+def _number(cell: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    factor, digits = (100, 1) if entry.get("unit") == "%" else (1, entry.get("digits", 3))
+    text = f"{factor * cell['value']:.{digits}f}"
+    if cell.get("lo") is not None:
+        text += f" ({factor * cell['lo']:.{digits}f}–{factor * cell['hi']:.{digits}f})"
+    return text
+
+
+def claims_page(claims: Mapping[str, Any], results_of: Results) -> str:
+    """The Markdown of claims.md."""
+    lines = [
+        _HEADING.format(source="claims.yml").rstrip(),
+        "",
+        "# Claims",
+        "",
+        "Made from `book/claims.yml` and from the numbers that the runs recorded. Sources are public notes on the "
+        "paper {cite:p}`oh2026sparsity`; its full text was not at hand.",
+        "",
+        "## Statements, measured on our profiles",
+        "",
+        "A statement of the paper is put as a test with a tolerance of ours, and the test is applied to each profile "
+        "of this book. *Holds* means: in this run, at this scale. Intervals in brackets are 95 % bootstrap intervals; "
+        "where they overlap, the verdict says so.",
+        "",
+    ]
+    for entry in claims["statements"]:
+        lines += _statement(entry, results_of)
+    lines += ["## Numbers at the paper's setting", "", claims["numbers_note"].strip(), ""]
+    lines += ["| claim | setting | paper | ours | tolerance | run |", "|---|---|---|---|---|---|"]
+    for entry in claims["numbers"]:
+        ours = NOT_RUN
+        if entry["run"]:
+            cell = value_at(results_of(entry["run"]), entry["value"])
+            verdict = "within" if abs(100 * cell["value"] - entry["paper"]) <= entry["tolerance"] else "outside"
+            ours = f"{_number(cell, entry)}, {verdict} tolerance"
+        page = f"{{doc}}`runs/{entry['run']}`" if entry["run"] else "none"
+        cells = (entry["claim"], entry["setting"], f"{entry['paper']} %", ours, f"± {entry['tolerance']}", page)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _statement(entry: Mapping[str, Any], results_of: Results) -> list[str]:
+    lines = [f"### {entry['claim']}", "", f"*{entry['source']}.* Measured: {entry['measured']}.", ""]
+    lines += ["| profile | numbers | verdict | run |", "|---|---|---|---|"]
+    for profile in BOOK_PROFILES:
+        page = f"{profile}/{entry['page']}"
+        found = results_of(page)
+        if not found:
+            lines.append(f"| {profile} | | {NOT_RUN} | none |")
+            continue
+        verdict, values = judge(entry["test"], found)
+        sign = " against " if "order" in entry["test"] else "; "
+        unit = " %" if entry.get("unit") == "%" else ""
+        numbers = sign.join(_number(value, entry) for value in values) + unit
+        lines.append(f"| {profile} | {numbers} | {verdict} | {{doc}}`page <runs/{page}>` |")
+    if entry.get("note"):
+        lines += ["", entry["note"].strip()]
+    return [*lines, ""]
+
+
+_KINDS = {
+    "paper": "The paper's score",
+    "ours": "Our own score",
+    "control": "Controls",
+    "baseline": "Baselines",
+}
+_KIND_NOTES = {
+    "paper": "EPD as the {doc}`method <method>` has it.",
+    "ours": "This project's own; no part of the paper.",
+    "control": "They read the same features, most of them also the same codes and profiles, and tell what in EPD does "
+    "the work. The two on the code's flatness use neither class nor profile.",
+    "baseline": "With the parameters that are in force printed below. Where libraries differ, OpenOOD v1.5 "
+    "{cite:p}`zhang2023openood` is followed.",
+}
+
+
+def detectors_page() -> str:
+    """The Markdown of detectors.md, from the metadata of every registered detector."""
+    from .detectors import available, info
+
+    lines = [
+        _HEADING.format(source="the metadata in capsae/detectors").rstrip(),
+        "",
+        "# Detectors",
+        "",
+        "Every score of this book, made from the program's own metadata. All follow one rule: **higher = more out of "
+        "distribution**. $z$ is the feature, $l = Wz + b$ are the logits, $p$ is their softmax, $\\mu_c$ a class mean, "
+        "$h$ the sparse code, $P$ and $Q$ are the core profiles of sample and class.",
+        "",
+    ]
+    found = [info(name) for name in available()]
+    for kind, title in _KINDS.items():
+        of_kind = [one for one in found if one["group"] == kind]
+        if not of_kind:
+            continue
+        lines += [f"## {title}", "", _KIND_NOTES[kind], ""]
+        for one in of_kind:
+            options = ", ".join(f"`{key}={value!r}`" for key, value in one["defaults"].items()) or "none"
+            lines += [
+                f"### {one['title']} (`{one['name']}`)",
+                "",
+                f"$$\n{one['formula']}\n$$",
+                "",
+                " ".join(_plain(one["description"]).split()),
+                "",
+                f"Needs: {', '.join(one['needs'])}. Parameters: {options}. Source: {_source(one['source'])}.",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def _plain(docstring: str) -> str:
+    """The prose of a docstring: up to its first underlined section, roles and double backticks as Markdown has them."""
+    prose = re.split(r"\n[A-Z][a-z]+\n-{3,}", docstring)[0]
+    prose = re.sub(r":\w+:`[~.]?([^`]+)`", r"`\1`", prose)
+    return prose.replace("``", "`")
+
+
+def _source(source: str) -> str:
+    return f"{{cite:p}}`{source}`" if re.fullmatch(r"[a-z]+\d{4}[a-z]+", source) else source
