@@ -131,18 +131,22 @@ class Backbone:
         return spec | own | {"image_size": self.size, "weights_sha256": self.weights}
 
     def prepare(self, image: Image.Image) -> np.ndarray:
-        """An RGB image as (size, size, 3) uint8: resized and cropped, not yet normalised. Safe to call from threads."""
-        resample = _RESAMPLE.get(self.interpolation, 3)
-        target = int(math.floor(self.size / self.crop))
+        """An RGB image as (size, size, 3) uint8: resized and cropped, not yet normalised. Safe to call from threads.
+
+        Only the part that the crop keeps is computed, a third less work; against torchvision's Resize and CenterCrop
+        up to a few values in a thousand differ, by 1 of 255 (Pillow keeps the corners of a box as float32).
+        """
         width, height = image.size
-        short = min(width, height)
-        if short != target:  # torchvision's Resize: the longer side is cut off, not rounded
-            image = image.resize((int(target * width / short), int(target * height / short)), resample)
-        width, height = image.size
-        if width == height == self.size:
-            return np.asarray(image)
-        left, top = int(round((width - self.size) / 2.0)), int(round((height - self.size) / 2.0))
-        return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        short, side = min(width, height), self.size
+        target = int(math.floor(side / self.crop))
+        # torchvision's Resize: the longer side is cut off, not rounded
+        scaled = int(target * width / short), int(target * height / short)
+        left, top = (int(round((each - side) / 2.0)) for each in scaled)
+        if scaled == image.size:
+            return np.asarray(image.crop((left, top, left + side, top + side)))
+        x, y = width / scaled[0], height / scaled[1]
+        box = (left * x, top * y, min(width, (left + side) * x), min(height, (top + side) * y))
+        return np.asarray(image.resize((side, side), _RESAMPLE.get(self.interpolation, 3), box=box))
 
     def to(self, device: str | torch.device) -> Backbone:
         """Move the weights."""

@@ -135,20 +135,25 @@ def _draw(
 
 
 def photographs() -> dict[str, np.ndarray]:
-    """Grey photographs and textures that scikit-learn and matplotlib carry, ``{name: (H, W) float in [0, 1]}``."""
+    """Grey photographs and one relief that scikit-learn and matplotlib carry, ``{name: (H, W) float in [0, 1]}``."""
     import matplotlib
     from sklearn.datasets import load_sample_images
 
     sample = load_sample_images()
-    found = {Path(name).stem: image for name, image in zip(sample.filenames, sample.images, strict=True)}
-    folder = Path(matplotlib.get_data_path()) / "sample_data"
-    for name in ("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png"):
-        if (folder / name).is_file():  # some distributions of matplotlib leave its sample data out
-            with Image.open(folder / name) as image:
-                found[Path(name).stem] = np.asarray(image.convert("RGB"))
-    return {
-        name: image.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255 for name, image in sorted(found.items())
-    }
+    found = {Path(name).stem: _grey(image) for name, image in zip(sample.filenames, sample.images, strict=True)}
+    folder = Path(matplotlib.get_data_path()) / "sample_data"  # some distributions of matplotlib leave it out
+    if (folder / "grace_hopper.jpg").is_file():
+        with Image.open(folder / "grace_hopper.jpg") as image:
+            found["grace_hopper"] = _grey(np.asarray(image.convert("RGB")))
+    if (folder / "jacksboro_fault_dem.npz").is_file():
+        with np.load(folder / "jacksboro_fault_dem.npz") as file:  # heights of a mountain range: a natural texture
+            height = file["elevation"].astype(np.float64)
+        found["relief"] = (height - height.min()) / np.ptp(height)
+    return dict(sorted(found.items()))
+
+
+def _grey(rgb: np.ndarray) -> np.ndarray:
+    return rgb.astype(np.float64) @ np.array([0.299, 0.587, 0.114]) / 255
 
 
 def _patches(seed: int) -> Images:
@@ -157,6 +162,7 @@ def _patches(seed: int) -> Images:
     photos = photographs()
     names = tuple(photos)
     taken, labels, ids = [], [], []
+    places: set[str] = set()
     while len(taken) < N_PATCHES:
         label = len(taken) % len(names)
         grey = photos[names[label]]
@@ -165,11 +171,13 @@ def _patches(seed: int) -> Images:
         patch = grey[y : y + side, x : x + side]
         patch = patch.reshape(SIDE, side // SIDE, SIDE, side // SIDE).mean(axis=(1, 3))
         low, high = np.percentile(patch, (1, 99))
-        if high - low < 0.15:  # sky and other blank places
+        place = f"{names[label]}-{y}-{x}-{side}"
+        if high - low < 0.1 or place in places:  # sky and other blank places
             continue
+        places.add(place)
         taken.append(((patch - low) / (high - low)).clip(0, 1))
         labels.append(label)
-        ids.append(f"{names[label]}-{y}-{x}-{side}")
+        ids.append(place)
     return enlarge(count_cells(np.stack(taken))), np.array(labels, dtype=np.int64), np.array(ids), names
 
 
