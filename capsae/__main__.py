@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tomllib
@@ -89,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("images", nargs="+", metavar="IMAGES", help="image files or folders of them")
     command.add_argument("--out", metavar="FILE.csv", help="where to write (default: standard output)")
     command.add_argument(
-        "--method", action="append", help="detectors to show; flag follows the first (default: epd, ours)"
+        "--method",
+        action="append",
+        help="a detector, or 'ours'; may repeat, flag follows the first (default: epd, ours)",
     )
 
     command = add("explain", _explain, "take the score of one image apart", parents=(profiled, weights))
@@ -183,7 +186,8 @@ def _score(options) -> int:
 
     images = find_images(options.images)
     _check_out(options.out)
-    methods = tuple(options.method or DEFAULT_METHODS)
+    methods = tuple(map(_method, options.method)) if options.method else DEFAULT_METHODS
+    logging.getLogger("capsae.features").setLevel(logging.ERROR)  # bad images are named below
     table = score_images(_run(options), images, options.checkpoint, methods)
     for row in table[table["reason"] != ""].itertuples():
         sys.stderr.write(f"capsae: skipped {row.path}: {row.reason}\n")
@@ -200,7 +204,7 @@ def _explain(options) -> int:
     if (options.image is None) == (options.from_set is None):
         raise ValueError("give one image file, or --from-set SET --row N")
     _check_out(options.out)
-    run, row = _run(options), options.row
+    run, row, method = _run(options), options.row, _method(options.method)
     if options.from_set:
         run.profile.source(options.from_set)
         observations, what = run.observations(options.from_set), f"{options.from_set}, row {row}"
@@ -210,12 +214,12 @@ def _explain(options) -> int:
         row, what = 0, str(images[0])
         if observations is None:
             raise ValueError(f"{what}: {bad[0]['why']}")
-    table = explain(run, observations, row, options.method)
-    score = float(run.detectors([options.method])[options.method].score(observations.take([row]))[0])
-    threshold = run.threshold(options.method)
+    table = explain(run, observations, row, method)
+    score = float(run.detectors([method])[method].score(observations.take([row]))[0])
+    threshold = run.threshold(method)
     verdict = "out of distribution" if score > threshold else "in distribution"
     predicted = plain_name(class_names(run)[observations.predicted[row]])
-    title = f"{what}: predicted {predicted}; {options.method} {score:.4f}, threshold {threshold:.4f}: {verdict}"
+    title = f"{what}: predicted {predicted}; {method} {score:.4f}, threshold {threshold:.4f}: {verdict}"
     sys.stdout.write(describe(table, score, title, options.top) + "\n")
     if options.out:
         table.to_csv(options.out, index=False)
@@ -258,6 +262,12 @@ def _run(options):
         raise ValueError(f"two profiles: {name!r} and --profile {options.profile!r}; give one")
     overrides = _overrides(options.set)
     return Run(name or options.profile or "imagenet20", overrides, device=options.device, progress=not options.quiet)
+
+
+def _method(name: str) -> str:
+    from .detectors import OURS
+
+    return OURS if name == "ours" else name
 
 
 def _overrides(texts: list[str]) -> dict:
@@ -319,8 +329,6 @@ def _stay_offline_if_alone() -> None:
 
 
 def _log(verbose: bool) -> None:
-    import logging
-
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
 

@@ -38,31 +38,66 @@ def explain_epd(
         One row for each latent of the class's core, largest absolute share first: latent, profile (P), expected (Q),
         share (``P log(P/Q)`` in nats; the shares sum to the score), kind ("too much": P > Q, "missing": P < Q, "as
         expected": equal), classes (where the latent's mean activation lies, top 3). A latent that does not fire has
-        share 0: EPD is blind to it, but it raises the others' P. Where EPD is undefined, one row "no core latent fires"
+        share 0: EPD is blind to it, but it raises the others' P. Where EPD is undefined, one row "no latent fires"
         (latent -1), or the rows "unknown to the class" (Q = 0), carry the whole score; see
         :func:`capsae.caps.core_reference`.
     """
-    if len(codes) != 1:
-        raise ValueError(f"codes has {len(codes)} rows, one sample is explained at a time")
-    values, indices = as_numpy(codes.values)[0].astype(np.float64), as_numpy(codes.indices)[0].astype(np.int64)
+    code = _dense(codes)
     reference, largest = core_reference(caps, core_fraction)
     core = caps.core(core_fraction)[predicted].astype(np.int64)
-    code = np.zeros(caps.n_latents)
-    np.add.at(code, indices, values)  # unused slots hold 0
     p, q = code[core], reference[predicted, core]
-    table = pd.DataFrame({"latent": core, "profile": p, "expected": q, "share": 0.0})
-    total = p.sum()
-    if total <= 0:
-        whole = pd.DataFrame({"latent": [-1], "profile": [0.0], "expected": [0.0], "share": [largest]})
-        table = pd.concat([whole, table], ignore_index=True)
+    p = p / p.sum() if p.sum() > 0 else p
+    fires, unknown = p > 0, (p > 0) & (q <= 0)
+    shares = np.zeros(len(core))
+    if unknown.any():
+        shares[unknown] = largest * p[unknown] / p[unknown].sum()
     else:
-        table["profile"] = p = p / total
-        unknown = (p > 0) & (q <= 0)
-        if unknown.any():
-            table["share"] = np.where(unknown, p / p[unknown].sum(), 0.0) * largest
-        else:
-            fires = p > 0
-            table.loc[fires, "share"] = p[fires] * np.log(p[fires] / q[fires])
+        shares[fires] = p[fires] * np.log(p[fires] / q[fires])
+    return _table(core, p, q, shares, 0.0 if fires.any() else largest, caps, class_names)
+
+
+def explain_slots(
+    codes,
+    shares: np.ndarray,
+    score: float,
+    predicted: int,
+    caps: ClassActivationProfiles,
+    class_names: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Tabulate the shares (k,) that a detector gives the slots of one sample's code.
+
+    Returns
+    -------
+    DataFrame
+        As :func:`explain_epd`, but over the whole dictionary: P is the code over its sum, Q the predicted class's
+        profile over its sum. What the shares lack of ``score`` stands in a row of its own (latent -1).
+    """
+    code, slots = _dense(codes), as_numpy(codes.indices)[0].astype(np.int64)
+    share = np.zeros(caps.n_latents)
+    np.add.at(share, slots, np.asarray(shares, np.float64))
+    q = caps.mean[predicted] / max(caps.mean[predicted].sum(), 1e-300)
+    latents = np.flatnonzero((code > 0) | (q > 0))
+    p = code[latents] / code.sum() if code.sum() > 0 else code[latents]
+    rest = score - share.sum()
+    rest = 0.0 if abs(rest) <= 1e-9 * max(1.0, abs(score)) else rest
+    return _table(latents, p, q[latents], share[latents], rest, caps, class_names)
+
+
+def _dense(codes) -> np.ndarray:
+    """One sparse code as (M,) float64."""
+    if len(codes) != 1:
+        raise ValueError(f"codes has {len(codes)} rows, one sample is explained at a time")
+    code = np.zeros(codes.n_latents)
+    np.add.at(code, as_numpy(codes.indices)[0].astype(np.int64), as_numpy(codes.values)[0])  # unused slots hold 0
+    return code
+
+
+def _table(latents, p, q, shares, rest: float, caps: ClassActivationProfiles, class_names) -> pd.DataFrame:
+    """One row a latent, largest absolute share first; ``rest`` gets a row of its own unless it is 0."""
+    table = pd.DataFrame({"latent": latents, "profile": p, "expected": q, "share": shares})
+    if rest:
+        whole = pd.DataFrame({"latent": [-1], "profile": [0.0], "expected": [0.0], "share": [rest]})
+        table = pd.concat([whole, table], ignore_index=True)
     table["kind"] = [_kind(row.latent, row.profile, row.expected) for row in table.itertuples()]
     table["classes"] = _classes(table["latent"], caps, class_names)
     order = np.lexsort((-table["expected"], -table["share"].abs()))
@@ -79,13 +114,12 @@ def explain(run, obs: Observations, row: int, method: str = "epd") -> pd.DataFra
         ``run.observations(set)``, or of new images.
     row : int
     method : str
-        "epd", or a detector that has ``contributions(obs)``.
+        "epd", or a detector that has ``contributions(obs)`` (N, k), as our own has.
 
     Returns
     -------
     DataFrame
-        See :func:`explain_epd`. Of other detectors: what their ``contributions`` gives for the one sample, and the
-        column "classes" where it lacks one.
+        See :func:`explain_epd` and :func:`explain_slots`.
 
     Raises
     ------
@@ -100,10 +134,8 @@ def explain(run, obs: Observations, row: int, method: str = "epd") -> pd.DataFra
         return explain_epd(one.codes, int(one.predicted[0]), detector.caps, detector.core_fraction, names)
     if not hasattr(detector, "contributions"):
         raise ValueError(f"method is {method!r}, which is no sum over latents; use 'epd' or {OURS!r}")
-    table = detector.contributions(one)
-    if "classes" not in table:
-        table = table.assign(classes=_classes(table["latent"], run.caps, names))
-    return table
+    shares, score = detector.contributions(one)[0], float(detector.score(one)[0])
+    return explain_slots(one.codes, shares, score, int(one.predicted[0]), detector.caps, names)
 
 
 def describe(table: pd.DataFrame, score: float, title: str, top: int = 10) -> str:
@@ -135,7 +167,7 @@ def _text_row(row) -> str:
 
 def _kind(latent: int, p: float, q: float) -> str:
     if latent < 0:
-        return "no core latent fires"
+        return "no latent fires"
     if p > 0 and q <= 0:
         return "unknown to the class"
     return "too much" if p > q else "missing" if p < q else "as expected"

@@ -84,10 +84,10 @@ def load_weights(run, checkpoint: str | Path | None = None):
     except OSError as error:
         if settings.get("checkpoint"):
             raise
-        why = str(error).strip().splitlines() or [type(error).__name__]
+        why = str(error).strip().split(". ")[0] or type(error).__name__
         raise FileNotFoundError(
-            f"the weights of {model!r} are neither on this machine nor to be downloaded ({why[0][:160]}); "
-            "give --checkpoint FILE, or run once with a connection"
+            f"the weights of {model!r} are neither on this machine nor to be downloaded: give --checkpoint FILE, "
+            f"or run once with a connection ({why})"
         ) from None
 
 
@@ -109,8 +109,8 @@ def score_images(
         method its score and ``<method>_threshold``, above which 5 % of the ID validation rows lie; flag (True = out of
         distribution); reason (why an image could not be read: its other cells are empty).
     """
+    observations, rows, bad = observe(run, images, checkpoint)  # first: without weights nothing else is of use
     thresholds = {name: run.threshold(name, KEEP) for name in methods}
-    observations, rows, bad = observe(run, images, checkpoint)
     why = {each["id"]: each["why"] for each in bad}
     table = pd.DataFrame({"path": [str(path) for path in images]})
     row_of = np.array([rows.get(path, -1) for path in table["path"]])

@@ -41,7 +41,7 @@ path = "noise"
 [sae]
 latents = 48
 k = 6
-epochs = 4
+epochs = 30
 batch_size = 32
 lr = 0.01
 """

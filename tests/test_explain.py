@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 import small_profile
 
-from capsae import ClassActivationProfiles, Observations, SparseCodes, energy_profile_divergence
-from capsae.explain import describe, explain, explain_epd, plain_name
+from capsae import ClassActivationProfiles, SparseCodes, energy_profile_divergence
+from capsae.detectors import OURS
+from capsae.explain import describe, explain, explain_epd, explain_slots, plain_name
 from capsae.pipeline import Run
 
 M, K, C = 40, 6, 3
@@ -64,7 +64,7 @@ def test_a_silent_core_carries_the_largest_score_in_one_row(caps):
     outside = [i for i in range(M) if i not in set(caps.core(0.15)[0])]
     codes = one_code(caps, {outside[0]: 1.0, outside[1]: 2.0})
     table = explain_epd(codes, 0, caps, 0.15)
-    assert table.loc[0, "kind"] == "no core latent fires" and table.loc[0, "latent"] == -1
+    assert table.loc[0, "kind"] == "no latent fires" and table.loc[0, "latent"] == -1
     assert table["share"].sum() == energy_profile_divergence(codes, np.array([0]), caps, 0.15)[0]
 
 
@@ -107,15 +107,20 @@ def test_rows_and_methods_that_cannot_be_explained_are_refused(run):
         explain(run, obs, 0, "msp")
 
 
-def test_another_detectors_contributions_get_classes(run, monkeypatch):
-    def contributions(self, obs):
-        assert isinstance(obs, Observations) and len(obs) == 1
-        return pd.DataFrame({"latent": [3, 5], "share": [1.0, 2.0]})
+def test_our_own_score_is_explained_by_its_slots(run):
+    obs = run.observations("near/shifted")
+    scores = run.detectors(OURS)[OURS].score(obs)
+    for row in (0, 9):
+        table = explain(run, obs, row, OURS)
+        assert table["share"].sum() == pytest.approx(scores[row], rel=1e-9)
+        assert table.loc[table["share"] != 0, "profile"].gt(0).all()
+        assert table["profile"].sum() == pytest.approx(1) and table["expected"].sum() == pytest.approx(1)
 
-    msp = run.detectors("msp")["msp"]
-    monkeypatch.setattr(type(msp), "contributions", contributions, raising=False)
-    table = explain(run, run.observations("test"), 4, "msp")
-    assert list(table["latent"]) == [3, 5] and table["classes"].str.contains("%").any()
+
+def test_what_slots_do_not_explain_has_a_row_of_its_own(caps):
+    codes = one_code(caps, {})
+    table = explain_slots(codes, np.zeros(K), 3.5, 0, caps)
+    assert table.loc[0, "latent"] == -1 and table.loc[0, "share"] == 3.5 == table["share"].sum()
 
 
 def test_the_text_names_score_latents_and_classes(run):

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import small_profile
+from PIL import Image
+
+import capsae.features
+import capsae.scoring
+from capsae.__main__ import main
+from capsae.featureset import FeatureSet
+from capsae.images import BadImage
+from capsae.profiles import available
+from capsae.scoring import find_images
+
+SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAPSAE_HOME", str(folder))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    return str(small_profile.write(tmp_path_factory.mktemp("profile")))
+
+
+@pytest.fixture
+def capsae_(home, capsys):
+    """Run one command: (status, stdout, stderr)."""
+
+    def call(*arguments):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+# --- help and listings
+
+
+def test_help_leads_through_every_command(capsae_):
+    status, out, _ = capsae_("--help")
+    assert status == 0
+    order = [
+        out.index(f"  capsae {word}") for word in ("profiles", "extract", "train", "score", "explain", "reproduce")
+    ]
+    assert order == sorted(order)
+    for word in ("profiles", "extract", "train", "score", "explain", "detectors", "reproduce"):
+        status, out, _ = capsae_(word, "--help")
+        assert status == 0 and "usage" in out
+
+
+def test_it_runs_as_a_module_and_tells_status():
+    run = subprocess.run(
+        [sys.executable, "-m", "capsae", "profiles", "nowhere"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("capsae: no profile 'nowhere'") and "Traceback" not in run.stderr
+
+
+def test_profiles_lists_all_with_what_they_need(capsae_):
+    status, out, _ = capsae_("profiles")
+    assert status == 0
+    assert [line for line in out.splitlines() if line in available()] == available()
+    assert out.count("  needs ") == len(available()) and "14278 images, 6.0 MB" in out and "150 GB" in out
+
+
+def test_profiles_prints_one_with_overrides(capsae_):
+    status, out, _ = capsae_("profiles", "imagenet20", "--set", "sae.k=64")
+    assert status == 0 and "sae.k = 64\n" in out and "sae.latents = 1920\n" in out
+
+
+def test_detectors_are_listed_with_formula_and_options(capsae_):
+    _, out, _ = capsae_("detectors")
+    assert "epd  (EPD, paper" in out and "core_fraction=0.15" in out
+
+
+# --- wrong input: a message, status 2, no traceback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--out", "x", "--set", "sae.kk=3"], "did you mean sae.k?"),
+        (["train", "--out", "x", "--set", "sae.k=1e3"], "write 1000"),
+        (["train", "--out", "x", "--set", "sae.k"], "write KEY=VALUE"),
+        (["train", "mini80", "--profile", "digits", "--out", "x"], "two profiles"),
+        (["score", "no/such.jpg"], "no image or folder 'no/such.jpg'"),
+        (["score", __file__, "--out", "no/such/folder/scores.csv"], "no folder"),
+        (["score", __file__, "--checkpoint", "no.safetensors"], "--checkpoint 'no.safetensors': no such file"),
+        (["explain"], "give one image file, or --from-set"),
+        (["explain", "--from-set", "far/texture"], "far/textures"),
+        (["extract", "imagenet1k"], "data_root"),
+        (["reproduce", "cifar10"], "no pages in the book"),
+    ],
+)
+def test_wrong_input_is_refused(capsae_, monkeypatch, arguments, words):
+    monkeypatch.delenv("CAPSAE_DATA", raising=False)
+    monkeypatch.setattr("capsae.sae.train_sae", lambda *_, **__: pytest.fail("work had started"))
+    status, out, err = capsae_(*arguments)
+    assert status == 2 and words in err and out == ""
+    assert err.startswith("capsae: ") and "Traceback" not in err
+
+
+def test_missing_weights_are_explained_before_any_training(capsae_, monkeypatch, tmp_path):
+    def offline(settings):
+        raise FileNotFoundError("no connection. And more.")
+
+    monkeypatch.setattr("capsae.backbone.load_backbone", offline)
+    monkeypatch.setattr("capsae.sae.train_sae", lambda *_, **__: pytest.fail("trained"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    status, _, err = capsae_("score", tmp_path)
+    assert status == 2 and "give --checkpoint FILE" in err and "(no connection)" in err
+
+
+def test_debug_shows_the_traceback(home):
+    with pytest.raises(ValueError, match="nowhere"):
+        main(["train", "nowhere", "--out", "x", "--debug"])
+
+
+# --- train
+
+
+def test_train_writes_a_folder_that_can_be_read_back(capsae_, profile, tmp_path):
+    from capsae import ClassActivationProfiles, TopKSAE
+
+    status, out, _ = capsae_("train", "--profile", profile, "--out", tmp_path / "sae", "--set", "sae.k=4", "--quiet")
+    assert status == 0 and "FVU" in out
+    assert TopKSAE.load(tmp_path / "sae").config.k == 4
+    assert ClassActivationProfiles.load(tmp_path / "sae" / "caps.safetensors").n_classes == 4
+    assert {"provenance.json", "history.csv", "head.safetensors"} <= {p.name for p in (tmp_path / "sae").iterdir()}
+
+
+# --- score and explain, with an extractor that knows the answer from the file's name
+
+
+@pytest.fixture
+def stubbed(monkeypatch):
+    def extract(source, backbone, work, *, device, progress, logits, max_bad):
+        rows, bad = [], []
+        for row in range(len(source)):
+            try:
+                source.image(row)
+                rows.append(row)
+            except BadImage as error:
+                bad.append({"id": error.id, "why": error.why})
+        stems = [Path(source.ids[row]).stem.split("-") for row in rows]
+        sets = {name: small_profile.features(name, 5, seed=1) for name in ("test", "far/noise")}
+        known = {"id": sets["test"], "ood": sets["far/noise"]}
+        cls = np.array([known[kind].cls[int(at)] for kind, at in stems]).reshape(len(rows), small_profile.DIM)
+        return FeatureSet(cls, np.full(len(rows), -1), source.ids[rows], meta={"bad_images": bad})
+
+    monkeypatch.setattr(capsae.features, "extract", extract)
+    monkeypatch.setattr(capsae.scoring, "load_weights", lambda run, checkpoint: None)
+
+
+def draw(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (8, 8)).save(folder / name)
+    return folder
+
+
+def test_score_writes_a_row_an_image_with_flags_and_reasons(capsae_, profile, stubbed, tmp_path):
+    images = draw(tmp_path / "images", "id-1.png", "id-12.png", "ood-3.png", "deep-0.png")
+    (images / "inside").mkdir()
+    (images / "deep-0.png").rename(images / "inside" / "ood-7.png")
+    (images / "zero.jpg").touch()
+    (images / "notes.txt").write_text("not an image")
+    out = tmp_path / "scores.csv"
+    status, _, err = capsae_("score", "--profile", profile, images, images / "id-1.png", "--out", out, "-q")
+    table = pd.read_csv(out)
+    assert status == 0
+    assert list(table.columns) == "path predicted confidence epd epd_threshold rpd rpd_threshold flag reason".split()
+    names = [Path(path).name for path in table["path"]]
+    assert names == ["id-1.png", "id-12.png", "ood-7.png", "ood-3.png", "zero.jpg"]
+    assert table["predicted"][:2].tolist() == ["n00000000_kind_0", "n00000002_kind_2"]
+    assert table["flag"].astype("string").tolist()[:4] == ["False", "False", "True", "True"]
+    good = table[table["reason"].isna()]
+    assert ((good["epd"] > good["epd_threshold"]) == good["flag"].astype(bool)).all()
+    assert table.loc[4, ["predicted", "confidence", "epd", "flag"]].isna().all() and table["reason"][4] == "empty file"
+    assert "zero.jpg: empty file" in err and "2 of 4 images flagged" in err
+
+
+def test_score_of_nothing_readable_is_an_error_with_its_rows(capsae_, profile, stubbed, tmp_path):
+    (tmp_path / "zero.jpg").touch()
+    status, out, err = capsae_("score", "-p", profile, tmp_path / "zero.jpg", "-q")
+    assert status == 2 and "empty file" in out and "empty file" in err
+
+
+def test_score_can_flag_by_our_own(capsae_, profile, stubbed, tmp_path):
+    status, out, _ = capsae_("score", "-p", profile, draw(tmp_path, "ood-1.png"), "--method", "ours", "-q")
+    table = pd.read_csv(io.StringIO(out))
+    assert status == 0 and "epd" not in table and table["flag"][0] == (table["rpd"] > table["rpd_threshold"])[0]
+
+
+def test_explain_an_image(capsae_, profile, stubbed, tmp_path):
+    image = draw(tmp_path, "id-12.png") / "id-12.png"
+    status, out, _ = capsae_("explain", "-p", profile, image, "-q", "--out", tmp_path / "why.csv")
+    assert status == 0 and "predicted kind 2" in out and "in distribution" in out
+    score = float(out.split("epd ")[1].split(",")[0])
+    assert pd.read_csv(tmp_path / "why.csv")["share"].sum() == pytest.approx(score, abs=1e-4)
+
+
+def test_explain_a_row_of_a_set(capsae_, profile):
+    status, out, _ = capsae_("explain", "-p", profile, "--from-set", "far/noise", "--row", 3, "--method", "ours", "-q")
+    assert status == 0 and out.startswith("far/noise, row 3: predicted kind") and "rpd" in out
+    status, _, err = capsae_("explain", "-p", profile, "--from-set", "far/noise", "--row", 80, "-q")
+    assert status == 2 and "use 0..79" in err
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        find_images([tmp_path])
+
+
+def test_reproduce_asks_for_the_profiles_pages(capsae_, monkeypatch):
+    import capsae.publish
+
+    asked = {}
+    monkeypatch.setattr(capsae.publish, "reproduce", lambda **given: asked.update(given) or 0)
+    assert capsae_("reproduce", "mini80", "-n")[0] == 0
+    assert asked["dry_run"] and asked["targets"] and all("mini80" in target for target in asked["targets"])
+    assert capsae_("reproduce")[0] == 0 and asked["targets"] == []
+
+
+# --- for real
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "data" / "imagenet20").is_dir(), reason=f"no images at {SHARED} (set CAPSAE_SHARED)")
+def test_real_photographs_and_textures_are_told_apart(capsae_, tmp_path):
+    import pyarrow.parquet as pq
+
+    for name, path in {"photo": "imagenet20/validation.parquet", "texture": "far_textures/test.parquet"}.items():
+        column = pq.read_table(SHARED / "data" / path, columns=["image"])["image"]
+        for row in range(0, len(column), len(column) // 25):
+            (tmp_path / f"{name}-{row:04d}.webp").write_bytes(column[row].as_py()["bytes"])
+    weights = SHARED / "data" / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
+    out = tmp_path / "scores.csv"
+    options = ["--checkpoint", weights, "--out", out, "-q", "--set", "sae.epochs=8", "--device", "cpu"]
+    status, _, _ = capsae_("score", tmp_path, *options)
+    table = pd.read_csv(out)
+    flagged = table["flag"].astype(bool).groupby(table["path"].str.contains("texture")).mean()
+    assert status == 0 and table["confidence"].between(0, 1).all()
+    assert flagged[False] <= 0.2 and flagged[True] >= 0.8
