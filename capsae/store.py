@@ -218,11 +218,15 @@ def source_digest(modules: Iterable[str]) -> str:
     parts = []
     for name in sorted(set(modules)):
         module, _, definition = name.partition(":")
-        for file in _module_files(module):
-            tree = _stripped(file, file.stat().st_mtime_ns)
-            nodes = _closure(tree, definition, name) if definition else tree.body
-            parts.append([name, file.name, [_form(node) for node in nodes]])
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        parts += [_code(name, definition, file, file.stat().st_mtime_ns) for file in _module_files(module)]
+    return hashlib.sha256(f"[{', '.join(parts)}]".encode()).hexdigest()
+
+
+@cache  # a plan of many pages asks for the same modules hundreds of times
+def _code(name: str, definition: str, file: Path, modified: int) -> str:
+    tree = _stripped(file, modified)
+    nodes = _closure(tree, definition, name) if definition else tree.body
+    return json.dumps([name, file.name, [_form(node) for node in nodes]])
 
 
 @cache
