@@ -15,6 +15,8 @@ from capsae import plan, publish
 
 PAGES = plan.pages()
 STALE = {name: why for name, page in PAGES.items() if (why := publish.why_stale(page))}
+if config.get("everything"):  # snakemake --config everything=1: what is fresh is executed again, too
+    STALE = {name: STALE.get(name, "everything was asked for") for name in PAGES}
 # Threads of one job: two jobs side by side must not both take all cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

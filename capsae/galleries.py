@@ -1,4 +1,4 @@
-"""Images behind latents, profiles and scores, for :func:`capsae.figures.image_grid`; only for profiles with ``show_images``."""
+"""Images behind latents, profiles and scores, for :func:`capsae.figures.image_grid`; where ``show_images`` allows."""
 
 from __future__ import annotations
 

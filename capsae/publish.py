@@ -265,12 +265,19 @@ def why_stale(page: Page) -> str | None:
 
 def is_fresh(page: Page | str) -> bool:
     """Whether a published page (or its name, or the path of its file) was made from today's code, data and settings."""
-    if not isinstance(page, Page):
-        name = str(page)
-        if name.endswith(".ipynb"):
-            name = Path(name).resolve().relative_to(root() / RUNS).with_suffix("").as_posix()
-        page = pages()[name]
-    return why_stale(page) is None
+    return why_stale(page if isinstance(page, Page) else pages()[page_name(page)]) is None
+
+
+def page_name(page: str | Path) -> str:
+    """The name of a page from its name or the path of its file; ValueError if there is no such page."""
+    name = str(page)
+    if name.endswith(".ipynb"):
+        path = Path(name).resolve()
+        inside = path.is_relative_to(root() / RUNS)
+        name = path.relative_to(root() / RUNS).with_suffix("").as_posix() if inside else name
+    if name not in pages():
+        raise ValueError(f"no page {name!r}; there are {', '.join(pages())}")
+    return name
 
 
 def results(name: str) -> dict[str, Any]:
@@ -306,16 +313,50 @@ def sweep_table(sweep: str, profile: str = SWEPT):
     return pd.DataFrame(rows)
 
 
-def reproduce(jobs: int | None = None, dry_run: bool = False, book: bool = True, targets: Iterable[str] = ()) -> int:
-    """Execute every page that is not fresh (by Snakemake), then build the book. Returns the exit status."""
-    jobs = jobs or min(2, os.cpu_count() or 1)
-    command = [sys.executable, "-m", "snakemake", "--cores", str(jobs), "--directory", str(root())]
-    command += ["--snakefile", str(root() / "Snakefile"), "--quiet", "rules", *(["--dry-run"] if dry_run else [])]
-    status = subprocess.run([*command, *targets], cwd=root(), check=False).returncode
-    if status or dry_run or not book:
+def reproduce(
+    jobs: int | None = None,
+    dry_run: bool = False,
+    book: bool = True,
+    targets: Iterable[str | Path] = (),
+    everything: bool = False,
+) -> int:
+    """Execute the pages that are not fresh (by Snakemake), write the pages made of data, build the book.
+
+    Parameters
+    ----------
+    jobs : int, optional
+        Pages at a time; default 2, or the number of cores.
+    dry_run : bool
+        Say what would be executed, and why.
+    targets : page names or paths of their files, optional
+        Only these; default all.
+    everything : bool
+        Execute fresh pages, too.
+
+    Returns
+    -------
+    int
+        Exit status; the place of the book goes to stdout.
+    """
+    names = [page_name(target) for target in targets]
+    wanted = [name for name in names if everything or why_stale(pages()[name])]
+    command = [sys.executable, "-m", "snakemake", "--cores", str(jobs or min(2, os.cpu_count() or 1))]
+    command += ["--quiet", "host", *["--dry-run"] * dry_run, *["--config", "everything=1"] * everything]
+    status = 0
+    if wanted or not names:
+        status = subprocess.run([*command, "--", *wanted] if wanted else command, cwd=root(), check=False).returncode
+    if status or dry_run:
         return status
-    tool = [sys.executable, "-m", "jupyter_book", "build", "-W", "-n", "--keep-going", "book/"]
-    return subprocess.run(tool, cwd=root(), check=False).returncode
+    from .pages import write_pages
+
+    write_pages()
+    if not book:
+        return 0
+    tool = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    status = subprocess.run([*tool, "build", "-W", "-n", "--keep-going", "book/"], cwd=root(), check=False).returncode
+    if status == 0:
+        sys.stdout.write(f"\nThe book lies at {root() / '_build' / 'html' / 'index.html'}\n")
+    return status
 
 
 def main(arguments: list[str] | None = None) -> int:
