@@ -93,26 +93,31 @@ def evaluate(
         if not len(obs):
             raise ValueError(f"{where} has no rows")
 
+    id_scores = {name: _scores(name, detector, "id_test", id_test) for name, detector in detectors.items()}
+    values: dict[tuple[str, str], dict[str, float]] = {}
+    draws: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for stream, (where, obs) in enumerate(ood.items()):
+        thresholds = {
+            name: Thresholds.of(id_scores[name], _scores(name, detector, where, obs))
+            for name, detector in detectors.items()
+        }
+        for name, one in thresholds.items():
+            values[name, where] = all_metrics(one, np.ones(len(id_test)), np.ones(len(obs)))
+        if n_boot:
+            found = bootstrap(thresholds, n_boot, seed, stream)
+            draws |= {(name, where): found[name] for name in detectors}
+
+    singles = [(where, groups[where], [where]) for where in ood]
+    means = [("mean", group, [w for w in ood if groups[w] == group]) for group in ("near", "far")]
     rows = []
-    for name, detector in detectors.items():
-        id_scores = _scores(name, detector, "id_test", id_test)
-        values, replicates = {}, {}
-        for stream, (where, obs) in enumerate(ood.items()):
-            ood_scores = _scores(name, detector, where, obs)
-            one = all_metrics(Thresholds.of(id_scores, ood_scores), np.ones(len(id_scores)), np.ones(len(ood_scores)))
-            values[where] = {metric: float(one[metric]) for metric in METRICS}
-            if n_boot:
-                replicates[where] = bootstrap(id_scores, ood_scores, n_boot, seed, stream)
-        means = {"near": [w for w in ood if groups[w] == "near"], "far": [w for w in ood if groups[w] == "far"]}
-        means["all"] = list(ood)
+    for name in detectors:
         for metric in METRICS:
-            for label, group, over in [
-                *((where, groups[where], [where]) for where in ood),
-                *(("mean", group, over) for group, over in means.items() if over),
-            ]:
-                value = float(np.mean([values[where][metric] for where in over]))
-                draws = np.mean([replicates[where][metric] for where in over], axis=0) if n_boot else None
-                rows.append((name, label, group, metric, value, *(interval(draws) if n_boot else (np.nan, np.nan))))
+            for label, group, over in [*singles, *(m for m in means if m[2]), ("mean", "all", list(ood))]:
+                value = float(np.mean([values[name, where][metric] for where in over]))
+                bounds = (np.nan, np.nan)
+                if n_boot:
+                    bounds = interval(np.mean([draws[name, where][metric] for where in over], axis=0))
+                rows.append((name, label, group, metric, value, *bounds))
     if id_test.labels is not None:
         rows.append(_accuracy_row(id_test, n_boot, seed))
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -48,46 +48,46 @@ class Thresholds:
         return cls(order, ends, len(id_scores))
 
     def counts(self, id_weights: np.ndarray, ood_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights (..., N_id) and (..., N_ood) -> share of ID and of OOD at or above each threshold, both (..., T)."""
-        is_id = self.order < self.n_id
-        weights = np.concatenate([id_weights, ood_weights], axis=-1)[..., self.order]
-        above_id = np.cumsum(weights * is_id, axis=-1)[..., self.ends]
-        above_ood = np.cumsum(weights * ~is_id, axis=-1)[..., self.ends]
-        return above_id, above_ood
+        """Weights (N_id, ...) and (N_ood, ...) -> weight of ID and of OOD at or above each threshold, both (T, ...)."""
+        weights = np.concatenate([id_weights, ood_weights])[self.order]
+        everything = np.cumsum(weights, axis=0)[self.ends]
+        weights[self.order >= self.n_id] = 0
+        above_id = np.cumsum(weights, axis=0)[self.ends]
+        return above_id, everything - above_id
 
 
 def _first_reaching(recall: np.ndarray, other: np.ndarray) -> np.ndarray:
     """``other`` at the first threshold at which ``recall`` reaches 95 %; no interpolation."""
-    reached = recall >= RECALL - 1e-12
-    at = reached.argmax(axis=-1)
-    return np.take_along_axis(other, at[..., None], axis=-1)[..., 0]
+    at = (recall >= RECALL - 1e-12).argmax(axis=0)
+    return np.take_along_axis(other, at[None], axis=0)[0]
 
 
 def _average_precision(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    steps = np.diff(positive, axis=-1, prepend=0)
+    steps = np.diff(positive, axis=0, prepend=0)
     flagged = positive + negative
     precision = np.divide(positive, flagged, out=np.zeros_like(flagged), where=flagged > 0)
-    return (steps * precision).sum(axis=-1) / positive[..., -1]
+    return (steps * precision).sum(axis=0) / positive[-1]
 
 
 def _reversed(above: np.ndarray) -> np.ndarray:
     """Counts at or below each threshold, thresholds ascending, from counts at or above, descending."""
-    total = above[..., -1:]
-    before = np.concatenate([np.zeros_like(total), above[..., :-1]], axis=-1)
-    return (total - before)[..., ::-1]
+    return (above[-1] - np.concatenate([np.zeros_like(above[:1]), above[:-1]]))[::-1]
 
 
 def all_metrics(thresholds: Thresholds, id_weights: np.ndarray, ood_weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Every metric for weights (..., N_id), (..., N_ood); see the functions below for what each means."""
+    """Every metric for weights (N_id, ...), (N_ood, ...) float64; see the functions below for what each means.
+
+    Samples come first and replicates last: sums over samples then run over whole rows of replicates.
+    """
     above_id, above_ood = thresholds.counts(id_weights, ood_weights)
-    share_id, share_ood = above_id / above_id[..., -1:], above_ood / above_ood[..., -1:]
-    width = np.diff(share_id, axis=-1, prepend=0)
-    previous = np.concatenate([np.zeros_like(share_ood[..., :1]), share_ood[..., :-1]], axis=-1)
+    share_id, share_ood = above_id / above_id[-1], above_ood / above_ood[-1]
+    width = np.diff(share_id, axis=0, prepend=0)
+    rise = np.diff(share_ood, axis=0, prepend=0)
     below_id, below_ood = _reversed(above_id), _reversed(above_ood)
     return {
-        "auroc": (width * (share_ood + previous) / 2).sum(axis=-1),
+        "auroc": (width * (share_ood - rise / 2)).sum(axis=0),
         "fpr95_ood_pos": _first_reaching(share_ood, share_id),
-        "fpr95_id_pos": _first_reaching(below_id / below_id[..., -1:], below_ood / below_ood[..., -1:]),
+        "fpr95_id_pos": _first_reaching(below_id / below_id[-1], below_ood / below_ood[-1]),
         "aupr_in": _average_precision(below_id, below_ood),
         "aupr_out": _average_precision(above_ood, above_id),
     }

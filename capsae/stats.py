@@ -13,18 +13,21 @@ from .metrics import METRICS, Thresholds, all_metrics
 _CELLS = 2**22  # replicates x samples held at a time
 
 
-def _weights(rng: np.random.Generator, n: int, replicates: int) -> np.ndarray:
-    """(replicates, n) float64: how often each of n samples was drawn in n draws with replacement."""
-    drawn = rng.integers(0, n, size=(replicates, n)) + n * np.arange(replicates)[:, None]
-    return np.bincount(drawn.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.float64)
+def _draws(rng: np.random.Generator, n: int, replicates: int) -> np.ndarray:
+    """(n, replicates) float64: how often each of n samples was drawn in n draws with replacement."""
+    drawn = rng.integers(0, n, size=(replicates, n)) * replicates + np.arange(replicates)[:, None]
+    return np.bincount(drawn.ravel(), minlength=replicates * n).reshape(n, replicates).astype(np.float64)
 
 
-def bootstrap(id_scores, ood_scores, n_boot: int, seed: int = 0, stream: int = 0) -> dict[str, np.ndarray]:
-    """Bootstrap replicates of every metric.
+def bootstrap(
+    methods: dict[str, Thresholds], n_boot: int, seed: int = 0, stream: int = 0
+) -> dict[str, dict[str, np.ndarray]]:
+    """Bootstrap replicates of every metric, the same draws for all methods.
 
     Parameters
     ----------
-    id_scores, ood_scores : (N,), (K,) arrays
+    methods : dict of Thresholds
+        ID and OOD scores of each method on the same samples.
     n_boot : int
         Number of replicates.
     seed : int
@@ -34,16 +37,21 @@ def bootstrap(id_scores, ood_scores, n_boot: int, seed: int = 0, stream: int = 0
 
     Returns
     -------
-    dict of (n_boot,) float64, keys :data:`capsae.metrics.METRICS`
+    dict of method -> metric (:data:`capsae.metrics.METRICS`) -> (n_boot,) float64
     """
-    thresholds = Thresholds.of(id_scores, ood_scores)
-    n_id, n_ood = thresholds.n_id, len(thresholds.order) - thresholds.n_id
+    first = next(iter(methods.values()))
+    n_id, n_ood = first.n_id, len(first.order) - first.n_id
     id_rng, ood_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1 + stream])
-    parts, chunk = [], max(1, _CELLS // (n_id + n_ood))
+    out = {method: {metric: np.empty(n_boot) for metric in METRICS} for method in methods}
+    chunk = max(1, min(256, _CELLS // (n_id + n_ood)))  # 256 replicates of 2,000 samples fit a core's cache
     for start in range(0, n_boot, chunk):
-        size = min(chunk, n_boot - start)
-        parts.append(all_metrics(thresholds, _weights(id_rng, n_id, size), _weights(ood_rng, n_ood, size)))
-    return {metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS}
+        part = slice(start, min(start + chunk, n_boot))
+        size = part.stop - part.start
+        id_weights, ood_weights = _draws(id_rng, n_id, size), _draws(ood_rng, n_ood, size)
+        for method, thresholds in methods.items():
+            for metric, values in all_metrics(thresholds, id_weights, ood_weights).items():
+                out[method][metric][part] = values
+    return out
 
 
 def interval(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from capsae import metrics
+from capsae.metrics import Thresholds
 from capsae.stats import bootstrap
 
 # Few distinct values, so that ties are the rule.
@@ -53,7 +54,7 @@ def test_infinite_scores_rank_last():
 def test_bootstrap_replicate_is_the_metric_of_the_resampled_scores():
     rng = np.random.default_rng(0)
     id_scores, ood_scores = rng.integers(0, 6, 50).astype(float), rng.integers(2, 9, 30).astype(float)
-    draws = bootstrap(id_scores, ood_scores, 40, seed=3, stream=1)
+    draws = bootstrap({"m": Thresholds.of(id_scores, ood_scores)}, 40, seed=3, stream=1)["m"]
     ids = np.random.default_rng([3, 0]).integers(0, 50, size=(40, 50))
     oods = np.random.default_rng([3, 2]).integers(0, 30, size=(40, 30))
     for metric in metrics.METRICS:
@@ -69,6 +70,10 @@ def test_bootstrap_interval_covers():
 
     rng, hits = np.random.default_rng(1), 0
     for trial in range(100):
-        lo, hi = interval(bootstrap(rng.normal(size=150), rng.normal(1, 1, size=150), 200, seed=trial)["auroc"])
+        lo, hi = interval(
+            bootstrap({"m": Thresholds.of(rng.normal(size=150), rng.normal(1, 1, size=150))}, 200, seed=trial)["m"][
+                "auroc"
+            ]
+        )
         hits += lo <= norm.cdf(1 / np.sqrt(2)) <= hi
     assert 86 <= hits <= 100
