@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from capsae.backbone import Backbone, available_cores, load_backbone, pick_device
+from capsae.backbone import Backbone, available_cores, load_backbone, pick_device, pick_dtype
 from capsae.data import ImageSource, open_source
-from capsae.features import _pick_dtype, extract
+from capsae.features import extract
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
 
     device = pick_device(args.device)
-    dtype = _pick_dtype(args.dtype, device)
+    dtype = pick_dtype(args.dtype, device)
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     torch.manual_seed(0)
     backbone = load_backbone(args.model).to(device)

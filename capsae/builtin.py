@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 SIDE = 32  # pixels of every image here
 CELLS = 8  # values a side of scikit-learn's digits
 LEVELS = 16
-N_TEST = 450
+N_TEST, N_VAL = 450, 200  # the other 1,147 digits train
 
 LETTERS = "ACEFHKMNPRTVWXYadefhkmnrtuwxy"
 """Letters that no digit looks like. Left out, because a drawn one is often a digit: O o Q D U (0), I i l J j L (1), Z
@@ -85,8 +85,10 @@ def _digits(part: str) -> Images:
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
-    train, test = train_test_split(np.arange(len(data.target)), test_size=N_TEST, stratify=data.target, random_state=0)
-    rows = np.sort(train if part == "train" else test)
+    rest, test = train_test_split(np.arange(len(data.target)), test_size=N_TEST, stratify=data.target, random_state=0)
+    # validation rows that the backbone never saw: a threshold set on rows it was trained on would be too tight
+    train, val = train_test_split(rest, test_size=N_VAL, stratify=data.target[rest], random_state=0)
+    rows = np.sort({"train": train, "val": val, "test": test}[part])
     labels = data.target[rows].astype(np.int64)
     ids = np.array([f"digit-{row:04d}" for row in rows])
     return enlarge(data.images[rows]), labels, ids, tuple(str(digit) for digit in range(10))
@@ -202,6 +204,7 @@ def _noise(seed: int) -> Images:
 
 _MAKERS: dict[str, Callable[[int], Images]] = {
     "digits/train": lambda seed: _digits("train"),
+    "digits/val": lambda seed: _digits("val"),
     "digits/test": lambda seed: _digits("test"),
     "letters": _letters,
     "patches": _patches,

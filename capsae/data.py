@@ -409,7 +409,7 @@ def _open_hub(name, split, config=None, image=None, label=None, id=None) -> Imag
     image, label, id = _pick_columns(f"data set {name!r}", table.column_names, hub, image, label, id)
     count = len(table)
     labels = (
-        _as_labels(table.with_format("arrow")[:][label].to_pylist(), name, label)
+        _as_labels(table.select_columns([label]).with_format("arrow")[:][label].to_pylist(), name, label)
         if label
         else np.full(count, -1, dtype=np.int64)
     )
@@ -420,8 +420,8 @@ def _open_hub(name, split, config=None, image=None, label=None, id=None) -> Imag
     )  # the bytes: we decode, by our own rules
 
     def read(row):
-        value = images[row][image]
-        return value["bytes"] or value["path"] or b""
+        value = images[row][image] or {}
+        return value.get("bytes") or value.get("path") or b""
 
     # datasets' own fingerprint depends on its cache: what identifies the images is the name, split and number of bytes
     size = getattr(table.info, "dataset_size", None)

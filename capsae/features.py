@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .backbone import Backbone, BackboneSpec, available_cores, load_backbone, pick_device
+from .backbone import Backbone, BackboneSpec, available_cores, load_backbone, pick_device, pick_dtype
 from .data import ImageSource, open_source
-from .featureset import FeatureSet, LinearHead, read_tensors, write_tensors
+from .featureset import FeatureSet, LinearHead, write_tensors
 from .images import BadImage
 from .packs import load_pack, make_pack, pack_sets
 from .probe import fit_linear_probe
@@ -137,7 +137,7 @@ def extract(
     workers = workers or available_cores()
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     device = pick_device(device)
-    dtype = _pick_dtype(dtype, device)
+    dtype = pick_dtype(dtype, device)
     backbone = load_backbone(backbone).to(device)
     logits = bool(logits and backbone.n_logits)
     out_dir = Path(out_dir)
@@ -317,29 +317,36 @@ def _sweep(out_dir: Path, n_shards: int) -> None:
 
 
 def _collect(out_dir: Path, n_shards: int, source: ImageSource, name: str, meta: dict, logits: bool) -> FeatureSet:
-    parts = [read_tensors(_shard_path(out_dir, i))[0] for i in range(n_shards)]
-    rows = np.concatenate([part["rows"] for part in parts])
+    rows = np.concatenate([_read(out_dir, i, "rows") for i in range(n_shards)])
+
+    def whole(key):  # shard by shard into one array: nothing is held twice
+        out, start = None, 0
+        for i in range(n_shards):
+            part = _read(out_dir, i, key)
+            out = np.empty((len(rows), *part.shape[1:]), dtype=part.dtype) if out is None else out
+            out[start : start + len(part)] = part
+            start += len(part)
+        return out
+
     return FeatureSet(
-        cls=np.concatenate([part["cls"] for part in parts]),
+        cls=whole("cls"),
         labels=source.labels[rows],
         ids=source.ids[rows],
-        logits=np.concatenate([part["logits"] for part in parts]) if logits else None,
+        logits=whole("logits") if logits else None,
         name=name,
         class_names=source.class_names,
         meta=meta,
     )
 
 
+def _read(out_dir: Path, number: int, key: str) -> np.ndarray:
+    from safetensors import safe_open
+
+    with safe_open(_shard_path(out_dir, number), framework="numpy") as file:
+        return file.get_tensor(key)
+
+
 # --- small things ---------------------------------------------------------------------------------
-
-
-def _pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if dtype not in known:
-        raise ValueError(f"dtype is {dtype!r}, expected 'auto', 'float32' or 'bfloat16'")
-    return known[dtype]
 
 
 def _bar(total: int, initial: int, name: str, progress: bool):

@@ -31,7 +31,7 @@ PREPROCESSING = {
     "interpolation": "bicubic",
     "crop_pct": 1.0,
 }
-EPOCHS = 50
+EPOCHS = 60
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def train_digits_vit(
     device: str = "auto",
     *,
     epochs: int = EPOCHS,
-    batch_size: int = 128,
+    batch_size: int = 64,
     lr: float = 2e-3,
     progress: bool = True,
 ) -> DigitsViT:
