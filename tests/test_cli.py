@@ -184,7 +184,8 @@ def test_score_writes_a_row_an_image_with_flags_and_reasons(capsae_, profile, st
     (images / "zero.jpg").touch()
     (images / "notes.txt").write_text("not an image")
     out = tmp_path / "scores.csv"
-    status, _, err = capsae_("score", "--profile", profile, images, images / "id-1.png", "--out", out, "-q")
+    options = ["--profile", profile, "--set", "val.fraction=0.4", "--out", out, "-q"]
+    status, _, err = capsae_("score", images, images / "id-1.png", *options)
     table = pd.read_csv(out)
     assert status == 0
     assert list(table.columns) == "path predicted confidence epd epd_threshold rpd rpd_threshold flag reason".split()
