@@ -19,7 +19,7 @@ import platform
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -143,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many shapes")
+    parser.add_argument("--quick", action="store_true", help="a third of the epochs, three blocks: for a busy machine")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>-sae.json")
     args = parser.parse_args()
@@ -151,6 +152,7 @@ def main() -> None:
     results = []
     print("   d      M    k     B  trainer      rows/s  x plain     FVU  rows per CPU second")
     for shape in SHAPES[: args.shapes]:
+        shape = replace(shape, epochs=-(-shape.epochs // 3), blocks=3) if args.quick else shape
         for row in measure(shape, args.lr):
             print(
                 f"{row['d']:4} {row['latents']:6} {row['k']:4} {row['batch']:5}  {row['trainer']:8}"
