@@ -42,8 +42,8 @@ def synthetic_jpegs(folder: Path, count: int) -> dict:
     for i in range(count):
         noise = Image.fromarray(rng.integers(0, 256, (375, 500, 3), dtype=np.uint8))
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
-        image = Image.blend(coarse, noise.filter(ImageFilter.GaussianBlur(1)), 0.4)
-        image.save(folder / f"{i:05d}.jpg", quality=90)
+        image = Image.blend(coarse, noise.filter(ImageFilter.GaussianBlur(1)), 0.8)
+        image.save(folder / f"{i:05d}.jpg", quality=95)
     return {"kind": "folder", "path": str(folder)}
 
 
