@@ -214,22 +214,26 @@ def source_digest(modules: Iterable[str]) -> str:
 
     A name may be a module (``"capsae.caps"``), a package (all its modules), or one definition
     (``"capsae.featureset:LinearHead"``), which counts with all that it uses of its own module.
+
+    Each is read once a process, so an edit while a run goes on does not change what the run's artefacts are called; and
+    a plan of many pages asks for the same modules hundreds of times.
     """
-    parts = []
-    for name in sorted(set(modules)):
-        module, _, definition = name.partition(":")
-        parts += [_code(name, definition, file, file.stat().st_mtime_ns) for file in _module_files(module)]
-    return hashlib.sha256(f"[{', '.join(parts)}]".encode()).hexdigest()
-
-
-@cache  # a plan of many pages asks for the same modules hundreds of times
-def _code(name: str, definition: str, file: Path, modified: int) -> str:
-    tree = _stripped(file, modified)
-    nodes = _closure(tree, definition, name) if definition else tree.body
-    return json.dumps([name, file.name, [_form(node) for node in nodes]])
+    return hashlib.sha256(
+        json.dumps([[name, _code_digest(name)] for name in sorted(set(modules))]).encode()
+    ).hexdigest()
 
 
 @cache
+def _code_digest(name: str) -> str:
+    module, _, definition = name.partition(":")
+    parts = []
+    for file in _module_files(module):
+        tree = _stripped(file)
+        nodes = _closure(tree, definition, name) if definition else tree.body
+        parts.append([file.name, [_form(node) for node in nodes]])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def _module_files(module: str) -> tuple[Path, ...]:
     spec = util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -238,8 +242,7 @@ def _module_files(module: str) -> tuple[Path, ...]:
     return tuple(sorted(origin.parent.rglob("*.py"))) if origin.name == "__init__.py" else (origin,)
 
 
-@cache
-def _stripped(file: Path, _modified: int) -> ast.Module:
+def _stripped(file: Path) -> ast.Module:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -147,6 +147,28 @@ def test_train_writes_a_folder_that_can_be_read_back(capsae_, profile, tmp_path)
     assert {"provenance.json", "history.csv", "head.safetensors"} <= {p.name for p in (tmp_path / "sae").iterdir()}
 
 
+def test_extract_makes_a_pack_again_from_the_profiles_images(capsae_, monkeypatch, tmp_path):
+    """The real extraction is compared in test_packs; here: the right sources, backbone and folder."""
+    import capsae.packs
+
+    made = {}
+    sets = {name: small_profile.features(name, 2) for name in ("train", "test", "near/shifted", "far/noise")}
+    profile = small_profile.write(tmp_path, sets)
+    for name in ("train", "test", "shifted", "noise"):
+        for c in range(4):
+            draw(tmp_path / name / f"class{c}", "0.png", "1.png")
+    monkeypatch.setattr(capsae.scoring, "load_weights", lambda run: "backbone")
+    monkeypatch.setattr(
+        capsae.packs, "make_pack", lambda name, sources, backbone, out, **_: made.update(out=out, sources=sources)
+    )
+    status, out, _ = capsae_("extract", profile, "--out", tmp_path / "new")
+    assert status == 0 and made["out"] == tmp_path / "new" and "--set pack=" in out
+    assert {name: len(source) for name, source in made["sources"].items()} == dict.fromkeys(sets, 8)
+    (tmp_path / "noise").rename(tmp_path / "gone")
+    status, _, err = capsae_("extract", profile, "--out", tmp_path / "new")
+    assert status == 2 and "ood.far/noise.path" in err
+
+
 # --- score and explain, with an extractor that knows the answer from the file's name
 
 

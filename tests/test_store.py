@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from capsae.store import Store, artefact_digest, check_files, default_root, source_digest
+from capsae.store import Store, _code_digest, artefact_digest, check_files, default_root, source_digest
 
 MODULES = ("capsae.splits",)
 
@@ -172,12 +172,12 @@ def test_scratch_goes_with_success_and_stays_without(tmp_path):
 def module(tmp_path, monkeypatch):
     """Write the source of a throw-away module and return its digest."""
     monkeypatch.syspath_prepend(tmp_path)
-    name, clock = f"throwaway_{uuid.uuid4().hex}", iter(range(1, 100))
+    name = f"throwaway_{uuid.uuid4().hex}"
 
-    def digest(source, definition=""):
-        path = tmp_path / f"{name}.py"
-        path.write_text(source)
-        os.utime(path, (0, next(clock)))  # two writes may fall into one tick of the file system
+    def digest(source, definition="", fresh=True):
+        (tmp_path / f"{name}.py").write_text(source)
+        if fresh:
+            _code_digest.cache_clear()
         return source_digest([name + definition])
 
     return digest
@@ -202,6 +202,10 @@ def test_comments_docstrings_and_layout_do_not_count_but_code_does(module):
     )
     assert module(PLAIN) == module(commented)
     assert module(PLAIN) != module(PLAIN.replace("+ 1", "+ 2"))
+
+
+def test_an_edit_during_a_run_does_not_rename_its_artefacts(module):
+    assert module(PLAIN) == module(PLAIN.replace("+ 1", "+ 2"), fresh=False)
 
 
 def test_one_definition_counts_with_what_it_uses(module):
