@@ -25,7 +25,7 @@ RESULT_MIME = "application/vnd.capsae.result+json"
 DPI = 120
 WIDE = 8  # inches; a wider figure scrolls in its own box on a narrow screen
 
-INK = {"light": ("#ffffff", "#222832", "#c9cdd2"), "dark": ("#14181e", "#d6dbe1", "#48566b")}  # page, text, grid
+INK = {"light": ("#ffffff", "#222832", "#c9cdd2"), "dark": ("#121212", "#d6dbe1", "#4a5160")}  # page, text, grid
 
 # Beside book/_static/book.css, so that the pair also works in Jupyter and VS Code, whose themes say so on <body>.
 _DARK = ':is(html[data-theme="dark"],[data-jp-theme-light="false"],.vscode-dark)'

@@ -144,7 +144,7 @@ def execute(page: Page, folder: Path, template: Path | None = None) -> Path:
     if failed:
         raise PublishError(f"{page.name} holds an error ({failed[0]}) and is not published")
     set_title(notebook, page)
-    notebook["metadata"]["capsae"] = stamped
+    notebook["metadata"]["capsae"] = stamped | {"results": take_results(notebook)}
     out.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     raw.unlink()
     return out
@@ -190,8 +190,10 @@ def clean(notebook: dict) -> dict:
     }
     for number, cell in enumerate(notebook["cells"]):
         tags = list(cell["metadata"].get("tags", []))
-        if "injected-parameters" in tags or "parameters" in tags:
-            tags = [*tags, "hide-input"]
+        if "injected-parameters" in tags:
+            tags.append("hide-input")
+        if "parameters" in tags:  # defaults, which the injected parameters override: not to be read as this page's
+            tags.append("remove-input")
         kept = {key: value for key, value in cell["metadata"].items() if key == "mystnb"}
         cell["metadata"] = kept | ({"tags": sorted(set(tags))} if tags else {})
         cell["id"] = f"cell-{number:02d}"
@@ -200,6 +202,15 @@ def clean(notebook: dict) -> dict:
             for output in cell["outputs"]:
                 output.get("metadata", {}).clear()
     return notebook
+
+
+def take_results(notebook: dict) -> dict[str, Any]:
+    """What the notebook recorded with ``figures.result``, taken out of its outputs (no page renders that kind)."""
+    found: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            found |= output.get("data", {}).pop(RESULT_MIME, {})
+    return found
 
 
 def error_outputs(notebook: Mapping) -> list[str]:
@@ -285,11 +296,7 @@ def results(name: str) -> dict[str, Any]:
     path = path_of(name)
     if not path.is_file():
         raise FileNotFoundError(f"{name} is not published: python -m capsae.publish run {name}")
-    found: dict[str, Any] = {}
-    for cell in read_notebook(path)["cells"]:
-        for output in cell.get("outputs", []):
-            found |= output.get("data", {}).get(RESULT_MIME, {})
-    return found
+    return read_notebook(path)["metadata"]["capsae"]["results"]
 
 
 def sweep_table(sweep: str, profile: str = SWEPT):

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from capsae import display, plan, publish
+
+GOOD = """\
+import os, sys
+from pathlib import Path
+print("two", file=sys.stderr)
+folder = Path(os.environ["CAPSAE_PAGE_DATA"])
+folder.mkdir(parents=True)
+(folder / "numbers.csv").write_text("a\\n1\\n")
+print(sweep)"""
+
+
+def _notebook(*sources, parameters='profile = "imagenet20"\nsweep = "all"', title="# A page\n\nText."):
+    def cell(number, kind, text, **metadata):
+        made = {"cell_type": kind, "id": f"c{number}", "metadata": metadata, "source": text.splitlines(keepends=True)}
+        return made | ({"execution_count": None, "outputs": []} if kind == "code" else {})
+
+    cells = [cell(0, "markdown", title), cell(1, "code", parameters, tags=["parameters"])]
+    cells += [cell(2 + i, "code", source) for i, source in enumerate(sources)]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """An empty repository; write(...) sets the notebook that its one page is made of."""
+    (tmp_path / "notebooks").mkdir()
+    for module in (plan, publish):
+        monkeypatch.setattr(module, "root", lambda: tmp_path)
+    publish._cached_digest.cache_clear()
+
+    def write(*sources, **kwargs):
+        path = tmp_path / "notebooks" / "06_sweep.ipynb"
+        path.write_text(json.dumps(_notebook(*sources, **kwargs)), encoding="utf-8")
+
+    write(GOOD)
+    return SimpleNamespace(path=tmp_path, write=write)
+
+
+def _page(**changes):
+    given = {"name": "imagenet20/ablation/one", "notebook": "06_sweep", "profile": "imagenet20"}
+    return plan.Page(**given | {"parameters": {"sweep": "k"}} | changes)
+
+
+def test_a_page_is_published_clean_titled_and_stamped(repository):
+    path = publish.publish(_page(title="Its own title"))
+    assert path == repository.path / "book/runs/imagenet20/ablation/one.ipynb"
+    notebook = json.loads(path.read_text())
+    assert "".join(notebook["cells"][0]["source"]).startswith("# Its own title\n")
+    assert (path.parent / "data" / "one" / "numbers.csv").read_text() == "a\n1\n"
+    outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
+    assert [o["name"] for o in outputs] == ["stdout"] and "".join(outputs[0]["text"]) == "k\n"
+    tags = {tuple(c["metadata"]["tags"]) for c in notebook["cells"] if c["metadata"]}
+    assert tags == {("parameters", "remove-input"), ("hide-input", "injected-parameters")}
+    assert set(notebook["metadata"]) == {"kernelspec", "language_info", "capsae"}
+    stamp = notebook["metadata"]["capsae"]
+    assert stamp["parameters"] == {"profile": "imagenet20", "sweep": "k"}
+    assert {"profile", "inputs", "digest", "versions", "results"} <= set(stamp)
+    assert not list((repository.path / "build").iterdir())
+
+
+def test_a_second_run_of_the_same_is_the_same_to_the_byte(repository):
+    first = publish.publish(_page()).read_bytes()
+    assert publish.publish(_page()).read_bytes() == first
+    assert str(repository.path).encode() not in first
+
+
+def test_without_a_title_the_page_has_the_notebooks_own_and_its_profile(repository):
+    notebook = json.loads(publish.publish(_page()).read_text())
+    assert "".join(notebook["cells"][0]["source"]).splitlines()[0] == "# A page (imagenet20)"
+
+
+def test_a_failed_notebook_is_not_published_and_the_old_page_stays(repository):
+    old = publish.publish(_page()).read_bytes()
+    repository.write(GOOD.replace("1", "2"), "raise RuntimeError('it broke')")
+    with pytest.raises(publish.PublishError, match="(?s)imagenet20/ablation/one failed.*it broke"):
+        publish.publish(_page())
+    path = publish.path_of(_page().name)
+    assert path.read_bytes() == old
+    assert (path.parent / "data" / "one" / "numbers.csv").read_text() == "a\n1\n"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["data", "one.ipynb"]
+
+
+def test_the_command_fails_with_the_notebook(repository, monkeypatch, capfd):
+    repository.write("1 / 0")
+    monkeypatch.setattr(publish, "pages", lambda: {"p": _page(name="p")})
+    assert publish.main(["run", "p"]) == 1
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_what_the_notebook_recorded_is_kept_with_the_page(repository):
+    repository.write("from capsae import figures", "figures.result({'auroc': 0.5, 'of': {'a': [1, None]}})")
+    publish.publish(_page())
+    assert publish.results(_page().name) == {"auroc": 0.5, "of": {"a": [1, None]}}
+    assert display.RESULT_MIME not in json.dumps(json.loads(publish.path_of(_page().name).read_text())["cells"])
+    with pytest.raises(FileNotFoundError, match="not published"):
+        publish.results("imagenet20/ablation/two")
+
+
+def test_why_stale_names_what_changed(repository, monkeypatch):
+    assert publish.why_stale(_page()) == "not published yet"
+    publish.publish(_page())
+    assert publish.why_stale(_page()) is None and publish.is_fresh(_page())
+    assert publish.why_stale(_page(parameters={"sweep": "core"})) == "changed: parameters"
+    repository.write(GOOD + "\n1 + 1")
+    assert publish.why_stale(_page()) == "changed: notebook"
+    repository.write(GOOD)
+    monkeypatch.setattr(publish, "DRAWN_BY", ("capsae.figures",))
+    assert publish.why_stale(_page()) == "changed: drawing"
+
+
+def test_a_page_with_an_error_in_it_is_never_fresh(repository):
+    path = publish.publish(_page())
+    notebook = json.loads(path.read_text())
+    notebook["cells"][-1]["outputs"] = [{"output_type": "error", "ename": "KeyError", "evalue": "", "traceback": []}]
+    path.write_text(json.dumps(notebook))
+    assert publish.why_stale(_page()) == "it holds an error (KeyError)"
+    notebook["cells"][-1]["outputs"] = []
+    notebook["metadata"]["papermill"] = {"exception": True}
+    path.write_text(json.dumps(notebook))
+    assert "papermill.exception" in publish.why_stale(_page())
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"sae_q": 3}, "no parameter 'sae_q'"),
+        ({"sae_k": 1e3}, "sae.k"),
+        ({"sae_k": "64"}, "sae.k"),
+        ({"sae_k": 10**6}, "k"),
+        ({"core_fraction": 0}, "core_fraction"),
+        ({"predicted": "guessed"}, "predicted"),
+        ({"divergence": "jensen"}, "divergence is 'jensen'"),
+        ({"profile": "imagenet21"}, "imagenet21"),
+    ],
+)
+def test_wrong_parameters_are_refused_before_a_kernel_starts(given, message, monkeypatch):
+    import papermill
+
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
+    with pytest.raises(ValueError, match=message):
+        publish.publish(plan.Page("imagenet20/ablation/x", "05_ablation", "imagenet20", given))
+
+
+def test_overrides_leaves_out_what_is_none_and_refuses_the_unknown():
+    assert plan.overrides(sae_k=64, seed=None, correct_only=False) == {"sae.k": 64, "caps.correct_only": False}
+    with pytest.raises(ValueError, match="unknown parameter 'k'"):
+        plan.overrides(k=3)
+
+
+def test_sweeps_hold_the_profiles_own_setting_once_and_names_sort_as_settings_do():
+    for sweep, of in plan.SWEEPS.items():
+        found = plan.sweep_pages(sweep)
+        own = [page for _, page in found if page.name.endswith("/base")]
+        assert len(own) == 1, sweep
+        others = [page.name for _, page in found if page not in own]
+        if sweep not in ("normalize", "divergence", "predicted", "correct"):
+            assert others == sorted(others), sweep
+        assert all(list(page.parameters) == ["profile", of.parameter] for _, page in found if page not in own)
+
+
+def test_every_sweep_waits_for_its_runs():
+    known = plan.pages()
+    assert len(known) == len(set(known)) and all(page.notebook in publish.STAGES for page in known.values())
+    for sweep in plan.SWEEPS:
+        page = known[f"imagenet20/ablation/sweep-{sweep}"]
+        assert set(page.after) == {p.name for _, p in plan.sweep_pages(sweep)} <= set(known)
+
+
+def test_a_page_is_found_by_name_and_by_file():
+    name = "imagenet20/01_features"
+    assert publish.page_name(name) == publish.page_name(publish.path_of(name)) == name
+    with pytest.raises(ValueError, match="no page 'imagenet20/09'"):
+        publish.page_name("imagenet20/09")
+
+
+def test_snakemake_tells_what_it_would_execute_and_why():
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--config", "everything=1"]
+    done = subprocess.run(command, cwd=plan.root(), capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    for name in plan.pages():
+        assert f"{name}: " in said
+    assert "everything was asked for" in said or "changed: " in said or "not published yet" in said
