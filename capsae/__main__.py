@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("profiles", nargs="*", metavar="PROFILE", help="only the pages of these (default: all)")
     command.add_argument("--jobs", type=int, default=None, help="pages at a time (default: 2, or the number of cores)")
     command.add_argument("--dry-run", "-n", action="store_true", help="say what would be executed, and why")
+    command.add_argument("--all", "-a", action="store_true", help="execute what is fresh, too")
     return parser
 
 
@@ -247,7 +248,7 @@ def _reproduce(options) -> int:
             have = ", ".join(dict.fromkeys(page.profile for page in known.values()))
             raise ValueError(f"profile {name!r} has no pages in the book; those of {have} can be reproduced")
     targets = [str(publish.path_of(name)) for name, page in known.items() if page.profile in options.profiles]
-    return publish.reproduce(jobs=options.jobs, dry_run=options.dry_run, targets=targets)
+    return publish.reproduce(jobs=options.jobs, dry_run=options.dry_run, targets=targets, everything=options.all)
 
 
 # --- helpers
