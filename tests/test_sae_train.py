@@ -172,7 +172,7 @@ def test_planted_dictionary_is_recovered():
 
 def test_history_and_best_epoch():
     x, _ = planted(600)
-    config = small(epochs=30, latents=200, k=8)
+    config = small(epochs=30, latents=200, k=8, lr=3e-2, decay=0.0)
     best, history = train_sae(x[100:], config, held_out=x[:100], keep="best", progress=False)
     last, _ = train_sae(x[100:], config, held_out=x[:100], keep="last", progress=False)
     columns = ["epoch", "loss", "fvu", "l0", "dead_fraction", "held_out_fvu", "seconds"]
