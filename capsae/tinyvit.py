@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .backbone import available_cores, pick_device
+from .backbone import pick_device
 from .featureset import read_tensors, write_tensors
 
 CONFIG = {
@@ -103,7 +103,6 @@ def train_digits_vit(
         raise ValueError(
             f"{source.name}: labels lie in [{source.labels.min()}, {source.labels.max()}], expected [0, 9]"
         )
-    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     device = pick_device(device)
     images = torch.as_tensor(np.stack([np.asarray(source.image(i)) for i in range(len(source))])).to(device)
     labels = torch.as_tensor(source.labels).to(device)
@@ -129,6 +128,9 @@ def train_digits_vit(
         milestones=[warmup],
     )
     rows = []
+    # Products this small gain little from a second thread, and wait long for it where another program has the core.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for epoch in tqdm(range(epochs), desc="digits ViT", unit="epochs", disable=not progress):
         loss_sum, hits = torch.zeros((), device=device), torch.zeros((), device=device)
         for batch in torch.randperm(len(images), generator=rng).split(batch_size):
@@ -143,6 +145,7 @@ def train_digits_vit(
             hits += (scores.argmax(dim=1) == labels[batch]).sum()
         mean, accuracy = float(loss_sum) / len(images), float(hits) / len(images)
         rows.append({"epoch": epoch, "loss": mean, "accuracy": accuracy, "seconds": time.perf_counter() - started})
+    torch.set_num_threads(threads)
     return DigitsViT(net.cpu().eval(), pd.DataFrame(rows))
 
 
