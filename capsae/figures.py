@@ -353,13 +353,13 @@ def image_grid(data: pd.DataFrame, images: Sequence) -> Figure:
         raise ValueError(f"data has {len(data)} rows, images {len(images)}: give one image a row")
     headings = list(dict.fromkeys(data["row"]))
     widest = int(data.groupby("row").size().max())
-    figure, axes = _figure(7, 1.25 * len(headings) * 8 / max(widest, 6), len(headings), widest)
+    figure, axes = _figure(7, 0.98 * len(headings) * 8 / max(widest, 6), len(headings), widest)
     for ax in axes.flat:
         ax.set_axis_off()
     places = data.groupby("row").cumcount()
     for (row, title), column, image in zip(data[["row", "title"]].itertuples(index=False), places, images, strict=True):
         ax = axes[headings.index(row), column]
-        ax.imshow(image, cmap="gray")
+        ax.imshow(image, cmap="gray", interpolation="nearest")  # as it is, and it compresses well
         ax.set_title(title, fontsize=8, pad=2)
         if column == 0:
             ax.text(-0.1, 0.5, row, transform=ax.transAxes, ha="right", va="center", fontsize=9)
