@@ -68,6 +68,7 @@ def test_claims_and_detectors_pages_are_in_step_with_their_sources():
     claims = pages.read_claims(BOOK / "claims.yml")
     assert (BOOK / "claims.md").read_text() == pages.claims_page(claims, pages._published), "run capsae.publish pages"
     assert (BOOK / "detectors.md").read_text() == pages.detectors_page(), "run python -m capsae.publish pages"
+    assert (BOOK / "rpd.md").read_text() == pages.rpd_page(publish.root() / pages.SELECTION)
 
 
 def test_every_detector_stands_on_its_page_and_every_source_is_in_the_references():
@@ -230,3 +231,15 @@ def test_runs_carry_their_digest_and_parameters():
     for path in RUNS:
         stamp = json.loads(path.read_text())["metadata"]["capsae"]
         assert stamp["page"] == publish.page_name(path) and len(stamp["digest"]) == 20
+
+
+def test_rpd_has_the_constants_its_selection_found():
+    """The defaults are the best row of the committed grid, which is sorted by the criterion it states."""
+    import pandas as pd
+
+    grid = pd.read_csv(publish.root() / pages.SELECTION)
+    parts = [name for name in grid.columns if name.startswith("fpr95")]
+    assert (grid.criterion - grid[parts].mean(axis=1)).abs().max() < 1e-4
+    best = grid[grid.method == "profile"].sort_values("criterion").iloc[0]
+    defaults = detectors.info("rpd")["defaults"]
+    assert (best.temperature, best.epsilon, best.weight) == (defaults["temperature"], defaults["epsilon"], 1)

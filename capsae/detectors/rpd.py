@@ -20,24 +20,21 @@ _CELLS = 2**22  # rows x classes held at a time
 class RPD(Detector):
     r"""Relative Profile Divergence: how much worse the likely classes explain a code than the background does.
 
-    P is the whole code divided by its sum, Q_c the profile of class c over the whole dictionary, B the profile of all
-    training samples together, pi = softmax(logits / temperature), and Q~_c = (1 - epsilon) Q_c + epsilon B. Then
-
-    .. math:: \mathrm{RPD} = \sum_c \pi_c\,[\mathrm{KL}(P\Vert\tilde Q_c) - \mathrm{KL}(P\Vert B)]
-              = \sum_i P_i \sum_c \pi_c \log(B_i / \tilde Q_{ci})
-
-    Three changes to EPD, each for a reason: no core, since what fires outside it is OOD's most telling part; a
-    background, as RMDS has one, so that energy on latents that every class uses counts for nothing; the head's whole
-    posterior, since a sample between classes has no one profile to be measured by. The score is at most
-    -log(epsilon), so it needs no rule for silent cores. A latent that no training sample fired counts as that much.
-
-    The form and both constants were chosen on ID training data alone (held-out classes and chimeras of features stand
-    in for OOD): see ``benchmarks/rpd_selection.py``.
+    $P$ is the whole code divided by its sum, $Q_c$ the profile of class c over the whole dictionary, $B$ the profile of
+    all training samples together, $\pi$ the softmax of the logits at a temperature, and
+    $\tilde Q_c = (1-\epsilon)Q_c + \epsilon B$. Three changes to EPD, each for a reason. No core: what fires outside it
+    is OOD's most telling part. A background, as RMDS has one: energy on latents that every class uses counts for
+    nothing. The head's whole posterior: a sample between classes has no one profile to be measured by. The score is at
+    most $-\log\epsilon$, so it needs no rule for silent cores; a latent that no training sample fired counts as that
+    much. The form and both constants were chosen on ID training data alone (benchmarks/rpd_selection.py).
     """
 
     title: ClassVar[str] = "RPD (ours)"
     group: ClassVar[str] = "ours"
-    formula: ClassVar[str] = r"\sum_c \pi_c\,[\mathrm{KL}(P\Vert\tilde Q_c)-\mathrm{KL}(P\Vert B)]"
+    formula: ClassVar[str] = (
+        r"\sum_c \pi_c\,[\mathrm{KL}(P\Vert\tilde Q_c)-\mathrm{KL}(P\Vert B)]"
+        r" = \sum_i P_i \sum_c \pi_c \log(B_i/\tilde Q_{ci})"
+    )
     source: ClassVar[str] = "this work"
     needs: ClassVar[tuple[str, ...]] = ("codes", "labels", "logits")
     temperature: float = 2.0
