@@ -219,8 +219,8 @@ def rpd_page(grid: Path) -> str:
         "",
         "# Our own score: RPD",
         "",
-        "EPD looks at the core of one class. This project's own score, Relative Profile Divergence, keeps the idea of a "
-        "profile and changes three things. It stands beside EPD in every table, never in its place.",
+        "EPD looks at the core of one class. This project's own score, Relative Profile Divergence, keeps the idea of "
+        "a profile and changes three things. It stands beside EPD in every table, never in its place.",
         "",
         f"$$\n{ours['formula']}\n$$",
         "",
@@ -229,17 +229,17 @@ def rpd_page(grid: Path) -> str:
         "## How it was chosen",
         "",
         "No OOD set took part. Two stand-ins for OOD were made from the training classes of `imagenet20`: *held-out "
-        "classes* (in each of four folds, SAE, head and profiles never see five of the classes, whose rows are then "
-        "scored) and *chimeras* (validation rows with a random half of their coordinates from a row of another class). "
-        "The criterion is the mean of both FPR95 over both. A grid of three parameters was compared: the "
+        "classes* (in each of four folds, SAE, head and profiles never see five of the classes, whose rows are "
+        "then scored) and *chimeras* (validation rows with a random half of their coordinates from a row of another "
+        "class). The criterion is the mean of both FPR95 over both. A grid of three parameters was compared: the "
         "temperature of the posterior (0 = the predicted class alone), the share of background mixed into a profile, "
-        "and the weight of the background term (0 = a smoothed KL divergence over the whole dictionary, 1 = RPD). Before "
-        "the grid, other forms were tried on the same stand-ins and dropped as no better: Hellinger distances, plain "
-        "and whitened, of square-rooted profiles; a Bernoulli-exponential likelihood of the code; unnormalised KL; an "
-        "extra cell for the residual; and adding the Mahalanobis distance of what the SAE leaves out.",
+        "and the weight of the background term (0 = a smoothed KL divergence over the whole dictionary, 1 = RPD). "
+        "Before the grid, other forms were tried on the same stand-ins and dropped as no better: Hellinger distances, "
+        "plain and whitened, of square-rooted profiles; a Bernoulli-exponential likelihood of the code; unnormalised KL; "
+        "an extra cell for the residual; and adding the Mahalanobis distance of what the SAE leaves out.",
         "",
-        f"The best form has temperature {best.temperature:g}, share {best.epsilon:g} and weight {best.weight:g}, with a "
-        f"criterion of {100 * best.criterion:.1f} %, against {100 * epd.criterion:.1f} % for EPD; these are the "
+        f"The best form has temperature {best.temperature:g}, share {best.epsilon:g} and weight {best.weight:g}, with "
+        f"a criterion of {100 * best.criterion:.1f} %, against {100 * epd.criterion:.1f} % for EPD; these are the "
         "defaults everywhere in this book, on all profiles. The form was drafted by the same criterion with an earlier "
         "SAE recipe, and its results on the OOD sets were then looked at once. After that only the SAE's recipe "
         "changed, by held-out FVU; the grid below was run again with it and confirmed the constants.",
