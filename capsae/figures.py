@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from .display import result, show, style, table
@@ -19,8 +18,8 @@ from .display import result, show, style, table
 __all__ = ["result", "show", "style", "table"]  # with the figures below, all a notebook needs
 
 # seaborn's "colorblind" palette, its blue lightened so that it also holds on a dark page; one meaning keeps one colour.
-_, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = sns.color_palette("colorblind").as_hex()
-BLUE = "#2b87c8"
+BLUE, ORANGE, GREEN, RED, PURPLE = "#2b87c8", "#de8f05", "#029e73", "#d55e00", "#cc78bc"
+BROWN, PINK, GREY, YELLOW, SKY = "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"
 ROLE = {"id": BLUE, "near": ORANGE, "far": GREEN, "train": SKY, "matched": ORANGE, "other": GREY}
 
 METRICS = {
@@ -142,11 +141,13 @@ def core_activation(data: pd.DataFrame) -> Figure:
     kinds = list(dict.fromkeys(data["kind"]))
     figure, axes = _figure(7, 3.4)
     ax = axes[0, 0]
-    sns.stripplot(
-        data=data, x="activation", y="kind", order=kinds, hue="kind", hue_order=kinds, legend=False,
-        palette=[BLUE, ORANGE, GREY], alpha=0.75, size=5, jitter=0.25, ax=ax, native_scale=False, zorder=2,
-    )  # fmt: skip
+    for place, (kind, colour) in enumerate(zip(kinds, (BLUE, ORANGE, GREY), strict=False)):
+        activation = data.loc[data["kind"] == kind, "activation"]
+        scatter = 0.5 * np.random.default_rng(0).random(len(activation)) - 0.25  # keeps equal dots apart
+        ax.scatter(activation, place + scatter, s=28, color=colour, alpha=0.75, linewidths=0, zorder=2)
     means = data.groupby("kind")["activation"].mean()
+    ax.set_yticks(range(len(kinds)), kinds)
+    ax.set_ylim(len(kinds) - 0.5, -0.5)
     ax.scatter([means[k] for k in kinds], range(len(kinds)), marker="|", s=900, color=_text_colour(), zorder=3)
     ax.set(xlabel="mean activation of the class's core latents", ylabel="", xlim=(0, None))
     return figure
@@ -308,7 +309,9 @@ def ablation(data: pd.DataFrame, columns: int = 2) -> Figure:
         place = {setting: i for i, setting in enumerate(settings)}
         for n, name in enumerate(series):
             rows = part[part["series"] == name]
-            x = rows["setting"].map(place) + 0.12 * (n - (len(series) - 1) / 2)
+            if rows.empty:
+                continue
+            x = np.array([place[setting] for setting in rows["setting"]]) + 0.12 * (n - (len(series) - 1) / 2)
             value, lo, hi = (100 * rows[c].to_numpy(float) for c in ("value", "lo", "hi"))
             gap = np.nan_to_num(np.vstack([value - lo, hi - value]).clip(0))
             ax.errorbar(x, value, gap, fmt="os^Dv"[n % 5], color=colours[name], capsize=2, markersize=6, label=name)
@@ -320,8 +323,8 @@ def ablation(data: pd.DataFrame, columns: int = 2) -> Figure:
         ax.grid(axis="x", visible=False)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    drawn = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3)
     return figure
 
 

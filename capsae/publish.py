@@ -375,16 +375,17 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("pages", help="write the pages that are made from data: claims and detectors")
     chosen = parser.parse_args(arguments)
     if chosen.command == "run":
-        known = pages()
+        known, failed = pages(), 0
         for name in chosen.page:
             if name not in known:
                 parser.error(f"no page {name!r}; there are {', '.join(known)}")
+        for name in chosen.page:
             try:
                 log.info("published %s", publish(known[name]))
             except (PublishError, ValueError) as error:
                 sys.stderr.write(f"{error}\n")
-                return 1
-        return 0
+                failed += 1
+        return 1 if failed else 0
     if chosen.command == "pages":
         from .pages import write_pages
 

@@ -138,7 +138,8 @@ def peakedness(run) -> pd.DataFrame:
     """How peaked and how full core profiles are, by set.
 
     Columns: set, group, inside (share of the code's energy inside the core), fired (firing core latents, share of k),
-    largest (largest share), entropy (nats); means over samples.
+    largest (largest share), entropy (nats), evenness (entropy over the largest one that so many firing latents allow;
+    samples with fewer than two are left out); means over samples.
     """
     rows = []
     for name in ("test", *run.profile.ood_sets):
@@ -147,8 +148,10 @@ def peakedness(run) -> pd.DataFrame:
         whole = obs.codes.values.astype(np.float64).sum(1)
         entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1)
         row = {"inside": inside / np.maximum(whole, 1e-12), "fired": (share > 0).mean(1), "largest": share.max(1)}
+        fires = (share > 0).sum(1)
+        row |= {"entropy": entropy, "evenness": entropy[fires > 1] / np.log(fires[fires > 1])}
         means = {key: float(value.mean()) for key, value in row.items()}
-        rows.append({"set": name, "group": group_of(name)} | means | {"entropy": float(entropy.mean())})
+        rows.append({"set": name, "group": group_of(name)} | means)
     return pd.DataFrame(rows)
 
 
@@ -349,6 +352,7 @@ def records(table: pd.DataFrame) -> list[dict]:
 
 def one_setting(means: pd.DataFrame) -> pd.DataFrame:
     """Means of one run for :func:`figures.ablation`: a panel a metric, near, far and all along the axis."""
+    means = means.sort_values("metric", key=lambda names: names.map(list(METRIC_PANELS).index), kind="stable")
     data = means.assign(panel=means["metric"].map(METRIC_PANELS), setting=means["group"], series=means["title"])
     return data.assign(chosen=False)[["panel", "setting", "series", "value", "lo", "hi", "chosen"]]
 
@@ -357,18 +361,21 @@ def sweep_panels(data: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     """Runs for :func:`figures.ablation`: one sweep with a panel a metric, or one metric with a panel a sweep."""
     data = data[data["group"] == "all"]
     if metric is not None:
-        data = data[data["metric"] == metric].assign(panel=lambda rows: rows["sweep"])
+        data = data[(data["metric"] == metric) & ~data["method"].isin(["code_l1", "code_entropy"])]
+        data = data.assign(panel=data["sweep"])
     else:
         data = data.assign(panel=data["metric"].map(METRIC_PANELS))
+        data = data.sort_values("metric", key=lambda names: names.map(list(METRIC_PANELS).index), kind="stable")
     return data[["panel", "setting", "series", "value", "lo", "hi", "chosen"]]
 
 
 def sweep_wide(data: pd.DataFrame) -> pd.DataFrame:
     """One row a run: setting, held-out FVU, means over all OOD sets in % by detector and metric, and the run's page."""
-    data = data[(data["group"] == "all") & data["metric"].isin(["fpr95_ood_pos", "auroc"])]
     names = {"fpr95_ood_pos": "FPR95 OOD-pos., %", "auroc": "AUROC, %"}
-    column = data["series"] + ", " + data["metric"].map(names)
-    wide = data.assign(column=column, value=100 * data["value"])
-    keys = ["sweep", "setting", "fvu", "page"]
-    order = list(dict.fromkeys(column))
-    return wide.pivot_table(index=keys, columns="column", values="value", sort=False).reset_index()[[*keys, *order]]
+    data = data[(data["group"] == "all") & data["metric"].isin(names)]
+    wide = data.assign(column=data["series"] + ", " + data["metric"].map(names), value=100 * data["value"])
+    keys = ["sweep", "setting", "FVU", "page"]
+    cells = wide.rename(columns={"fvu": "FVU"}).pivot_table(index=keys, columns="column", values="value", sort=False)
+    columns = [f"{series}, {name}" for name in names.values() for series in dict.fromkeys(data["series"])]
+    found = cells.reset_index()[[*keys, *columns]]
+    return found if found["sweep"].nunique() > 1 else found.drop(columns="sweep")

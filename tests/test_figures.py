@@ -116,6 +116,7 @@ def _results():
 def _ablation():
     rows = [(p, f"{k}", s, 0.1 + k / 900, 0.08, 0.2, k == 32)
             for p in ("FPR95", "AUROC") for k in (8, 16, 32, 64) for s in ("EPD", "ours")]  # fmt: skip
+    rows.append(("AUROC", "cosine", "a series of one panel", 0.2, 0.1, 0.3, False))
     return pd.DataFrame(rows, columns=["panel", "setting", "series", "value", "lo", "hi", "chosen"])
 
 
