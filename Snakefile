@@ -38,8 +38,11 @@ rule all:
 
 # One process executes several short runs, one after another: half the time of such a run is the start of its process.
 BATCH = 4
-short = [name for name in STALE if PAGES[name].notebook == "05_ablation"]
-jobs = [short[i : i + BATCH] for i in range(0, len(short), BATCH)] + [[name] for name in PAGES if name not in short]
+jobs = []
+for notebook in ("05_ablation", "06_sweep"):
+    short = [name for name in STALE if PAGES[name].notebook == notebook]
+    jobs += [short[i : i + BATCH] for i in range(0, len(short), BATCH)]
+jobs += [[name] for name in PAGES if not any(name in names for names in jobs)]
 
 
 for names in jobs:
@@ -47,7 +50,7 @@ for names in jobs:
     rule:
         name: names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         input:
-            [mark(other) for other in PAGES[names[0]].after if other in STALE],
+            list(dict.fromkeys(mark(other) for name in names for other in PAGES[name].after if other in STALE)),
         output:
             [touch(mark(name)) for name in names],
         params:

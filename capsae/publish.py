@@ -86,14 +86,18 @@ def page_inputs(page: Page) -> dict[str, str]:
         "drawing": source_digest(DRAWN_BY)[:20],
     }
     if STAGES[page.notebook]:
-        from .pipeline import Run
-
         chosen = {name: page.parameters[name] for name in OVERRIDES if name in page.parameters}
-        run = Run(page.profile, overrides(**chosen), progress=False)
+        run = _run(page.profile, json.dumps(overrides(**chosen)))
         inputs |= {f"stage {stage}": run.digest(stage)[:20] for stage in STAGES[page.notebook]}
         inputs["profile"] = _hash(run.profile.to_dict())
-    known = pages()
-    return inputs | {f"page {name}": page_digest(known[name]) for name in page.after}
+    return inputs | {f"page {name}": page_digest(pages()[name]) for name in page.after}
+
+
+@cache  # one a process: opening the sources of a profile takes a second
+def _run(profile: str, changed: str):
+    from .pipeline import Run
+
+    return Run(profile, json.loads(changed), progress=False)
 
 
 @cache
