@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 PAGE_DATA = "CAPSAE_PAGE_DATA"
 RESULT_MIME = "application/vnd.capsae.result+json"
 DPI = 120
+EMBEDDED = 2_000_000  # bytes of CSV that a link may carry
 WIDE = 8  # inches; a wider figure scrolls in its own box on a narrow screen
 
 INK = {"light": ("#ffffff", "#222832", "#c9cdd2"), "dark": ("#121212", "#d6dbe1", "#4a5160")}  # page, text, grid
@@ -83,6 +84,8 @@ def _csv_link(data: pd.DataFrame, name: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         target = path.as_posix()
+    elif len(text) > EMBEDDED:
+        return f"CSV of {len(data)} rows: too large for a notebook, set {PAGE_DATA} to a folder"
     else:
         target = "data:text/csv;base64," + base64.b64encode(text.encode()).decode()
     return f'<a href="{html.escape(target)}" download="{html.escape(name)}.csv">CSV</a>'

@@ -178,10 +178,11 @@ def _class_dots(data: pd.DataFrame, column: str, label: str, paper: tuple[float,
         ax.hlines(range(len(rows)), 0, rows[column], color=BLUE, linewidth=1.2, alpha=0.8)
         ax.scatter(rows[column], range(len(rows)), color=BLUE, zorder=3)
         ax.set_yticks(range(len(rows)), rows["class"], fontsize=10)
-        ax.set(xlabel=label, xlim=(0, None))
+        ax.set(xlabel=label)
     ax.axvline(rows[column].mean(), color=_text_colour(), linewidth=1.4, label="mean of the classes")
     if paper is not None:
         ax.axvline(paper[0], color=RED, linestyle="--", linewidth=1.4, label=paper[1])
+    ax.set_xlim(left=0)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -267,7 +268,8 @@ def results_heatmap(data: pd.DataFrame, metric: str = "fpr95_ood_pos", intervals
     """One metric, methods by sets, with intervals or without. Columns: method, set, group, metric, value, lo, hi."""
     rows = data[data["metric"] == metric].copy()
     rows["column"] = np.where(rows["set"] == "mean", "mean " + rows["group"], rows["set"].map(set_label))
-    methods, columns = list(dict.fromkeys(rows["method"])), list(dict.fromkeys(rows["column"]))
+    methods = list(dict.fromkeys(rows["method"]))
+    columns = sorted(dict.fromkeys(rows["column"]), key=lambda name: not name.startswith("mean "))
     value, lo, hi = (
         100 * rows.pivot(index="method", columns="column", values=name).loc[methods, columns].to_numpy(float)
         for name in ("value", "lo", "hi")

@@ -71,12 +71,19 @@ def quantiles(values: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def decode_errors(run) -> pd.DataFrame:
+def sample_rows(features, limit: int, seed: int = 0):
+    """At most ``limit`` rows of a FeatureSet, drawn at random, in their order; all of a smaller one."""
+    if len(features) <= limit:
+        return features
+    return features.take(np.sort(np.random.default_rng(seed).permutation(len(features))[:limit]))
+
+
+def decode_errors(run, limit: int = 20_000) -> pd.DataFrame:
     """Quantiles, by set, of each sample's unexplained share |x - x_hat|^2 / |x|^2 in the SAE's normalised space."""
     shares = {}
     for name in ("train", "val", "test", *run.profile.ood_sets):
-        x = run.sae.normalize(run.features(name).cls)
-        x_hat = run.sae.decode(run.codes(name))
+        features = sample_rows(run.features(name), limit)
+        x, x_hat = run.sae.normalize(features.cls), run.sae.decode(run.sae.encode(features.cls))
         shares[name] = ((x - x_hat) ** 2).sum(axis=1) / np.maximum((x**2).sum(axis=1), 1e-12)
     return quantiles(shares)
 
