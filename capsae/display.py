@@ -145,7 +145,9 @@ def table_html(data, name, caption, run, stage="table", formats=None, links=None
     cells = {}
     for column in columns:
         form = formats.get(column, _plain)
-        cells[column] = [html.escape(form(v) if callable(form) else form.format(v)) for v in data[column]]
+        # A cell that a row does not have is blank, not "nan".
+        written = (("" if v != v else form(v) if callable(form) else form.format(v)) for v in data[column])
+        cells[column] = [html.escape(text) for text in written]
     for column, address in links.items():
         pairs = zip(cells[column], data[address], strict=True)
         cells[column] = [f'<a href="{html.escape(a)}">{c}</a>' for c, a in pairs]

@@ -33,7 +33,10 @@ MODULES = {
     "head": ("capsae.probe", "capsae.featureset:LinearHead", "capsae.splits"),
     "sae": ("capsae.sae", "capsae.splits"),
     "caps": ("capsae.caps", "capsae.splits"),
-    "table": ("capsae.caps", "capsae.detectors", "capsae.metrics", "capsae.stats", "capsae.evaluate"),
+    "table": (
+        *("capsae.caps", "capsae.detectors", "capsae.metrics", "capsae.stats", "capsae.evaluate", "capsae.sae"),
+        *("capsae.pipeline", "capsae.inputs"),
+    ),
 }
 _CHUNK = 65_536  # rows encoded at a time where only a running sum is kept
 

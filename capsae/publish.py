@@ -320,7 +320,16 @@ def sweep_table(sweep: str, profile: str = SWEPT):
             if sweep == "divergence" and method not in (found["method"], OURS):
                 continue
             label = "EPD or its variant" if sweep == "divergence" and method == found["method"] else row["title"]
-            rows.append(at | row | {"series": label, "page": f"{Path(page.name).name}.html", "fvu": found["fvu"]})
+            rows.append(
+                at
+                | row
+                | {
+                    "series": label,
+                    "page": f"{Path(page.name).name}.html",
+                    "fvu": found["fvu"],
+                    "undefined": found["undefined_id"],
+                }
+            )
     return pd.DataFrame(rows)
 
 

@@ -381,7 +381,8 @@ def sweep_wide(data: pd.DataFrame) -> pd.DataFrame:
     names = {"fpr95_ood_pos": "FPR95 OOD-pos., %", "auroc": "AUROC, %"}
     data = data[(data["group"] == "all") & data["metric"].isin(names)]
     wide = data.assign(column=data["series"] + ", " + data["metric"].map(names), value=100 * data["value"])
-    keys = ["sweep", "setting", "FVU", "page"]
+    wide["undefined, %"] = 100 * data["undefined"]
+    keys = ["sweep", "setting", "FVU", "undefined, %", "page"]
     cells = wide.rename(columns={"fvu": "FVU"}).pivot_table(index=keys, columns="column", values="value", sort=False)
     columns = [f"{series}, {name}" for name in names.values() for series in dict.fromkeys(data["series"])]
     found = cells.reset_index()[[*keys, *columns]]

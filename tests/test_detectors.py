@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 import capsae
@@ -95,6 +96,16 @@ def by_hand(name, train, test):
             return -np.array([z @ means[c] for z, c in zip(test.cls, test.predicted, strict=True)])
         case "code_l1":
             return test.codes.values.sum(1)
+        case "code_flatness":
+            values = test.codes.values.astype(np.float64)
+            return values.sum(1) / np.linalg.norm(values, axis=1)
+        case "code_energy":
+            return -np.linalg.norm(test.codes.values.astype(np.float64), axis=1)
+        case "sae_error":
+            gap = (
+                test.sae.normalize(test.cls) - test.codes.dense().astype(np.float64) @ test.sae.decoder.detach().numpy()
+            )
+            return (gap**2).sum(1)
         case "code_entropy":
             q = test.codes.values.astype(np.float64)
             q /= q.sum(1, keepdims=True)
@@ -118,7 +129,10 @@ BASELINES = [
 ]
 
 
-@pytest.mark.parametrize("name", [*BASELINES, "code_l1", "code_entropy"])
+CODE_CONTROLS = ["code_l1", "code_flatness", "code_energy", "code_entropy", "sae_error"]
+
+
+@pytest.mark.parametrize("name", [*BASELINES, *CODE_CONTROLS])
 def test_against_a_closed_form(world, name):
     train, test, _ = world
     scores, expected = detectors.create(name).fit(train).score(test), by_hand(name, train, test)
@@ -193,6 +207,36 @@ def test_each_option_moves_the_score(world, name, option):
 
 def test_every_option_is_exercised():
     assert {o for n in detectors.available() for o in detectors.info(n)["defaults"]} <= set(OTHER)
+
+
+def test_the_untrained_control_is_the_sae_before_its_first_step(world):
+    """Same weights, pre-bias and normalisation as training starts from, for each normalisation."""
+    from capsae.sae.train import start
+
+    train, test, _ = world
+    for normalize in ("sample", "dataset"):
+        config = SAEConfig(latents=60, k=6, normalize=normalize, seed=3)
+        obs = capsae.Observations(train.cls, train.logits, train.labels, sae=TopKSAE.untrained(12, config))
+        control = detectors.create("epd_untrained").fit(obs)
+        begin = start(torch.as_tensor(train.cls), config, torch.device("cpu"))[0]
+        assert begin.pre_bias.abs().sum() > 0
+        codes = begin.encode(test.cls)
+        assert (control._codes(test).indices == codes.indices).all()
+        np.testing.assert_array_equal(control._codes(test).values, codes.values)
+
+
+def test_flatness_controls_point_the_right_way():
+    """A flat code is more OOD than a peaked one of the same energy, a weak one more than a strong one."""
+    values = np.array([[1, 1, 1, 1], [1.9, 0.6, 0.15, 0.05]], np.float32)
+    values[1] *= 2 / np.linalg.norm(values[1])
+    indices = np.tile(np.arange(4, dtype=np.int32), (2, 1))
+    obs = capsae.Observations(np.zeros((2, 3)), codes=capsae.SparseCodes(values, indices, 9))
+    for name in ("code_l1", "code_flatness", "code_entropy"):
+        flat, peaked = detectors.create(name).score(obs)
+        assert flat > peaked
+    weak = capsae.Observations(np.zeros((2, 3)), codes=capsae.SparseCodes(values * [[0.5], [1]], indices, 9))
+    scores = detectors.create("code_energy").score(weak)
+    assert scores[0] > scores[1]
 
 
 def rpd_by_hand(train, test, temperature=2.0, epsilon=0.03):

@@ -3,7 +3,7 @@ import pytest
 
 import capsae
 from capsae import metrics
-from capsae.evaluate import COLUMNS, scores_table
+from capsae.evaluate import COLUMNS, paired_differences, scores_table
 
 
 class Column:
@@ -52,6 +52,32 @@ def test_same_seed_same_table(world):
     a, b = (capsae.evaluate([Column()], *world, n_boot=50, seed=s) for s in (1, 1))
     assert a.equals(b)
     assert not a.equals(capsae.evaluate([Column()], *world, n_boot=50, seed=2))
+
+
+def test_paired_differences_are_those_of_shared_draws(world):
+    """A method against itself plus a constant differs by nothing; the value is the difference of the table's means."""
+    id_test, ood = world
+
+    class Shifted(Column):
+        def score(self, obs):
+            return obs.cls[:, 0] + 7
+
+    class Other:
+        def score(self, obs):
+            return obs.cls[:, 1] + obs.cls[:, 0]
+
+    methods = {"a": Column(), "shifted": Shifted(), "b": Other()}
+    found = paired_differences(methods, id_test, ood, [("a", "shifted"), ("a", "b")], 100)
+    same = found[found.other == "shifted"]
+    assert (same[["value", "lo", "hi"]].abs().to_numpy() < 1e-12).all()
+    table = capsae.evaluate(methods, id_test, ood, n_boot=100)
+    means = table[(table.set == "mean") & (table.group == "all")].set_index(["method", "metric"])
+    for row in found[found.other == "b"].itertuples():
+        expected = means.loc[("a", row.metric), "value"] - means.loc[("b", row.metric), "value"]
+        assert row.value == pytest.approx(expected) and row.lo <= row.value <= row.hi
+        wide = means.loc[("a", row.metric), "hi"] - means.loc[("a", row.metric), "lo"]
+        wide += means.loc[("b", row.metric), "hi"] - means.loc[("b", row.metric), "lo"]
+        assert row.hi - row.lo < wide
 
 
 def test_scores_table(world):

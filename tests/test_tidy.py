@@ -135,7 +135,7 @@ def test_sweeps_are_laid_out_by_panel_and_by_run():
     metrics = ("auroc", "fpr95_ood_pos", "fpr95_id_pos")
     rows = [
         {"sweep": "k", "setting": k, "chosen": k == "32", "method": m, "series": s, "metric": metric, "group": group,
-         "value": 0.1, "lo": 0.05, "hi": 0.2, "fvu": 0.2, "page": f"k-{k}.html"}
+         "value": 0.1, "lo": 0.05, "hi": 0.2, "fvu": 0.2, "undefined": 0.1, "page": f"k-{k}.html"}
         for k in ("8", "32") for m, s in (("epd", "EPD"), ("code_l1", "L1")) for metric in metrics
         for group in ("near", "all")
     ]  # fmt: skip
@@ -144,6 +144,7 @@ def test_sweeps_are_laid_out_by_panel_and_by_run():
     glance = tidy.sweep_panels(data, "auroc")
     assert set(glance["panel"]) == {"k"} and set(glance["series"]) == {"EPD"} and len(glance) == 2
     wide = tidy.sweep_wide(data)
+    assert wide["undefined, %"].tolist() == [10.0, 10.0]
     assert list(wide["setting"]) == ["8", "32"] and wide["EPD, AUROC, %"].tolist() == [10.0, 10.0]
 
 

@@ -203,11 +203,17 @@ class SymmetricKL(ReverseKL):
         return super().score(obs) + epd_terms(obs.codes, obs.predicted, self.caps, self.core_fraction)[0]
 
 
+def _code_values(obs: Observations) -> np.ndarray:
+    return as_numpy(obs.codes.values).astype(np.float64)
+
+
 @register("code_l1")
 class CodeL1(Detector):
-    """Flatness alone: the L1 norm of the code, without class or profile.
+    """The L1 norm of the code, without class or profile; a large one counts as OOD.
 
-    Inputs of one length have codes of about one L2 norm; then a large L1 norm means that the energy lies flat.
+    At one L2 norm a larger L1 norm means a flatter code. OOD codes also have less energy, which works the other way, so
+    this sum of two effects can fall below chance; `code_flatness` and `code_energy` are the two taken apart. The sign
+    was fixed before any result was seen.
     """
 
     title: ClassVar[str] = "code L1 norm"
@@ -217,7 +223,60 @@ class CodeL1(Detector):
     needs: ClassVar[tuple[str, ...]] = ("codes",)
 
     def score(self, obs: Observations) -> np.ndarray:
-        return as_numpy(obs.codes.values).astype(np.float64).sum(axis=1)
+        return _code_values(obs).sum(axis=1)
+
+
+@register("code_flatness")
+class CodeFlatness(Detector):
+    """Flatness alone: the L1 norm of the code over its L2 norm, without class or profile. A silent code is flattest."""
+
+    title: ClassVar[str] = "code L1/L2"
+    group: ClassVar[str] = "control"
+    formula: ClassVar[str] = r"\lVert h\rVert_1/\lVert h\rVert_2"
+    source: ClassVar[str] = "our control"
+    needs: ClassVar[tuple[str, ...]] = ("codes",)
+
+    def score(self, obs: Observations) -> np.ndarray:
+        values = _code_values(obs)
+        norm = np.linalg.norm(values, axis=1)
+        flattest = np.full(len(values), np.sqrt(values.shape[1]))
+        return np.divide(values.sum(axis=1), norm, out=flattest, where=norm > 0)
+
+
+@register("code_energy")
+class CodeEnergy(Detector):
+    """Energy alone: the L2 norm of the code, without class or profile; a small one counts as OOD."""
+
+    title: ClassVar[str] = "code energy"
+    group: ClassVar[str] = "control"
+    formula: ClassVar[str] = r"-\lVert h\rVert_2"
+    source: ClassVar[str] = "our control"
+    needs: ClassVar[tuple[str, ...]] = ("codes",)
+
+    def score(self, obs: Observations) -> np.ndarray:
+        return -np.linalg.norm(_code_values(obs), axis=1)
+
+
+@register("sae_error")
+class SAEError(Detector):
+    """What the SAE leaves unexplained: squared error of its reconstruction, on the normalised feature, without class
+    or profile."""
+
+    title: ClassVar[str] = "SAE error"
+    group: ClassVar[str] = "control"
+    formula: ClassVar[str] = r"\lVert x-\hat x\rVert_2^2"
+    source: ClassVar[str] = "our control"
+    needs: ClassVar[tuple[str, ...]] = ("features", "codes")
+
+    def fit(self, obs: Observations) -> Detector:
+        if obs.sae is None:
+            raise ValueError("sae_error reconstructs the features: give sae to Observations(...)")
+        self._sae = obs.sae
+        return self
+
+    def score(self, obs: Observations) -> np.ndarray:
+        gap = self._sae.normalize(obs.cls) - self._sae.decode(obs.codes)
+        return (as_numpy(gap).astype(np.float64) ** 2).sum(axis=1)
 
 
 @register("code_entropy")
@@ -233,7 +292,7 @@ class CodeEntropy(Detector):
     def score(self, obs: Observations) -> np.ndarray:
         from scipy.special import entr
 
-        values = as_numpy(obs.codes.values).astype(np.float64)
+        values = _code_values(obs)
         total = values.sum(axis=1, keepdims=True)
         return entr(np.divide(values, total, out=np.zeros_like(values), where=total > 0)).sum(axis=1)
 
@@ -254,11 +313,11 @@ def _standardised_rows(x: np.ndarray) -> np.ndarray:
 
 @register("epd_dense")
 class EPDDense(EPD):
-    """EPD with the rectified feature itself in place of the code: no dictionary at all."""
+    """EPD with the feature itself, each row standardised and rectified, in place of the code: no dictionary at all."""
 
     title: ClassVar[str] = "EPD on dense ReLU"
     group: ClassVar[str] = "control"
-    formula: ClassVar[str] = r"\text{EPD with } h=\mathrm{relu}(z)"
+    formula: ClassVar[str] = r"\text{EPD with } h=\mathrm{relu}(\mathrm{std}(z))"
     source: ClassVar[str] = "our control"
     needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
 
@@ -268,11 +327,13 @@ class EPDDense(EPD):
 
 @register("epd_pca")
 class EPDPCA(EPD):
-    """EPD on principal components, each split into a positive and a negative latent."""
+    """EPD on principal components of the row-standardised, centred features, each split into two latents by sign."""
 
     title: ClassVar[str] = "EPD on PCA"
     group: ClassVar[str] = "control"
-    formula: ClassVar[str] = r"\text{EPD with } h=\mathrm{relu}([Vz, -Vz])"
+    formula: ClassVar[str] = (
+        r"\text{EPD with } h=\mathrm{relu}([Vx, -Vx]),\; x=\mathrm{std}(z)-\overline{\mathrm{std}(z)}"
+    )
     source: ClassVar[str] = "our control"
     needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
 
@@ -290,23 +351,26 @@ class EPDPCA(EPD):
 @register("epd_untrained")
 @dataclass
 class EPDUntrained(EPD):
-    """EPD on an untrained dictionary of random unit rows, otherwise configured as the SAE of the observations."""
+    """EPD on the SAE before its first training step: random unit rows; normalisation and pre-bias are set already."""
 
     title: ClassVar[str] = "EPD, untrained SAE"
     group: ClassVar[str] = "control"
     formula: ClassVar[str] = r"\text{EPD with random } W"
     source: ClassVar[str] = "our control"
     needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits", "codes")
-    seed: int = 0
+    seed: int | None = None  # None: the seed of the SAE
 
     def fit(self, obs):
         from dataclasses import replace
 
-        from ..sae import TopKSAE
+        import torch
+
+        from ..sae.train import start
 
         if obs.sae is None:
             raise ValueError("epd_untrained copies the configuration of the sae: give sae to Observations(...)")
-        self._sae = TopKSAE.untrained(obs.cls.shape[1], replace(obs.sae.config, seed=self.seed))
+        config = obs.sae.config if self.seed is None else replace(obs.sae.config, seed=self.seed)
+        self._sae = start(torch.as_tensor(obs.cls, dtype=torch.float32), config, torch.device("cpu"))[0]
         return super().fit(obs)
 
     def _codes(self, obs):

@@ -26,7 +26,8 @@ class RPD(Detector):
     is OOD's most telling part. A background, as RMDS has one: energy on latents that every class uses counts for
     nothing. The head's whole posterior: a sample between classes has no one profile to be measured by. The score is at
     most $-\log\epsilon$, so it needs no rule for silent cores; a latent that no training sample fired counts as that
-    much. The form and both constants were chosen on ID training data alone (benchmarks/rpd_selection.py).
+    much. The form and both constants were chosen on ID training and validation rows (benchmarks/rpd_selection.py);
+    results on OOD sets had been seen once before the final choice of the SAE's recipe.
     """
 
     title: ClassVar[str] = "RPD (ours)"
