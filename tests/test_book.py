@@ -149,7 +149,9 @@ _FETCHED = re.compile(r"""(?:src|href|import|fetch|_URL)\W{1,4}['"]https?://\S+?
 
 def _faults(folder: Path) -> list[str]:
     """What is wrong with the pages under a folder, one line a fault."""
-    known = {path: _Html(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.html"))}
+    # Below _static lie templates of the theme, which are no pages.
+    found = [path for path in sorted(folder.rglob("*.html")) if "_static" not in path.relative_to(folder).parts]
+    known = {path: _Html(path.read_text(encoding="utf-8")) for path in found}
     faults = []
     for path, page in known.items():
         where = path.relative_to(folder)

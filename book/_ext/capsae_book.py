@@ -14,11 +14,11 @@ def use_repository_buttons(app, config) -> None:
 
 
 def copy_data(app, exception) -> None:
-    """Copy ``runs/<profile>/data`` beside the pages, where the captions of the figures link to it."""
+    """Copy the ``data`` folders under ``runs`` beside the pages, where the captions of the figures link to it."""
     if exception is not None or app.builder.format != "html":
         return
     source, out = Path(app.srcdir), Path(app.outdir)
-    for file in sorted(source.glob("runs/*/data/**/*.csv")):
+    for file in sorted(source.glob("runs/**/data/**/*.csv")):
         target = out / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
