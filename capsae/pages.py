@@ -262,8 +262,8 @@ def rpd_page(grid: Path) -> str:
         "background mixed into a profile, and the weight of the background term (0 = a smoothed KL divergence over the "
         "whole dictionary, 1 = RPD). Before the grid, other forms were tried on the same stand-ins and dropped as no "
         "better: Hellinger distances, plain and whitened, of square-rooted profiles; a Bernoulli-exponential "
-        "likelihood of the code; unnormalised KL; an extra cell for the residual; and adding the Mahalanobis distance of what "
-        "the SAE leaves out.",
+        "likelihood of the code; unnormalised KL; an extra cell for the residual; and adding the Mahalanobis distance "
+        "of what the SAE leaves out.",
         "",
         f"The best form has temperature {best.temperature:g}, share {best.epsilon:g} and weight {best.weight:g}, with "
         f"a criterion of {100 * best.criterion:.1f} %, against {100 * epd.criterion:.1f} % for EPD; these are the "

@@ -136,8 +136,13 @@ def execute(page: Page, folder: Path, template: Path | None = None) -> Path:
     raw, out = folder / "raw.ipynb", folder / f"{Path(page.name).name}.ipynb"
     # The kernel must import the package whose digests the page will carry, installed or not.
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    variables = {
+        PAGE_DATA: f"data/{out.stem}",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # bars are text here, widgets are not needed
+    }
     try:
-        with _environment({PAGE_DATA: f"data/{out.stem}", "PYTHONPATH": os.pathsep.join(filter(None, paths))}):
+        with _environment(variables):
             papermill.execute_notebook(
                 template, raw, given, cwd=folder, kernel_name="python3", progress_bar=False, stderr_file=sys.stderr
             )

@@ -140,7 +140,7 @@ class _Html(HTMLParser):
             self.links.append(at["href"])
         if tag == "img" and not (at.get("alt") or "").strip():
             self.silent.append(at.get("src", "")[:80])
-        if re.search(r"traceback|\berror\b", at.get("class") or ""):
+        if re.search(r"traceback|ipythontb", at.get("class") or ""):
             self.errors += 1
 
 

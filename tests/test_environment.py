@@ -82,6 +82,22 @@ def test_readme_commands_exist():
     assert commands and all(re.search(rf"^\s+(capsae )?{command}\b", help_text, re.M) for command in commands)
 
 
+@pytest.mark.parametrize("name", ["imagenet20", "mini80"])
+def test_sae_recipe_is_the_best_of_its_grid(name):
+    """Lowest mean held-out FVU among recipes that keep the share of dead latents under the script's limit."""
+    import pandas as pd
+
+    import capsae
+    from benchmarks.sae_recipe_grid import MAX_DEAD
+
+    grid = pd.read_csv(ROOT / "benchmarks" / "results" / "sae_recipe_grid.csv")
+    recipe = ["batch", "lr", "epochs", "decay"]
+    means = grid[grid.profile == name].groupby(recipe)[["held_out_fvu", "dead_fraction"]].mean().reset_index()
+    best = means[means.dead_fraction <= MAX_DEAD].nsmallest(1, "held_out_fvu").iloc[0]
+    sae = capsae.load_profile(name).sae
+    assert (sae.batch_size, sae.lr, sae.epochs, sae.decay) == tuple(best[recipe])
+
+
 @pytest.mark.slow
 def test_readme_example_runs():
     """The Python block is executed as it stands; its table holds every method."""
