@@ -29,8 +29,9 @@ clean:
 
 env: $(VENV)/.installed
 
+# editable_mode=compat: a plain path, so that `import capsae` works from the folder above a clone named capsae, too.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("capsae needs Python 3.11 or newer, found " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --progress-bar on -c constraints.txt -e '.[book,test]'
+	$(BIN)/pip install --progress-bar on -c constraints.txt -e '.[book,test]' --config-settings editable_mode=compat
 	touch $@

@@ -33,6 +33,9 @@ Results are kept in $CAPSAE_HOME, or .capsae of the project around the current f
 """
 
 
+MIN_VAL = 40  # with fewer rows the 95 % quantile is their largest or second largest
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 2 wrong input, 130 interrupted)."""
     options = _parser().parse_args(arguments)
@@ -189,13 +192,30 @@ def _score(options) -> int:
     _check_out(options.out)
     methods = tuple(map(_method, options.method)) if options.method else DEFAULT_METHODS
     logging.getLogger("capsae.features").setLevel(logging.ERROR)  # bad images are named below
-    table = score_images(_run(options), images, options.checkpoint, methods)
+    run = _run(options)
+    table = score_images(run, images, options.checkpoint, methods)
     for row in table[table["reason"] != ""].itertuples():
         sys.stderr.write(f"capsae: skipped {row.path}: {row.reason}\n")
+    for warning in _doubts(table, methods, len(run.features("val"))):
+        sys.stderr.write(f"capsae: warning: {warning}\n")
     table.to_csv(options.out or sys.stdout, index=False)
     flagged, scored = int(table["flag"].sum()), int(table["flag"].notna().sum())
     sys.stderr.write(f"{flagged} of {scored} images flagged as out of distribution ({methods[0]} over its threshold)\n")
     return 0 if scored else 2
+
+
+def _doubts(table, methods: tuple[str, ...], n_val: int) -> list[str]:
+    """What makes a flag worth little: few rows behind the threshold, or scores that all tie with it."""
+    found = []
+    if n_val < MIN_VAL:
+        found.append(f"the threshold rests on {n_val} ID validation rows: give it {MIN_VAL} or more")
+    for name in methods:
+        scores = table[name].dropna()
+        if len(scores) and (scores == table.loc[scores.index, f"{name}_threshold"]).mean() > 0.5:
+            found.append(
+                f"most scores of {name} equal its threshold, so it flags nothing: more images or fewer latents may help"
+            )
+    return found
 
 
 def _explain(options) -> int:

@@ -284,3 +284,13 @@ def test_real_photographs_and_textures_are_told_apart(capsae_, tmp_path):
     flagged = table["flag"].astype(bool).groupby(table["path"].str.contains("texture")).mean()
     assert status == 0 and table["confidence"].between(0, 1).all()
     assert flagged[False] <= 0.2 and flagged[True] >= 0.8
+
+
+def test_a_flag_that_means_little_is_called_so():
+    import pandas as pd
+
+    from capsae.__main__ import _doubts
+
+    tied = pd.DataFrame({"epd": [2.0, 2.0, 1.0], "epd_threshold": 2.0})
+    assert [text.split()[0] for text in _doubts(tied, ("epd",), 2)] == ["the", "most"]
+    assert _doubts(tied.assign(epd=[0.1, 0.2, 3.0]), ("epd",), 500) == []
