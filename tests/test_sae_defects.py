@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from capsae.sae import SAEConfig, TopKSAE, select, train_sae
-from capsae.sae.steps import CompiledStep, PlainStep, auxk_loss
+from capsae.sae.cpu_step import CompiledStep
+from capsae.sae.steps import PlainStep, auxk_loss
 
 needs_numba = pytest.mark.skipif(select.compiled() is None, reason="numba is not installed")
 STEPS = [PlainStep, pytest.param(CompiledStep, marks=needs_numba)]

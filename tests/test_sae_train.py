@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from capsae.sae import SAEConfig, TopKSAE, select, train_sae
-from capsae.sae.steps import CompiledStep, PlainStep, auxk_loss
+from capsae.sae.cpu_step import CompiledStep
+from capsae.sae.steps import PlainStep, auxk_loss
 from capsae.sae.train import geometric_median, schedule
 
 needs_numba = pytest.mark.skipif(select.compiled() is None, reason="numba is not installed")

@@ -21,11 +21,11 @@ def compiled():
     if os.environ.get("CAPSAE_NUMBA", "1") == "0":
         return None
     try:
-        from . import kernels
+        from . import cpu_kernels
     except (ImportError, RuntimeError) as error:  # RuntimeError: numba finds no folder for its cache
         log.warning("no numba kernels (%s): selection and training on the CPU take several times longer", error)
         return None
-    return kernels
+    return cpu_kernels
 
 
 def topk(z: torch.Tensor, k: int, relu: str = "before") -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,9 +19,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .config import SAEConfig
+from .cpu_step import CompiledStep
 from .model import TopKSAE, check_rows
 from .select import compiled as numba_kernels
-from .steps import CompiledStep, PlainStep
+from .steps import PlainStep
 
 log = logging.getLogger(__name__)
 MEDIAN_ROWS = 32_768
