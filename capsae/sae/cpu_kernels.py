@@ -1,8 +1,8 @@
 """Compiled CPU kernels (numba): selection, decoding with the value gradient, and the update of each latent.
 
 Import this lazily: it needs numba. Each kernel works on a range of rows or latents and frees the interpreter lock, so
-`cpu_step.CompiledStep` runs them in as many threads as it likes; what is added up for a latent, and in which order, does
-not depend on the number of threads. The GPU's kernels (Triton) are in `kernels.py`.
+`cpu_step.CompiledStep` runs them in as many threads as it likes; what is added up for a latent, and in which order,
+does not depend on the number of threads. The GPU's kernels (Triton) are in `kernels.py`.
 """
 
 from __future__ import annotations
