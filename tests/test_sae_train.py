@@ -149,6 +149,28 @@ def test_bit_identical_for_a_seed(compiled):
     assert not torch.equal(a.decoder, other.decoder)
 
 
+@pytest.mark.parametrize("kind", STEPS)
+def test_a_step_goes_on_from_its_state(kind):
+    x = torch.from_numpy(planted(600)[0])
+    config, after = small(latents=200, lr=5e-2, ema=0.9), []
+    for interrupted in (False, True):
+        step = kind(biased_sae(config, 24), variance=2.5, window=3)
+        for position in range(12):
+            if position == 5:
+                step.find_dead()  # in the middle of what is counted
+                assert len(step.dead)
+            if position == 8 and interrupted:
+                state = {name: tensor.clone() for name, tensor in step.state().items()}
+                step.close()
+                step = kind(TopKSAE.untrained(24, config), variance=2.5, window=3)
+                step.load_state(state)
+            step(x[position * 50 : position * 50 + 50], 5e-2)
+        after.append((step.state(), step.read()))
+        step.close()
+    assert after[0][1] == after[1][1]
+    assert all(torch.equal(value, after[1][0][name]) for name, value in after[0][0].items())
+
+
 @needs_numba
 def test_number_of_threads_changes_no_bit():
     x, _ = planted(1500)

@@ -16,6 +16,32 @@ from .steps import BETAS, EPS, Step
 ROWS, LATENTS = 256, 64  # what a thread takes at a time: pre-activations that stay in its cache
 
 
+class Workers:
+    """The threads that all compiled steps of this process share; they end with the last step."""
+
+    def __init__(self) -> None:
+        self.steps, self.pool = 0, None
+
+    def join(self) -> ThreadPoolExecutor:
+        if self.steps == 0:
+            self.outer_threads = torch.get_num_threads()
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            # Each thread multiplies its own block, so torch itself must not start further ones.
+            torch.set_num_threads(1)
+            self.pool = ThreadPoolExecutor(min(cores, self.outer_threads), "sae", torch.set_num_threads, (1,))
+        self.steps += 1
+        return self.pool
+
+    def leave(self) -> None:
+        self.steps -= 1
+        if self.steps == 0:
+            self.pool.shutdown()
+            torch.set_num_threads(self.outer_threads)
+
+
+WORKERS = Workers()
+
+
 class CompiledStep(Step):
     """The same for a CPU: torch multiplies, numba does the rest, gradients stay in cache.
 
@@ -26,12 +52,7 @@ class CompiledStep(Step):
     def __init__(self, sae: TopKSAE, variance: float, window: int) -> None:
         super().__init__(sae, variance, window)
         self.kernels = compiled()
-        self.outer_threads = torch.get_num_threads()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Each thread multiplies its own block, so torch itself must not start further ones.
-        torch.set_num_threads(1)
-        self.pool = ThreadPoolExecutor(min(cores, self.outer_threads), "sae", torch.set_num_threads, (1,))
-        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in sae.named_parameters()}
+        self.pool = WORKERS.join()
         self.pairs = np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)
         self.first = np.zeros(self.config.latents + 1, np.int64)
 
@@ -118,5 +139,4 @@ class CompiledStep(Step):
         return sum(self.forward(sae, block - sae.pre_bias, 1.0)[0] for block in blocks) / len(x)
 
     def close(self) -> None:
-        self.pool.shutdown()
-        torch.set_num_threads(self.outer_threads)
+        WORKERS.leave()

@@ -9,6 +9,7 @@ All do the same with a batch x (B, d) of normalised rows:
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,36 @@ class Step:
         self.idle = torch.zeros(self.config.latents, dtype=torch.int32, device=device)  # steps since it last fired
         self.find_dead()
         self.totals = torch.zeros(4, dtype=torch.float64, device=device)  # rows, loss, squared error, active
+        # Adam's, by parameter; changed in place only, so that state() and load_state() serve every kind of step.
+        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in sae.named_parameters()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that the next step depends on, by name: the tensors themselves, not copies."""
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for name, (first, second) in self.moments.items():
+            tensors |= {f"first_moment.{name}": first, f"second_moment.{name}": second}
+        counted = {"idle": self.idle, "dead": self.dead, "totals": self.totals, "steps": torch.tensor(self.steps)}
+        return tensors | counted
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state` gave. Tensors are overwritten in place: steps may hold on to their memory."""
+        self.steps, self.dead = int(state["steps"]), state["dead"].to(self.idle.device)
+        with torch.no_grad():
+            for name, tensor in self.state().items():
+                if name not in ("steps", "dead"):
+                    tensor.copy_(state[name])
+
+    @classmethod
+    def together(cls, steps: list[Step]) -> Callable[[list[torch.Tensor], list[float]], None]:
+        """One call for a step of each: f(batches, learning rates). A kind that gains by it does more than this."""
+
+        def take(batches: list[torch.Tensor], lrs: list[float]) -> None:
+            for step, x, lr in zip(steps, batches, lrs, strict=True):
+                step(x, lr)
+
+        return take
 
     def auxk(self, centred, residual, encoder, bias, decoder) -> torch.Tensor:
         """AuxK's share of the summed loss, from the rows of the dead. One that fired since is out: z = -infinity."""
@@ -94,6 +125,14 @@ class PlainStep(Step):
     def __init__(self, sae: TopKSAE, variance: float, window: int) -> None:
         super().__init__(sae, variance, window)
         self.adam = torch.optim.Adam(sae.parameters(), lr=0.0, betas=BETAS, eps=EPS, fused=True)
+        for name, p in sae.named_parameters():
+            first, second = self.moments[name]
+            self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": first, "exp_avg_sq": second}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        super().load_state(state)
+        for p in self.sae.parameters():
+            self.adam.state[p]["step"].fill_(self.steps)
 
     def __call__(self, x: torch.Tensor, lr: float) -> None:
         sae = self.sae
