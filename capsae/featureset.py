@@ -10,24 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import replacing
+
 SCHEMA = 1
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, np.ndarray], info: dict) -> Path:
-    """Write one safetensors file atomically: temporary name, fsync, rename. A killed run leaves the old file or the
-    new one."""
+    """Write one safetensors file atomically: a killed run leaves the old file or the new one."""
     from safetensors.numpy import save_file
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     # one metadata key: safetensors does not keep the order of several, and equal content should be equal bytes
     contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-    save_file(contiguous, temporary, metadata={"capsae": json.dumps(info, sort_keys=True)})
-    os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that only their owner may read
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"capsae": json.dumps(info, sort_keys=True)})
     return path
 
 
@@ -46,20 +43,6 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     if info is None:
         raise ValueError(f"{os.fspath(path)!r} is a safetensors file, but not one of ours (no 'capsae' metadata)")
     return tensors, json.loads(info)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # reading it means setting it
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def pack_strings(strings) -> np.ndarray:

@@ -24,6 +24,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from .files import sync
+
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
@@ -164,15 +166,15 @@ class Store:
             text = json.dumps(record, indent=1, sort_keys=True, default=str) + "\n"
             (temporary / _PROVENANCE).write_text(text, encoding="utf-8")
             for name in [*_files(temporary), _PROVENANCE]:
-                _sync(temporary / name)
+                sync(temporary / name)
             for folder in {temporary, *(p.parent for p in temporary.rglob("*"))}:
-                _sync(folder)
+                sync(folder)
             try:
                 os.rename(temporary, path)
             except OSError:
                 # Without a lock (some network file systems) another process may have been first: its artefact stands.
                 check_files(path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -327,11 +329,3 @@ def _locked(path: Path):
 
 def _files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != _PROVENANCE)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from capsae.sae import SAEConfig, TopKSAE, io, train_sae
+from capsae.sae import SAEConfig, TopKSAE, train_sae
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_damaged_and_missing_files_are_named(trained, tmp_path):
 def test_a_failed_write_leaves_the_old_files(trained, tmp_path, monkeypatch):
     folder = trained[0].save(tmp_path)
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
-    monkeypatch.setattr(io.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         TopKSAE.untrained(10, SAEConfig(latents=5, k=1)).save(folder)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from ..files import replacing
 from .config import SAEConfig
 
 SCHEMA = 1
@@ -66,13 +66,5 @@ def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], SAEConfig]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
