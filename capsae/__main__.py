@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("extract", _extract, "extract the features of all sets; re-makes the pack of a profile that has one")
     command.add_argument("name", nargs="?", help="a profile's name or .toml file (as --profile)")
     command.add_argument("--out", metavar="FOLDER", help="of a re-made pack (default: packs/<name> here)")
+    command.add_argument("--pixels", action="store_true", help="keep a pack's features, measure its images anew")
 
     command = add("train", _train, "train the SAE, make the class activation profiles, write both to a folder")
     command.add_argument("name", nargs="?", help="a profile's name or .toml file (as --profile)")
@@ -153,15 +154,19 @@ def _extract(options) -> int:
         sys.stdout.write(f"kept in {run.store.root}\n")
         return 0
 
-    from .packs import make_pack
+    from .packs import add_pixels, make_pack
     from .scoring import load_weights
 
     names = [name for name in profile.sets if not (name == "val" and run.inputs.holdout)]
     profile.check_files(names)
     run.inputs.source("train")
-    backbone = load_weights(run)
+    backbone = None if options.pixels else load_weights(run)
     out = Path(options.out or Path("packs") / profile.name)
     sources = {name: run.inputs.source(name) for name in names}
+    if options.pixels:
+        add_pixels(profile.pack, sources, out)
+        sys.stdout.write(f"{out}: {', '.join(names)}: features as in {profile.pack!r}, pixel statistics new\n")
+        return 0
     notes = f"made by `capsae extract {profile.name}`"
     make_pack(profile.name, sources, backbone, out, notes=notes, device=options.device, progress=not options.quiet)
     sys.stdout.write(f"{out}: {', '.join(names)}\nuse it with --set pack={out}\n")

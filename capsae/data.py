@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .images import BadImage, decode_image
+from .images import BadImage, decode_image, measure_image
 
 __all__ = ["BadImage", "ImageSource", "KINDS", "open_source"]
 
@@ -84,6 +84,10 @@ class ImageSource:
     def image(self, i: int) -> Image.Image:
         """Image ``i`` as 8-bit RGB, or :class:`BadImage` if it cannot be used. Safe to call from threads."""
         return decode_image(self.read(int(self.rows[i])), str(self.ids[i]))
+
+    def measured(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        """Image ``i`` as :meth:`image` gives it, and its (P,) float32 :data:`capsae.images.PIXEL_STATISTICS`."""
+        return measure_image(self.read(int(self.rows[i])), str(self.ids[i]))
 
     def digest(self) -> str:
         """SHA-256 of names, labels and fingerprint, in hex: the same on every machine that holds the same files."""

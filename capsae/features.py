@@ -23,7 +23,7 @@ import torch
 from .backbone import Backbone, BackboneSpec, available_cores, load_backbone, pick_device, pick_dtype
 from .data import ImageSource, open_source
 from .featureset import FeatureSet, LinearHead, write_tensors
-from .images import BadImage
+from .images import PIXEL_STATISTICS, BadImage
 from .packs import load_pack, make_pack, pack_sets
 from .probe import fit_linear_probe
 
@@ -71,6 +71,7 @@ class _Batch:
     shard: int
     rows: np.ndarray  # (B,)
     pixels: torch.Tensor  # (B, size, size, 3) uint8
+    statistics: np.ndarray  # (B, P) float32, of the images before they were resized
     tasks: list[Future]  # each gives [(position, BadImage)]
 
 
@@ -208,25 +209,24 @@ def _batches(source, backbone: Backbone, shards, shard_size, batch_size, pool, d
         for start in range(shard * shard_size, stop, batch_size):
             rows = np.arange(start, min(stop, start + batch_size))
             pixels = torch.zeros(len(rows), backbone.size, backbone.size, 3, dtype=torch.uint8, pin_memory=pinned)
-            view = pixels.numpy()
-            tasks = [
-                pool.submit(_decode, source, backbone, rows[i : i + _TASK], view[i : i + _TASK], i)
-                for i in range(0, len(rows), _TASK)
-            ]
-            waiting.append(_Batch(shard, rows, pixels, tasks))
+            view, statistics = pixels.numpy(), np.zeros((len(rows), len(PIXEL_STATISTICS)), np.float32)
+            parts = [slice(i, i + _TASK) for i in range(0, len(rows), _TASK)]
+            tasks = [pool.submit(_decode, source, backbone, rows, view, statistics, part) for part in parts]
+            waiting.append(_Batch(shard, rows, pixels, statistics, tasks))
             if len(waiting) > _AHEAD:
                 yield waiting.popleft()
     while waiting:
         yield waiting.popleft()
 
 
-def _decode(source: ImageSource, backbone: Backbone, rows, out: np.ndarray, offset: int) -> list[tuple[int, BadImage]]:
+def _decode(source: ImageSource, backbone: Backbone, rows, out, statistics, part: slice) -> list[tuple[int, BadImage]]:
     bad = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows[part], start=part.start):
         try:
-            out[i] = backbone.prepare(source.image(int(row)))
+            image, statistics[i] = source.measured(int(row))
+            out[i] = backbone.prepare(image)
         except BadImage as error:
-            bad.append((offset + i, error))
+            bad.append((i, error))
     return bad
 
 
@@ -261,6 +261,7 @@ class _Shard:
         self.rows: list[np.ndarray] = []
         self.cls: list[np.ndarray] = []
         self.logits: list[np.ndarray] = []
+        self.pixels: list[np.ndarray] = []
 
     @classmethod
     def empty(cls, number: int | None = None) -> _Shard:
@@ -271,6 +272,7 @@ class _Shard:
         good[[position for position, _ in found]] = False
         self.rows.append(batch.rows[good])
         self.cls.append(cls[good])
+        self.pixels.append(batch.statistics[good])
         if logits is not None:
             self.logits.append(logits[good])
         self.bad += [{"id": each.id, "why": each.why} for _, each in found]
@@ -279,7 +281,7 @@ class _Shard:
     def write(self, out_dir: Path, key: str) -> None:
         if self.number is None:
             return
-        tensors = {"rows": np.concatenate(self.rows), "cls": np.concatenate(self.cls)}
+        tensors = {key: np.concatenate(getattr(self, key)) for key in ("rows", "cls", "pixels")}
         if self.logits:
             tensors["logits"] = np.concatenate(self.logits)
         write_tensors(
@@ -292,7 +294,7 @@ def _shard_path(out_dir: Path, number: int) -> Path:
 
 
 def _key(source: ImageSource, backbone: Backbone, shard_size: int, dtype, logits: bool) -> str:
-    parts = [EXTRACTOR, source.digest(), backbone.digest, shard_size, str(dtype), logits]
+    parts = [EXTRACTOR, source.digest(), backbone.digest, shard_size, str(dtype), logits, PIXEL_STATISTICS]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -336,6 +338,7 @@ def _collect(out_dir: Path, n_shards: int, source: ImageSource, name: str, meta:
         name=name,
         class_names=source.class_names,
         meta=meta,
+        pixels=whole("pixels"),
     )
 
 

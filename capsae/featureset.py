@@ -75,6 +75,8 @@ class FeatureSet:
         ``class_names[label]``; empty if unknown.
     meta : dict
         Where the features come from: backbone, digest of the weights, source, bad images, device, wall time.
+    pixels : (N, P) float32 or None
+        :data:`capsae.images.PIXEL_STATISTICS` of the images; None where they were not measured.
     """
 
     cls: np.ndarray
@@ -84,6 +86,7 @@ class FeatureSet:
     name: str = ""
     class_names: tuple[str, ...] = ()
     meta: dict = field(default_factory=dict)
+    pixels: np.ndarray | None = None
 
     def __post_init__(self):
         cls = np.asarray(self.cls, dtype=np.float32)
@@ -95,8 +98,9 @@ class FeatureSet:
             "ids": np.asarray(self.ids, dtype=str),
             "logits": None if self.logits is None else np.asarray(self.logits, dtype=np.float32),
             "class_names": tuple(self.class_names),
+            "pixels": None if self.pixels is None else np.asarray(self.pixels, dtype=np.float32),
         }
-        for key in ("labels", "ids", "logits"):
+        for key in ("labels", "ids", "logits", "pixels"):
             if arrays[key] is not None and len(arrays[key]) != len(cls):
                 raise ValueError(f"{key} has {len(arrays[key])} rows, cls {len(cls)}")
         for key, value in arrays.items():
@@ -112,13 +116,13 @@ class FeatureSet:
             raise ValueError(f"mask has shape {rows.shape}, expected ({len(self)},)")
         if rows.size == 0:
             rows = rows.astype(np.int64)
-        logits = None if self.logits is None else self.logits[rows]
-        return replace(self, cls=self.cls[rows], labels=self.labels[rows], ids=self.ids[rows], logits=logits)
+        wanted = ("cls", "labels", "ids", "logits", "pixels")
+        return replace(self, **{key: getattr(self, key)[rows] for key in wanted if getattr(self, key) is not None})
 
     def digest(self) -> str:
         """SHA-256 of the content (arrays and names, not ``meta``: a wall time is no content), in hex."""
         sha = hashlib.sha256(json.dumps([SCHEMA, self.name, list(self.class_names)]).encode())
-        for key in ("cls", "labels", "logits"):
+        for key in ("cls", "labels", "logits", "pixels"):
             value = getattr(self, key)
             if value is not None:
                 sha.update(f"{key}{value.shape}".encode())
@@ -133,6 +137,8 @@ class FeatureSet:
         tensors = {"cls": self.cls.astype(dtype), "labels": self.labels, "ids": pack_strings(self.ids)}
         if self.logits is not None:
             tensors["logits"] = self.logits.astype(dtype)
+        if self.pixels is not None:
+            tensors["pixels"] = self.pixels  # float32 always: a file may have more bytes than float16 can count
         info = {"schema": SCHEMA, "name": self.name, "class_names": list(self.class_names), "meta": self.meta}
         return write_tensors(path, tensors, info)
 
@@ -152,6 +158,7 @@ class FeatureSet:
             name=info["name"],
             class_names=tuple(info["class_names"]),
             meta=info["meta"],
+            pixels=tensors.get("pixels"),
         )
 
 

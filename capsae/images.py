@@ -33,6 +33,20 @@ from PIL import Image
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels (268 MB as RGB); it is Pillow's own line against decompression bombs."""
 
+PIXEL_STATISTICS = (
+    "file_size",  # bytes of the encoded image; of its PNG where it never was a file
+    "bytes_per_pixel",  # file_size / (width x height): how hard it was compressed, and how much it holds
+    "image_size",  # width x height in pixels
+    "aspect",  # width / height
+    "sharpness",  # variance of the 4-neighbour Laplacian of the grey image: low where it was enlarged or blurred
+    "brightness",  # mean of the grey image, 0..255
+    "contrast",  # standard deviation of the grey image
+    "colourfulness",  # Hasler and Suesstrunk 2003, equation 1: spread and mean of R - G and (R + G) / 2 - B
+)
+"""What :func:`pixel_statistics` measures of an image as it was found, before a backbone's resizing and cropping: what
+could tell two data sets apart without a look at what they show."""
+
+_STRIP = 2**15  # pixels measured at a time: they stay in a core's cache, and memory does not grow with the image
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -76,15 +90,7 @@ def decode_image(data: bytes | str | os.PathLike | Image.Image, id: str = "image
         If the image is empty, truncated, too large, of an unknown kind or cannot be read.
     """
     if not isinstance(data, Image.Image):
-        if not isinstance(data, bytes | bytearray | memoryview):
-            try:
-                with open(data, "rb") as file:
-                    data = file.read()
-            except OSError as error:
-                raise BadImage(id, f"cannot be read: {error.strerror or error}") from None
-        if not data:
-            raise BadImage(id, "empty file")
-        data = _open(bytes(data), id)
+        data = _open(read_encoded(data, id), id)
     width, height = data.size
     if width * height > MAX_PIXELS:
         raise BadImage(id, f"huge: {width} x {height} pixels, the limit is {MAX_PIXELS} pixels in all")
@@ -97,6 +103,71 @@ def decode_image(data: bytes | str | os.PathLike | Image.Image, id: str = "image
         Exception
     ) as error:  # on a damaged file Pillow's plugins raise OSError, SyntaxError, struct.error, EOFError ...
         raise BadImage(id, f"truncated or damaged: {error}") from None
+
+
+def read_encoded(data: bytes | str | os.PathLike, id: str = "image") -> bytes:
+    """Encoded bytes as they are, or those of a file; :class:`BadImage` if there are none."""
+    if not isinstance(data, bytes | bytearray | memoryview):
+        try:
+            with open(data, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise BadImage(id, f"cannot be read: {error.strerror or error}") from None
+    if not data:
+        raise BadImage(id, "empty file")
+    return bytes(data)
+
+
+def measure_image(data: bytes | str | os.PathLike | Image.Image, id: str = "image") -> tuple[Image.Image, np.ndarray]:
+    """Decode one image as :func:`decode_image` does, and measure it; returns it and its :func:`pixel_statistics`."""
+    if isinstance(data, Image.Image):
+        image = decode_image(data, id)
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return image, pixel_statistics(image, file.tell())
+    data = read_encoded(data, id)
+    image = decode_image(data, id)
+    return image, pixel_statistics(image, len(data))
+
+
+def pixel_statistics(image: Image.Image, n_bytes: int) -> np.ndarray:
+    """What an image tells before anybody looks at what it shows: see :data:`PIXEL_STATISTICS`.
+
+    Parameters
+    ----------
+    image : PIL image
+        Mode ``RGB``, in the size it was stored in.
+    n_bytes : int
+        Size of the encoded file.
+
+    Returns
+    -------
+    (P,) float32
+        One value for each name of :data:`PIXEL_STATISTICS`. An image under 3 pixels wide or high has sharpness 0.
+
+    Notes
+    -----
+    Sums are of whole numbers, hence exact: the same image gives the same bits on every machine.
+    """
+    width, height = image.size
+    n = width * height
+    grey, rgb = np.asarray(image.convert("L")), np.asarray(image)
+    sums, squares = np.zeros(4), np.zeros(4)  # of grey, red - green, 2 (yellow - blue), Laplacian
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):
+        g = grey[max(top - 1, 0) : top + rows + 1].astype(np.int16)  # with a row of the neighbours on either side
+        laplacian = g[:-2, 1:-1] + g[2:, 1:-1] + g[1:-1, :-2] + g[1:-1, 2:] - 4 * g[1:-1, 1:-1]
+        red, green, blue = (rgb[top : top + rows, :, c].astype(np.int16) for c in range(3))
+        for i, part in enumerate((grey[top : top + rows], red - green, red + green - 2 * blue, laplacian)):
+            part = part.astype(np.float64).ravel()
+            sums[i] += part.sum()
+            squares[i] += np.einsum("i,i->", part, part)  # no BLAS: its threads would fight with the decoding ones
+    counts = np.array([n, n, n, max((width - 2) * (height - 2), 1) if min(width, height) > 2 else 1])
+    mean = sums / counts
+    variance = np.maximum(squares / counts - mean**2, 0)
+    opponent = np.hypot(variance[1] ** 0.5, variance[2] ** 0.5 / 2), np.hypot(mean[1], mean[2] / 2)
+    values = (n_bytes, n_bytes / n, n, width / height, variance[3], mean[0], variance[0] ** 0.5)
+    return np.array([*values, opponent[0] + 0.3 * opponent[1]], dtype=np.float32)
 
 
 def _open(data: bytes, id: str) -> Image.Image:

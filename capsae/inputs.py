@@ -71,6 +71,13 @@ class Inputs:
             return artefact_digest(f"split-{set_name}", split, {"whole": whole}, MODULES["split"])
         return self._whole_digest(set_name)
 
+    @property
+    def has_pixels(self) -> bool:
+        """Whether the statistics of the images themselves are known; nothing is read but the pack's description."""
+        from .packs import pack_info
+
+        return not self.profile.pack or bool(pack_info(self.profile.pack).get("pixel_statistics"))
+
     def source(self, set_name: str):
         """Return a set's images (an ImageSource), before the split: "val" gives those it is held out of.
 

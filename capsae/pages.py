@@ -187,7 +187,8 @@ _KIND_NOTES = {
     "paper": "EPD as the {doc}`method <method>` has it.",
     "ours": "This project's own; no part of the paper.",
     "control": "They read the same features, most of them also the same codes and profiles, and tell what in EPD does "
-    "the work. The two on the code's flatness use neither class nor profile.",
+    "the work. The two on the code's flatness use neither class nor profile. The last ones never look at what an image "
+    "shows: where one of them wins, it is the benchmark that is broken.",
     "baseline": "With the parameters that are in force printed below. Where libraries differ, OpenOOD v1.5 "
     "{cite:p}`zhang2023openood` is followed.",
 }

@@ -194,9 +194,9 @@ class Run:
             predicted = None
             if self.profile.predicted == "true" and set_name in ("val", "test"):
                 predicted, labels = labels, None
-            self._observations[set_name] = Observations(
-                features.cls, logits=features.logits, labels=labels, head=self.head, sae=self.sae, predicted=predicted
-            )
+            given = {"labels": labels, "predicted": predicted, "head": self.head, "sae": self.sae}
+            given |= {"logits": features.logits, "pixels": features.pixels}
+            self._observations[set_name] = Observations(features.cls, **given)
         return self._observations[set_name]
 
     def detectors(self, names: Iterable[str] | None = None) -> dict[str, Any]:
@@ -299,10 +299,22 @@ class Run:
             return config | amount | ({"n_boot": profile.n_boot} if stage == "table" else {}), inputs
         raise ValueError(f"no stage {stage!r}; there are features, head, sae, caps, scores, table")
 
+    def left_out(self) -> dict[str, str]:
+        """Return the detectors that this profile's data cannot feed, with the reason; the tables do without them."""
+        if self.inputs.has_pixels:
+            return {}
+        why = f"pack {self.profile.pack!r} holds no pixel statistics; `capsae extract --pixels` adds them"
+        return {name: why for name in _detectors.available() if "pixels" in _detectors.info(name)["needs"]}
+
     def _names(self, names: Iterable[str] | None) -> list[str]:
-        names = list(_detectors.available() if names is None else [names] if isinstance(names, str) else names)
+        left_out = self.left_out()
+        if names is None:
+            return [name for name in _detectors.available() if name not in left_out]
+        names = [names] if isinstance(names, str) else list(names)
         for name in names:
             _detectors.info(name)  # an unknown one is refused here, before work starts
+            if name in left_out:
+                raise ValueError(f"detector {name!r}: {left_out[name]}")
         return names
 
     def _who(self) -> dict[str, Any]:

@@ -65,7 +65,9 @@ def observe(
     with tempfile.TemporaryDirectory(prefix="capsae-") as work:
         features = extract(source, backbone, work, **options)
     rows = {name: row for row, name in enumerate(features.ids.tolist())}
-    observations = Observations(features.cls, head=run.head, sae=run.sae) if len(features) else None
+    if not len(features):
+        return None, rows, features.meta["bad_images"]
+    observations = Observations(features.cls, head=run.head, sae=run.sae, pixels=features.pixels)
     return observations, rows, features.meta["bad_images"]
 
 

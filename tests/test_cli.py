@@ -78,7 +78,7 @@ def test_profiles_lists_all_with_what_they_need(capsae_):
     status, out, _ = capsae_("profiles")
     assert status == 0
     assert [line for line in out.splitlines() if line in available()] == available()
-    assert out.count("  needs ") == len(available()) and "14278 images, 6.0 MB" in out and "150 GB" in out
+    assert out.count("  needs ") == len(available()) and "14278 images, 6.5 MB" in out and "150 GB" in out
 
 
 def test_profiles_prints_one_with_overrides(capsae_):

@@ -308,3 +308,49 @@ def test_limit_is_on_pixels_not_on_bytes(monkeypatch):
         decode_image(blob)
     monkeypatch.setattr(images, "MAX_PIXELS", 200)
     assert decode_image(blob).size == (20, 10)
+
+
+# --- pixel statistics ------------------------------------------------------------------------------
+
+
+def by_definition(rgb: np.ndarray, n_bytes: int) -> list[float]:
+    from scipy.ndimage import convolve
+
+    grey = np.asarray(Image.fromarray(rgb).convert("L")).astype(np.float64)
+    kernel = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    red, green, blue = rgb.astype(np.float64).transpose(2, 0, 1)
+    rg, yb = red - green, (red + green) / 2 - blue
+    colour = np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())
+    height, width = grey.shape
+    sharp = convolve(grey, kernel)[1:-1, 1:-1].var()
+    return [n_bytes, n_bytes / grey.size, grey.size, width / height, sharp, grey.mean(), grey.std(), colour]
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (3, 3), (300, 250), (7, 900)])
+def test_pixel_statistics_are_what_they_say(shape, monkeypatch):
+    rgb = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8) // [[[1, 2, 3]]]
+    rgb = rgb.astype(np.uint8)
+    for strip in (images._STRIP, 1000):  # a large image is measured strip by strip
+        monkeypatch.setattr(images, "_STRIP", strip)
+        found = images.pixel_statistics(Image.fromarray(rgb), 1234)
+        assert found.dtype == np.float32 and len(found) == len(images.PIXEL_STATISTICS)
+        np.testing.assert_allclose(found, by_definition(rgb, 1234), rtol=1e-6)
+
+
+def test_pixel_statistics_of_odd_sizes_are_finite():
+    for size in ((1, 1), (2, 5), (1, 400)):
+        found = dict(zip(images.PIXEL_STATISTICS, images.pixel_statistics(solid((1, 2, 3), size), 70), strict=True))
+        assert np.isfinite(list(found.values())).all() and found["sharpness"] == found["contrast"] == 0
+
+
+def test_an_image_is_measured_as_it_was_found(tmp_path):
+    blob = encode(NOISE, "JPEG", quality=50)
+    (tmp_path / "a.jpg").write_bytes(blob)
+    source = open_source({"kind": "folder", "path": str(tmp_path)})
+    image, found = source.measured(0)
+    assert np.array_equal(image, source.image(0))
+    assert found[:3].tolist() == [len(blob), np.float32(len(blob) / 1600), 1600]
+    _, drawn = images.measure_image(NOISE)  # never a file: the size of its PNG
+    assert drawn[0] == len(encode(NOISE))
+    with pytest.raises(BadImage, match="empty file"):
+        images.measure_image(b"")

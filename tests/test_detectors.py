@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 
 import capsae
 from capsae import detectors
+from capsae.images import PIXEL_STATISTICS
 from capsae.sae import SAEConfig, TopKSAE
 
 
@@ -23,7 +24,8 @@ def world():
     def observations(n, centres=centres):
         labels = np.arange(n) % 3
         cls = (centres[labels] + rng.normal(size=(n, 12)) @ mix * 0.5).astype(np.float32)
-        return capsae.Observations(cls, labels=labels, head=head, sae=sae)
+        pixels = np.exp(rng.normal(size=(n, len(PIXEL_STATISTICS))))
+        return capsae.Observations(cls, labels=labels, head=head, sae=sae, pixels=pixels)
 
     return observations(300), observations(90), observations(60, rng.normal(size=(3, 12)) * 3)
 
@@ -191,7 +193,7 @@ def test_metadata_finite_and_independent_of_batch_and_order(world, name):
 
 OTHER = {
     "core_fraction": 0.4, "correct_only": True, "smoothing": 0.2, "seed": 1, "temperature": 3.0, "gamma": 0.5,
-    "top": 1, "k": 5, "dim": 3, "percentile": 50.0, "epsilon": 0.3,
+    "top": 1, "k": 5, "dim": 3, "percentile": 50.0, "epsilon": 0.3, "ridge": 0.1,
 }  # fmt: skip
 
 

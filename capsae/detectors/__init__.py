@@ -9,7 +9,7 @@ from .base import Detector, Observations, available, create, info, register
 
 from . import epd  # noqa: F401  # isort: skip  (the paper's score and its controls first in every table)
 from . import rpd  # noqa: F401  # isort: skip
-from . import activations, distances, logits  # noqa: F401  # isort: skip
+from . import activations, distances, logits, pixels  # noqa: F401  # isort: skip
 
 OURS = "rpd"  # registry name of this project's own score
 

@@ -31,6 +31,8 @@ class Observations:
     codes : SparseCodes, optional
     predicted : (N,) int array, optional
         Default: argmax of the logits.
+    pixels : (N, P) array, optional
+        Statistics of the images themselves (:data:`capsae.images.PIXEL_STATISTICS`), for the controls that read them.
 
     Raises
     ------
@@ -38,7 +40,7 @@ class Observations:
         Where numbers of rows differ, or an array holds a value that is not finite (the row is named).
     """
 
-    def __init__(self, cls, logits=None, labels=None, head=None, sae=None, codes=None, predicted=None):
+    def __init__(self, cls, logits=None, labels=None, head=None, sae=None, codes=None, predicted=None, pixels=None):
         self.cls = _finite("cls", as_numpy(cls), 2)
         self.head, self.sae = head, sae
         self.labels = None if labels is None else as_numpy(labels)
@@ -47,7 +49,9 @@ class Observations:
                 f"head.weight has {as_numpy(head.weight).shape[1]} columns, cls {self.cls.shape[1]}: "
                 "give the head that reads these features"
             )
-        for name, given in (("logits", logits), ("codes", codes), ("predicted", predicted), ("labels", labels)):
+        self.pixels = None if pixels is None else _finite("pixels", as_numpy(pixels), 2)
+        rows = {"logits": logits, "codes": codes, "predicted": predicted, "labels": labels, "pixels": pixels}
+        for name, given in rows.items():
             if given is not None and len(given) != len(self.cls):
                 raise ValueError(f"{name} has {len(given)} rows, cls {len(self.cls)}")
         if logits is not None:
@@ -95,7 +99,7 @@ class Observations:
         """The rows given by indices or by a mask; what was computed already is not computed again."""
         part = {
             name: self.__dict__[name][rows]
-            for name in ("logits", "codes", "predicted", "labels")
+            for name in ("logits", "codes", "predicted", "labels", "pixels")
             if self.__dict__.get(name) is not None
         }
         return Observations(self.cls[rows], head=self.head, sae=self.sae, **part)
@@ -121,7 +125,7 @@ class Detector:
     group: ClassVar[str]  # "paper", "ours", "control" or "baseline"
     formula: ClassVar[str]  # TeX; z feature, l logits, p softmax, mu_c class mean
     source: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]]  # of "logits", "features", "labels", "head", "codes"
+    needs: ClassVar[tuple[str, ...]]  # of "logits", "features", "labels", "head", "codes", "pixels"
     higher_is: ClassVar[str] = "more OOD"
 
     def fit(self, obs: Observations) -> Detector:

@@ -1,7 +1,8 @@
 """Embedded feature sets: the default profiles need no download, no weights and no image.
 
 A pack is a folder with one ``<set>.safetensors`` per set (``/`` in the name of a set becomes ``__``) and
-``pack.json``, which says how it was made. It holds features only: no image can be looked at.
+``pack.json``, which says how it was made. It holds features and eight numbers about each image (its file size,
+sharpness, brightness and so on): no image can be looked at.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from ..featureset import FeatureSet
+from ..images import PIXEL_STATISTICS
 
 PACKS = Path(__file__).parent
 MAX_BYTES = 8_000_000
@@ -108,9 +113,7 @@ def make_pack(
         bad = features.meta["bad_images"]
         # the pack is the same wherever and however often it is made: no path, no wall time in its files
         meta = {"pack": name, "backbone_digest": backbone.digest, "bad_images": bad}
-        features = FeatureSet(
-            features.cls, features.labels, features.ids, features.logits, set_name, features.class_names, meta
-        )
+        features = replace(features, name=set_name, meta=meta)
         path = features.save(_file(out, set_name), dtype="float16")
         sets[set_name] = {
             "file": path.name,
@@ -121,11 +124,7 @@ def make_pack(
             "bad_images": len(bad),
             "source": {file.parent.name + "/" + file.name: _sha256(file) for file in source.files},
         }
-    total = sum(each["bytes"] for each in sets.values())
-    if max_bytes is not None and total > max_bytes:
-        raise ValueError(
-            f"pack {name!r} has {total} bytes, more than {max_bytes}: pack fewer images or a narrower backbone"
-        )
+    total = _check_size(name, sets, max_bytes)
     info = {
         "name": name,
         "notes": notes,
@@ -135,16 +134,102 @@ def make_pack(
         "dim": backbone.dim,
         "dtype": {"products": options["dtype"], "stored": "float16"},
         "extractor": EXTRACTOR,
+        "pixel_statistics": list(PIXEL_STATISTICS),
         "code": _code_digest(),
         "versions": versions,
         "made": datetime.date.today().isoformat(),
         "bytes": total,
         "sets": sets,
     }
-    (out / "pack.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    _write_info(out, info)
     if work is None:
         shutil.rmtree(shards, ignore_errors=True)
     return out
+
+
+def add_pixels(
+    name: str | os.PathLike,
+    sources: Mapping[str, object],
+    out: str | os.PathLike,
+    *,
+    workers: int | None = None,
+    max_bytes: int | None = MAX_BYTES,
+) -> Path:
+    """Measure the images of a pack and write it again with their statistics; its features stay as they are, bit for
+    bit, so that no backbone is needed.
+
+    Parameters
+    ----------
+    name : str or path
+        The pack.
+    sources : mapping
+        ``{set name: ImageSource or what open_source takes}``, one for each set of the pack.
+    out : path
+        Folder of the new pack; may be the old one's.
+    workers : int or None
+        Decoding threads; None = the cores that this process may use.
+    max_bytes : int or None
+        Refuse a pack that is larger.
+
+    Raises
+    ------
+    ValueError
+        A set without a source; images whose names or labels are not the pack's, row by row; a bad image.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ..backbone import available_cores
+    from ..data import ImageSource, open_source
+
+    info, out = pack_info(name), Path(out)
+    missing = [each for each in info["sets"] if each not in sources]
+    if missing:
+        raise ValueError(f"pack {os.fspath(name)!r}: no images are given for its set {missing[0]!r}")
+    measured: dict[str, FeatureSet] = {}
+    with ThreadPoolExecutor(workers or available_cores()) as pool:
+        for set_name in info["sets"]:
+            given, features = sources[set_name], load_pack(name, set_name)
+            source = given if isinstance(given, ImageSource) else open_source(given)
+            source = _matched(source, features, f"pack {os.fspath(name)!r}, {set_name}")
+            pixels = np.stack([one for _, one in pool.map(source.measured, range(len(source)))])
+            measured[set_name] = replace(features, pixels=pixels)
+    out.mkdir(parents=True, exist_ok=True)
+    for set_name, features in measured.items():
+        path = features.save(_file(out, set_name), dtype="float16")
+        info["sets"][set_name] |= {"sha256": _sha256(path), "bytes": path.stat().st_size}
+    info["bytes"] = _check_size(name, info["sets"], max_bytes)
+    info["pixel_statistics"] = list(PIXEL_STATISTICS)
+    _write_info(out, info)
+    return out
+
+
+def _matched(source, features: FeatureSet, what: str):
+    """The rows of a source that a pack holds; it leaves out bad images, whose names are in its meta."""
+    bad = {each["id"] for each in features.meta.get("bad_images", ())}
+    source = source.take(np.array([str(id) not in bad for id in source.ids]))
+    for key in ("ids", "labels"):
+        theirs, ours = getattr(source, key), getattr(features, key)
+        if len(theirs) != len(ours):
+            raise ValueError(f"{what}: {len(theirs)} images are given, the pack holds {len(ours)}")
+        differ = theirs != ours
+        if differ.any():
+            row = int(differ.argmax())
+            raise ValueError(f"{what}: row {row} has {key} {ours[row]!r} in the pack, {theirs[row]!r} in the images")
+    return source
+
+
+def _check_size(name, sets: dict, max_bytes: int | None) -> int:
+    total = sum(each["bytes"] for each in sets.values())
+    if max_bytes is not None and total > max_bytes:
+        raise ValueError(
+            f"pack {os.fspath(name)!r} has {total} bytes, more than {max_bytes}: "
+            "pack fewer images or a narrower backbone"
+        )
+    return total
+
+
+def _write_info(folder: Path, info: dict) -> None:
+    (folder / "pack.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
 
 def _folder(name: str | os.PathLike) -> Path:
