@@ -84,6 +84,7 @@ def test_features_are_what_timm_computes(backbone, pixels, tmp_path):
     assert found.labels.tolist() == source.labels.tolist()
     assert found.ids.tolist() == source.ids.tolist()
     assert found.meta["dtype"] == "float32" and found.meta["bad_images"] == []
+    np.testing.assert_array_equal(found.pixels, [source.measured(i)[1] for i in range(20)])
     assert found.meta["backbone_digest"] == backbone.digest
 
 

@@ -15,6 +15,9 @@ from PIL import Image
 from capsae import packs
 from capsae.data import open_source
 from capsae.features import extract, fit_linear_probe, load_backbone, load_pack, make_pack, pack_sets
+from capsae.featureset import FeatureSet
+from capsae.images import PIXEL_STATISTICS
+from capsae.packs import add_pixels
 
 SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
@@ -67,6 +70,7 @@ def test_sets_of_a_pack(name):
         features = load_pack(name, set_name)
         assert (features.cls.shape, features.cls.dtype) == ((n, 192), np.float32)
         assert features.name == set_name and features.logits is None
+        assert features.pixels.shape == (n, len(PIXEL_STATISTICS)) and np.isfinite(features.pixels).all()
         assert np.isfinite(features.cls).all() and features.cls.std() > 0.5
         assert len(set(features.ids)) == n, "ids name the images one by one"
         assert features.labels.min() >= 0 and features.labels.max() < len(features.class_names)
@@ -109,6 +113,7 @@ def test_pack_is_what_our_extractor_makes(name, tmp_path):
         fresh = extract(source.take(rows), backbone, tmp_path / str(i), dtype="float32", progress=False)
         # float16 rounds to 2**-11 of a value; another processor or version of torch moves the last bits of float32
         np.testing.assert_allclose(packed.take(rows).cls, fresh.cls, rtol=2**-10, atol=2e-3)
+        np.testing.assert_allclose(packed.take(rows).pixels, fresh.pixels, rtol=1e-4)  # decoders may differ by a bit
 
 
 @needs_images
@@ -141,8 +146,28 @@ def test_making_a_pack(tmp_path):
     assert found.ids.tolist() == fresh.ids.tolist() and found.labels.tolist() == [-1] * 5
 
     first = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    info = packs.pack_info(out)
     shutil.rmtree(out)
     make_pack("own", sources, backbone, out, progress=False)
     assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == first, "the same pack, byte for byte"
     with pytest.raises(ValueError, match=r"pack 'own' has \d+ bytes, more than 100"):
         make_pack("own", sources, backbone, tmp_path / "small", max_bytes=100, progress=False)
+
+    # images measured anew: features as they were, whatever else the file held
+    bare = load_pack(out, "train")
+    FeatureSet(bare.cls, bare.labels, bare.ids, None, "train", bare.class_names, bare.meta).save(
+        out / "train.safetensors", dtype="float16"
+    )
+    assert load_pack(out, "train").pixels is None, "files from before there were statistics still load"
+    again = add_pixels(out, sources, tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in again.glob("*.safetensors")} == first
+    assert json.loads((again / "pack.json").read_text())["sets"] == info["sets"]
+    other = sources | {"train": sources["train"] | {"limit": 39}}
+    with pytest.raises(ValueError, match="own', train: 39 images are given, the pack holds 40"):
+        add_pixels(out, other, tmp_path / "other")
+    other = sources | {"train": {"kind": "builtin", "name": "digits/test", "limit": 40}}
+    with pytest.raises(ValueError, match="train: row 0 has ids .* in the pack"):
+        add_pixels(out, other, tmp_path / "other")
+    with pytest.raises(ValueError, match="no images are given for its set 'far/flat'"):
+        add_pixels(out, {"train": sources["train"]}, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

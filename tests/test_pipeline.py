@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import small_profile
 import capsae
 import capsae.features
 import capsae.packs
+from capsae.detectors.pixels import pixel_controls_verdict
 from capsae.featureset import FeatureSet
 from capsae.pipeline import Run, load_features
 from capsae.profiles import ProfileError, load_profile
@@ -32,6 +34,34 @@ def run(profile, store):
     return lambda **overrides: Run(
         profile, {key.replace("__", "."): value for key, value in overrides.items()}, store, "cpu", progress=False
     )
+
+
+# --- detectors that the data cannot feed
+
+
+def test_without_pixel_statistics_their_controls_are_left_out_with_the_reason(run, tmp_path):
+    one = run()
+    assert "sharpness" in one.left_out() and "feature_norm" not in one.left_out()
+    assert "no pixel statistics" in one.left_out()["sharpness"]
+    assert "sharpness" not in one._names(None) and "epd" in one._names(None)
+    with pytest.raises(ValueError, match="detector 'sharpness': pack .* holds no pixel statistics"):
+        one.table(["sharpness"])
+
+
+def test_with_pixel_statistics_the_controls_are_in_the_table(tmp_path, store):
+    from capsae.images import PIXEL_STATISTICS
+
+    rng = np.random.default_rng(0)
+    sets = {name: small_profile.features(name, n) for name, n in small_profile.SETS.items()}
+    sets = {k: replace(v, pixels=rng.lognormal(size=(len(v), len(PIXEL_STATISTICS)))) for k, v in sets.items()}
+    path = small_profile.write(tmp_path, sets)
+    info = json.loads((tmp_path / "pack" / "pack.json").read_text())
+    (tmp_path / "pack" / "pack.json").write_text(json.dumps(info | {"pixel_statistics": list(PIXEL_STATISTICS)}))
+    one = Run(path, store=store, device="cpu", progress=False)
+    assert one.left_out() == {} and "sharpness" in one._names(None)
+    table = one.table(["msp", "sharpness", "feature_norm"])
+    assert set(table["method"]) == {"msp", "sharpness", "feature_norm", "head"}
+    assert not pixel_controls_verdict(table)["broken"].any()
 
 
 # --- splits

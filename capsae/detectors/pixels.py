@@ -120,7 +120,7 @@ class Sharpness(_PixelControl):
     """Variance of the Laplacian, on a logarithmic scale: enlarged and blurred images have little."""
 
     title: ClassVar[str] = "Sharpness"
-    formula: ClassVar[str] = r"|\log (1 + \mathrm{Var}(\Delta g)) - \mathrm{med}| / \mathrm{MAD}, \quad g \text{ grey values}"
+    formula: ClassVar[str] = r"|\log (1 + \mathrm{Var} \Delta g) - \mathrm{med}| / \mathrm{MAD}, \quad g \text{ grey}"
     statistic: ClassVar[str] = "sharpness"
 
 
