@@ -13,7 +13,7 @@ from .config import SAEConfig
 
 SCHEMA = 1
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
-_PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
+PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
 
 
 def save(folder: str | Path, state: dict[str, torch.Tensor], config: SAEConfig) -> Path:
@@ -22,9 +22,9 @@ def save(folder: str | Path, state: dict[str, torch.Tensor], config: SAEConfig) 
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, to_bytes({name: t.detach().cpu().contiguous() for name, t in state.items()}))
+    write(folder / WEIGHTS, to_bytes({name: t.detach().cpu().contiguous() for name, t in state.items()}))
     cfg = {"schema": SCHEMA, "kind": "topk", "d": state["pre_bias"].shape[0], "config": asdict(config)}
-    _write(folder / CONFIG, (json.dumps(cfg, indent=1) + "\n").encode())
+    write(folder / CONFIG, (json.dumps(cfg, indent=1) + "\n").encode())
     return folder
 
 
@@ -42,14 +42,15 @@ def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], SAEConfig]:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    if folder.suffix in _PICKLES:
+    if folder.suffix in PICKLES:
         raise ValueError(
             f"{folder} is a pickle, and loading a pickle runs the code in it; a folder with {WEIGHTS} and {CONFIG} "
             "would do (TopKSAE.save writes one)"
         )
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}; a folder written by TopKSAE.save would do")
+            hint = "; a folder written by TopKSAE.save would do" + singles(folder)
+            raise FileNotFoundError(f"{folder} has no {name}{hint}")
     try:
         cfg = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -65,6 +66,13 @@ def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], SAEConfig]:
         raise ValueError(f"{folder / WEIGHTS} is no whole safetensors file: {error}") from error
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """All of it or nothing."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def singles(folder: Path, settings: str = CONFIG) -> str:
+    """The end of an error message that names the single SAEs in sub-folders, or nothing."""
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{settings}"))
+    return f"; it holds folders of single SAEs, load one: {', '.join(inside[:5])}" if inside else ""

@@ -197,7 +197,14 @@ class TopKSAE(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> TopKSAE:
-        """Read a folder written by `save`. Pickles and unknown schemas are refused (ValueError)."""
+        """Read a folder written by `save`, or a top-k SAE of SAELens, sparsify or dictionary_learning (`exchange`).
+
+        Pickles, unknown schemas and SAEs that are no top-k SAE are refused (ValueError).
+        """
+        from .exchange import load as load_foreign
+
+        if (foreign := load_foreign(folder, device)) is not None:
+            return foreign
         state, config = io.load(folder)
         sae = cls(state["pre_bias"].shape[0] if "pre_bias" in state else 0, config)
         try:
