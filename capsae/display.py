@@ -20,6 +20,8 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .metrics import require_convention
+
 PAGE_DATA = "CAPSAE_PAGE_DATA"
 RESULT_MIME = "application/vnd.capsae.result+json"
 DPI = 120
@@ -92,6 +94,7 @@ def _csv_link(data: pd.DataFrame, name: str) -> str:
 
 
 def _caption(caption: str, data: pd.DataFrame, name: str, run, stage: str) -> str:
+    require_convention([*data.columns, *(data["metric"].unique() if "metric" in data else ())])
     return (
         f"<figcaption>{html.escape(caption)} "
         f'<span class="capsae-provenance">{html.escape(provenance_line(run, stage))} · {_csv_link(data, name)}</span>'
@@ -140,6 +143,7 @@ def show(function, data: pd.DataFrame, name: str, caption: str, alt: str, run, s
 def table_html(data, name, caption, run, stage="table", formats=None, links=None, shown=None) -> str:
     """The HTML of :func:`table`."""
     whole, data = data, data if shown is None else shown
+    require_convention(data.columns)
     formats, links = dict(formats or {}), dict(links or {})
     columns = [column for column in data.columns if column not in links.values()]
     cells = {}

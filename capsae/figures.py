@@ -28,6 +28,11 @@ METRICS = {
     "fpr95_id_pos": "FPR95, ID positive",
     "aupr_in": "AUPR-in",
     "aupr_out": "AUPR-out",
+    "autc": "AUTC",
+    "oscr": "OSCR",
+    "auroc_correct": "AUROC, correctly classified ID only",
+    "aurc": "AURC, ID errors",
+    "errors_flagged": "ID errors flagged",
     "accuracy": "accuracy",
 }
 

@@ -35,6 +35,7 @@ MODULES = {
     "caps": ("capsae.caps", "capsae.splits"),
     "table": (
         *("capsae.caps", "capsae.detectors", "capsae.metrics", "capsae.stats", "capsae.evaluate", "capsae.sae"),
+        "capsae.bootstrap_kernels",
         *("capsae.pipeline", "capsae.inputs"),
     ),
 }

@@ -1,4 +1,4 @@
-"""Uncertainty of detection metrics: bootstrap over both the ID and the OOD samples.
+"""Uncertainty of detection metrics: bootstrap over both the ID and the OOD samples, DeLong, Holm, ranks over sets.
 
 The ID replicates are shared by all methods and all OOD sets (same seed), so differences of methods are paired and a
 mean over sets keeps the sets' common dependence on the ID samples.
@@ -6,23 +6,43 @@ mean over sets keeps the sets' common dependence on the ID samples.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from functools import cache
 
-from .metrics import METRICS, Thresholds, all_metrics
+import numpy as np
+import pandas as pd
+
+from .metrics import OF_ERRORS, RECALL, Thresholds, _flags, _scores, all_metrics
 
 _CELLS = 2**22  # replicates x samples held at a time
+FPR95 = ("fpr95_ood_pos", "fpr95_id_pos")
+_AREAS = ("auroc", "aupr_in", "aupr_out", "autc", "oscr", "auroc_correct")  # as bootstrap_kernels.areas returns them
+
+
+@cache
+def _kernels():
+    """The compiled loops, or None where numba is missing or unable: numpy then does the same, thirty times slower."""
+    try:
+        from . import bootstrap_kernels
+    except (ImportError, RuntimeError):
+        return None
+    return bootstrap_kernels
 
 
 def _draws(rng: np.random.Generator, n: int, replicates: int) -> np.ndarray:
-    """(n, replicates) float64: how often each of n samples was drawn in n draws with replacement."""
-    drawn = rng.integers(0, n, size=(replicates, n)) * replicates + np.arange(replicates)[:, None]
-    return np.bincount(drawn.ravel(), minlength=replicates * n).reshape(n, replicates).astype(np.float64)
+    """(replicates, n) int32: how often each of n samples was drawn in n draws with replacement."""
+    drawn = rng.integers(0, n, size=(replicates, n)) + np.arange(replicates)[:, None] * n
+    return np.bincount(drawn.ravel(), minlength=replicates * n).reshape(replicates, n).astype(np.int32)
 
 
 def bootstrap(
-    methods: dict[str, Thresholds], n_boot: int, seed: int = 0, stream: int = 0
+    methods: dict[str, Thresholds],
+    n_boot: int,
+    seed: int = 0,
+    stream: int = 0,
+    metrics: Sequence[str] | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Bootstrap replicates of every metric, the same draws for all methods.
+    """Bootstrap replicates of the metrics, the same draws for all methods.
 
     Parameters
     ----------
@@ -34,27 +54,200 @@ def bootstrap(
         Seeds the ID draws; two calls with equal N and seed draw the same ID samples.
     stream : int
         Number of the OOD set: seeds its draws, together with ``seed``.
+    metrics : names, optional
+        Default: all that the thresholds allow (:attr:`capsae.metrics.Thresholds.metrics`).
 
     Returns
     -------
-    dict of method -> metric (:data:`capsae.metrics.METRICS`) -> (n_boot,) float64
+    dict of method -> metric -> (n_boot,) float64
     """
     first = next(iter(methods.values()))
+    metrics = first.metrics if metrics is None else tuple(metrics)
     n_id, n_ood = first.n_id, len(first.order) - first.n_id
     id_rng, ood_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1 + stream])
-    out = {method: {metric: np.empty(n_boot) for metric in METRICS} for method in methods}
-    chunk = max(1, min(256, _CELLS // (n_id + n_ood)))  # 256 replicates of 2,000 samples fit a core's cache
+    out = {method: {metric: np.empty(n_boot) for metric in metrics} for method in methods}
+    chunk = max(1, min(256, _CELLS // (n_id + n_ood)))
     for start in range(0, n_boot, chunk):
         part = slice(start, min(start + chunk, n_boot))
         size = part.stop - part.start
-        id_weights, ood_weights = _draws(id_rng, n_id, size), _draws(ood_rng, n_ood, size)
+        weights = np.concatenate([_draws(id_rng, n_id, size), _draws(ood_rng, n_ood, size)], axis=1)
         for method, thresholds in methods.items():
-            for metric, values in all_metrics(thresholds, id_weights, ood_weights).items():
+            for metric, values in _replicates(thresholds, weights, metrics).items():
                 out[method][metric][part] = values
     return out
 
 
+def _replicates(of: Thresholds, weights: np.ndarray, metrics: Sequence[str]) -> dict[str, np.ndarray]:
+    """The metrics for weights (replicates, N_id + N_ood)."""
+    kernels = _kernels()
+    if kernels is None:
+        weights = weights.T.astype(np.float64)
+        found = all_metrics(of, weights[: of.n_id], weights[of.n_id :])
+        return {metric: found[metric] for metric in metrics}
+    found = {}
+    if set(metrics) & set(FPR95):
+        found |= dict(zip(FPR95, kernels.fpr95(of.order, of.ends, of.n_id, weights, RECALL).T, strict=True))
+    if set(metrics) - set(FPR95):
+        correct = np.zeros(of.n_id, np.int32) if of.correct is None else of.correct.astype(np.int32)
+        values = kernels.areas(of.order, of.ends, of.levels, of.n_id, correct, weights)
+        found |= dict(zip(_AREAS, values.T, strict=True))
+    return {metric: found[metric] for metric in metrics}
+
+
+def bootstrap_errors(scores, failed, n_boot: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Replicates (n_boot,) of :func:`capsae.metrics.aurc` and ``errors_flagged``; the ID draws of :func:`bootstrap`."""
+    scores = _scores("scores", scores)
+    failed = _flags("failed", failed, len(scores))
+    order = np.argsort(scores, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
+    rng, kernels, parts = np.random.default_rng([seed, 0]), _kernels(), []
+    chunk = max(1, min(256, _CELLS // len(scores)))
+    for start in range(0, n_boot, chunk):
+        weights = _draws(rng, len(scores), min(chunk, n_boot - start))
+        if kernels is not None:
+            parts.append(kernels.errors(order, ends, failed.astype(np.int32), weights, RECALL))
+            continue
+        from . import metrics
+
+        again = [np.repeat(np.arange(len(scores)), row) for row in weights]
+        parts.append(np.array([[getattr(metrics, m)(scores[i], failed[i]) for m in OF_ERRORS] for i in again]))
+    values = np.concatenate(parts) if parts else np.empty((0, len(OF_ERRORS)))
+    return dict(zip(OF_ERRORS, values.T, strict=True))
+
+
 def interval(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval (lo, hi) of replicates (n_boot,)."""
+    """Percentile interval (lo, hi) of replicates (n_boot,); NaN of none. Undefined (NaN) replicates are left out."""
+    replicates = replicates[~np.isnan(replicates)]
+    if not len(replicates):
+        return float("nan"), float("nan")
     lo, hi = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return float(lo), float(hi)
+
+
+def bootstrap_p(differences: np.ndarray) -> float:
+    """Two-sided p of "no difference" from paired replicates (n_boot,): twice the share beyond zero, at most 1.
+
+    One replicate is added to the share, so that p is never below 2 / (n_boot + 1): more replicates resolve more.
+    """
+    beyond = min((differences <= 1e-12).sum(), (differences >= -1e-12).sum())  # rounding is no difference
+    return float(min(1.0, 2 * (1 + beyond) / (1 + len(differences))))
+
+
+# --- DeLong
+
+
+def placements(id_scores, ood_scores) -> tuple[np.ndarray, np.ndarray]:
+    """Each sample's share of the other side's that it is ordered right with, ties one half: (N_id,), (N_ood,).
+
+    Their means are both the AUROC. By sorting, O(n log n): a sample's place among the other side's is its midrank in
+    both sides together less its midrank in its own (Sun, Xu, IEEE Signal Processing Letters 2014).
+    """
+    id_scores, ood_scores = _scores("id_scores", id_scores), _scores("ood_scores", ood_scores)
+    ids, oods = np.sort(id_scores), np.sort(ood_scores)
+    below = np.searchsorted(ids, ood_scores, "left") + np.searchsorted(ids, ood_scores, "right")
+    under = np.searchsorted(oods, id_scores, "left") + np.searchsorted(oods, id_scores, "right")
+    return 1 - under / (2 * len(oods)), below / (2 * len(ids))
+
+
+def delong(of_sets: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """``(value, standard error)`` of an AUROC, or of its mean over OOD sets that share their ID samples.
+
+    Placements are linear in all that matters: for the *paired difference* of two methods, hand in the differences of
+    their placements.
+
+    Source: DeLong, DeLong, Clarke-Pearson, Biometrics 1988. The mean over sets is ours: the ID parts are averaged over
+    the sets before their variance is taken, the OOD parts are independent of each other.
+
+    Parameters
+    ----------
+    of_sets : list of (placements of ID (N,), placements of OOD (K,)), one pair a set
+    """
+    known = np.mean([ids for ids, _ in of_sets], axis=0)
+    variance = known.var(ddof=1) / len(known) if len(known) > 1 else np.nan
+    for _, oods in of_sets:
+        variance += (oods.var(ddof=1) / len(oods) if len(oods) > 1 else np.nan) / len(of_sets) ** 2
+    return float(known.mean()), float(np.sqrt(variance))
+
+
+def delong_difference(of_sets: Sequence, other_sets: Sequence, level: float = 0.95) -> dict[str, float]:
+    """Paired test of two methods' (mean) AUROC: value, lo, hi, p. Arguments as :func:`delong`, on the same samples.
+
+    ``p`` is two-sided, from the normal distribution; two methods that order all samples alike have p = 1.
+    """
+    from scipy.stats import norm
+
+    parts = [(a - c, b - d) for (a, b), (c, d) in zip(of_sets, other_sets, strict=True)]
+    value, error = delong(parts)
+    reach = norm.isf((1 - level) / 2) * error
+    p = 2 * norm.sf(abs(value) / error) if error > 0 else float(value == 0)
+    return {"value": value, "lo": value - reach, "hi": value + reach, "p": float(p)}
+
+
+# --- many comparisons, many sets
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """P values (m,) adjusted by Holm's step-down method (Scand. J. Statistics 1979), at most 1."""
+    p = np.asarray(p, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
+
+
+def win_tie_loss(compared: pd.DataFrame) -> pd.DataFrame:
+    """Count the OOD sets on which a method is better, undecided, worse.
+
+    ``compared`` as :func:`capsae.evaluate.compare` gives it; its means are left out. Columns: method, other, metric,
+    win, tie, loss.
+    """
+    sets = compared[compared["set"] != "mean"]
+    counted = sets.groupby(["method", "other", "metric"], sort=False)["verdict"].value_counts().unstack(fill_value=0)
+    counted = counted.reindex(columns=["better", "undecided", "worse"], fill_value=0).reset_index()
+    return counted.rename(columns={"better": "win", "undecided": "tie", "worse": "loss"}).rename_axis(columns=None)
+
+
+def critical_difference(values: pd.DataFrame, higher_is_better: bool, alpha: float = 0.05) -> dict:
+    """Friedman's test over sets and Nemenyi's critical difference of mean ranks.
+
+    Source: Demsar, "Statistical comparisons of classifiers over multiple data sets", JMLR 2006.
+
+    Parameters
+    ----------
+    values : DataFrame
+        One metric: a row an OOD set, a column a method.
+    higher_is_better : bool
+    alpha : float
+
+    Returns
+    -------
+    dict
+        ``ranks`` (Series, 1 = best, best first), ``p`` of Friedman's test, ``cd`` (two methods whose mean ranks differ
+        by less are not told apart), ``note``: "" or why the numbers say nothing, or little.
+    """
+    from scipy.stats import friedmanchisquare, studentized_range
+
+    sets, methods = values.shape
+    if methods < 2:
+        raise ValueError(f"values has {methods} column: comparing takes two methods or more")
+    ranks = values.rank(axis=1, ascending=not higher_is_better).mean().sort_values(kind="stable")
+    cd = float(studentized_range.ppf(1 - alpha, methods, np.inf) * np.sqrt(methods * (methods + 1) / (12 * sets)))
+    p = np.nan
+    if sets > 1 and methods > 2:
+        p = float(friedmanchisquare(*values.to_numpy().T).pvalue)
+    note = ""
+    if cd >= methods - 1:
+        note = (
+            f"{sets} OOD set{'s' * (sets > 1)} for {methods} methods: even a method that is best on every set and one "
+            "that is worst on every set would not be told apart, so ranks over sets mean nothing here"
+        )
+    elif sets < 10:
+        note = f"only {sets} OOD sets: the test is approximate below ten, and the sets are no random sample of any kind"
+    return {"ranks": ranks, "p": p, "cd": cd, "note": note}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation (n - 1), least and largest of a number over seeds; std is NaN of one."""
+    values = np.asarray(values, dtype=np.float64)
+    std = values.std(ddof=1) if len(values) > 1 else np.nan
+    return {"mean": values.mean(), "std": std, "least": values.min(), "largest": values.max()}

@@ -3,7 +3,7 @@ import pytest
 
 import capsae
 from capsae import metrics
-from capsae.evaluate import COLUMNS, paired_differences, scores_table
+from capsae.evaluate import COLUMNS, COMPARED, compare, scores_table
 
 
 class Column:
@@ -54,6 +54,67 @@ def test_same_seed_same_table(world):
     assert not a.equals(capsae.evaluate([Column()], *world, n_boot=50, seed=2))
 
 
+def test_labels_bring_the_metrics_of_correctness(world):
+    id_test, ood = world
+    table = capsae.evaluate({"column": Column()}, id_test, ood, n_boot=50)
+    cell, correct = table.set_index(["set", "group", "metric"])["value"], id_test.predicted == id_test.labels
+    for metric in metrics.WITH_CORRECT:
+        expected = getattr(metrics, metric)(id_test.cls[:, 0], ood["far/b"].cls[:, 0], correct)
+        assert cell["far/b", "far", metric] == pytest.approx(expected)
+    for metric in metrics.OF_ERRORS:
+        assert cell["test", "id", metric] == pytest.approx(getattr(metrics, metric)(id_test.cls[:, 0], ~correct))
+    id_test.labels = None
+    without = set(capsae.evaluate({"column": Column()}, id_test, ood, n_boot=0).metric)
+    assert without == set(metrics.METRICS)
+
+
+def test_full_spectrum_counts_shifted_sets_as_id(world):
+    id_test, ood = world
+    shifted = {"shifted/fog": id_test.take(range(20, 50))}
+    shifted["shifted/fog"].cls = shifted["shifted/fog"].cls + 1.5
+    table = capsae.evaluate({"column": Column()}, id_test, ood, n_boot=30, shifted=shifted)
+    plain = capsae.evaluate({"column": Column()}, id_test, ood, n_boot=30)
+    full = table.group.str.startswith("full-spectrum")
+    rest = table[~full & (table.set != "shifted/fog")].reset_index(drop=True)
+    assert rest.equals(plain)
+    cell = table[full].set_index(["set", "group", "metric"])["value"]
+    heap = np.r_[id_test.cls[:, 0], shifted["shifted/fog"].cls[:, 0]]
+    for metric in metrics.METRICS:
+        expected = [getattr(metrics, metric)(heap, obs.cls[:, 0]) for obs in ood.values()]
+        assert cell["near/a", "full-spectrum near", metric] == pytest.approx(expected[0])
+        assert cell["mean", "full-spectrum all", metric] == pytest.approx(np.mean(expected))
+    accuracy = table[(table.metric == "accuracy") & (table.set == "shifted/fog")].value.item()
+    assert accuracy == pytest.approx(20 / 30)
+    with pytest.raises(ValueError, match="shifted/<set>"):
+        capsae.evaluate({"column": Column()}, id_test, ood, shifted={"fog": id_test})
+
+
+def test_comparisons_are_corrected_column_by_column_and_judged(world):
+    id_test, ood = world
+
+    class Noisy(Column):
+        def __init__(self, size):
+            self.size = size
+
+        def score(self, obs):
+            return obs.cls[:, 0] + np.random.default_rng(len(obs)).normal(size=len(obs)) * self.size
+
+    methods = {"epd": Column(), **{f"noise {size}": Noisy(size) for size in (0.01, 0.3, 30)}}
+    found = compare(methods, id_test, ood, n_boot=2000)
+    assert set(found.other) == {"epd"} and set(found.set) == {*ood, "mean"}
+    for _, column in found.groupby(["metric", "set"]):
+        assert len(column) == 3 and (column.p_holm >= column.p).all()
+    verdict = found[found.set == "mean"].set_index(["method", "metric"]).verdict
+    assert verdict["noise 30", "auroc"] == "worse" and verdict["noise 30", "fpr95_ood_pos"] == "worse"
+    assert verdict["noise 0.01", "auroc"] == "undecided"
+    back = compare(methods, id_test, ood, [("epd", "noise 30")], n_boot=2000)
+    assert (back[back.set == "mean"].verdict == "better").all()
+    with pytest.raises(ValueError, match="no detector 'x'"):
+        compare(methods, id_test, ood, [("epd", "x")])
+    with pytest.raises(ValueError, match="against='x'"):
+        compare(methods, id_test, ood, against="x")
+
+
 def test_paired_differences_are_those_of_shared_draws(world):
     """A method against itself plus a constant differs by nothing; the value is the difference of the table's means."""
     id_test, ood = world
@@ -67,12 +128,14 @@ def test_paired_differences_are_those_of_shared_draws(world):
             return obs.cls[:, 1] + obs.cls[:, 0]
 
     methods = {"a": Column(), "shifted": Shifted(), "b": Other()}
-    found = paired_differences(methods, id_test, ood, [("a", "shifted"), ("a", "b")], 100)
+    found = compare(methods, id_test, ood, [("a", "shifted"), ("a", "b")], metrics.METRICS, n_boot=100)
+    assert list(found.columns) == COMPARED
     same = found[found.other == "shifted"]
     assert (same[["value", "lo", "hi"]].abs().to_numpy() < 1e-12).all()
+    assert (same.p == 1).all() and (same.verdict == "undecided").all()
     table = capsae.evaluate(methods, id_test, ood, n_boot=100)
     means = table[(table.set == "mean") & (table.group == "all")].set_index(["method", "metric"])
-    for row in found[found.other == "b"].itertuples():
+    for row in found[(found.other == "b") & (found.set == "mean")].itertuples():
         expected = means.loc[("a", row.metric), "value"] - means.loc[("b", row.metric), "value"]
         assert row.value == pytest.approx(expected) and row.lo <= row.value <= row.hi
         wide = means.loc[("a", row.metric), "hi"] - means.loc[("a", row.metric), "lo"]

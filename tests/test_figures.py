@@ -234,3 +234,10 @@ def test_a_table_escapes_its_cells_and_makes_links_of_a_column():
 def test_a_result_refuses_nan():
     with pytest.raises(ValueError):
         figures.result({"value": float("nan")})
+
+
+def test_a_table_or_figure_with_a_nameless_fpr95_is_refused():
+    metric = pd.DataFrame({"method": ["epd"], "metric": ["fpr95"], "value": [0.1]})
+    for data in (metric, pd.DataFrame({"FPR@95": [0.1]})):
+        with pytest.raises(ValueError, match="which class is positive"):
+            figures.table(data, "t", "caption", _run())

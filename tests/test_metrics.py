@@ -1,5 +1,7 @@
 """Metrics against scikit-learn and against counting, with ties."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,8 +9,6 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from capsae import metrics
-from capsae.metrics import Thresholds
-from capsae.stats import bootstrap
 
 # Few distinct values, so that ties are the rule.
 scores = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=40).map(np.array)
@@ -41,6 +41,84 @@ def test_the_two_fpr95_differ_and_no_metric_guesses_a_direction():
     assert not hasattr(metrics, "fpr95")
 
 
+flags = st.lists(st.booleans(), min_size=40, max_size=40).map(np.array)
+
+
+@settings(max_examples=100, deadline=None)
+@given(scores, scores)
+def test_autc_is_the_area_under_both_threshold_curves(id_scores, ood_scores):
+    """Riemann sums over 20,000 thresholds of the two curves, drawn as their definition says."""
+    both = np.r_[id_scores, ood_scores]
+    if np.ptp(both) == 0:
+        assert metrics.autc(id_scores, ood_scores) == 0.5
+        return
+    scaled_id, scaled_ood = ((s - both.min()) / np.ptp(both) for s in (id_scores, ood_scores))
+    at = (np.arange(20_000) + 0.5) / 20_000
+    fpr = 1 - np.searchsorted(np.sort(scaled_id), at, "left") / len(id_scores)
+    fnr = np.searchsorted(np.sort(scaled_ood), at, "left") / len(ood_scores)
+    assert metrics.autc(id_scores, ood_scores) == pytest.approx((fpr.mean() + fnr.mean()) / 2, abs=1e-4)
+
+
+def test_autc_sees_the_margin_that_auroc_does_not():
+    near, far = metrics.autc([0, 0.49], [0.51, 1]), metrics.autc([0, 0.01], [0.99, 1])
+    assert metrics.auroc([0, 0.49], [0.51, 1]) == metrics.auroc([0, 0.01], [0.99, 1]) == 1 and near > 0.2 > far
+    assert np.isnan(metrics.autc([0.0], [np.inf]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(scores, scores, flags)
+def test_oscr_by_walking_its_curve(id_scores, ood_scores, correct):
+    correct = correct[: len(id_scores)]
+    curve = [(0.0, 0.0)]  # (OOD accepted, ID accepted and correct), the loosest threshold last
+    for threshold in np.unique(np.r_[id_scores, ood_scores]):
+        curve.append((np.mean(ood_scores <= threshold), np.mean((id_scores <= threshold) & correct)))
+    x, y = np.array(curve).T
+    assert metrics.oscr(id_scores, ood_scores, correct) == pytest.approx(np.trapezoid(y, x), abs=1e-12)
+    if correct.any():
+        expected = metrics.auroc(id_scores[correct], ood_scores)
+        assert metrics.auroc_correct(id_scores, ood_scores, correct) == pytest.approx(expected, abs=1e-12)
+    else:
+        assert np.isnan(metrics.auroc_correct(id_scores, ood_scores, correct))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6))
+def test_aurc_is_the_mean_over_all_orders_of_tied_samples(samples):
+    areas = []
+    for order in itertools.permutations(samples):
+        ranked = sorted(order, key=lambda sample: sample[0])  # stable: ties stay in this permutation's order
+        failed = np.array([f for _, f in ranked], dtype=float)
+        areas.append((np.cumsum(failed) / np.arange(1, len(failed) + 1)).mean())
+    values, failed = (np.array(column) for column in zip(*samples, strict=True))
+    assert metrics.aurc(values, failed) == pytest.approx(np.mean(areas), abs=1e-12)
+
+
+def test_risk_coverage_errors_flagged_and_ties():
+    scores, failed = np.arange(100.0), np.zeros(100, bool)
+    failed[[3, 97, 98]] = True
+    coverage, risk = metrics.risk_coverage(scores, failed)
+    assert coverage[-1] == 1 and risk[-1] == pytest.approx(0.03) and risk[2] == 0 and risk[3] == 0.25
+    assert metrics.errors_flagged(scores, failed) == pytest.approx(2 / 3)
+    assert np.isnan(metrics.errors_flagged(scores, np.zeros(100, bool)))
+    assert metrics.tie_rate([1, 2, 3], [3, 4]) == pytest.approx(2 / 5) and metrics.tie_rate([1, 2], [3]) == 0
+    with pytest.raises(ValueError, match=r"failed has shape \(3,\), the scores \(100,\)"):
+        metrics.aurc(scores, np.zeros(3, bool))
+
+
+@pytest.mark.parametrize("name", ["fpr95", "FPR95", "FPR@95", "FPR 95, %", "fpr_95", "FPR at 95", "mean fpr95"])
+def test_an_fpr95_without_convention_is_refused(name):
+    with pytest.raises(ValueError, match="which class is positive"):
+        metrics.require_convention(["auroc", name])
+
+
+def test_a_named_fpr95_passes_and_every_metric_has_a_direction():
+    metrics.require_convention([*metrics.METRICS, "FPR95, ID positive", "FPR95 OOD-pos., %", "fpr", 3])
+    every = {*metrics.METRICS, *metrics.WITH_CORRECT, *metrics.OF_ERRORS, "accuracy"}
+    assert set(metrics.HIGHER_IS_BETTER) == every
+    metrics.require_convention(every)
+    assert all(hasattr(metrics, name) for name in every - {"accuracy"})
+
+
 @pytest.mark.parametrize("bad", [np.array([]), np.array([1.0, np.nan]), np.zeros((2, 2))])
 def test_bad_scores_are_refused(bad):
     with pytest.raises(ValueError, match="ood_scores"):
@@ -49,31 +127,3 @@ def test_bad_scores_are_refused(bad):
 
 def test_infinite_scores_rank_last():
     assert metrics.auroc(np.array([0.0, 1.0]), np.array([np.inf])) == 1
-
-
-def test_bootstrap_replicate_is_the_metric_of_the_resampled_scores():
-    rng = np.random.default_rng(0)
-    id_scores, ood_scores = rng.integers(0, 6, 50).astype(float), rng.integers(2, 9, 30).astype(float)
-    draws = bootstrap({"m": Thresholds.of(id_scores, ood_scores)}, 40, seed=3, stream=1)["m"]
-    ids = np.random.default_rng([3, 0]).integers(0, 50, size=(40, 50))
-    oods = np.random.default_rng([3, 2]).integers(0, 30, size=(40, 30))
-    for metric in metrics.METRICS:
-        by_hand = [getattr(metrics, metric)(id_scores[i], ood_scores[o]) for i, o in zip(ids, oods, strict=True)]
-        np.testing.assert_allclose(draws[metric], by_hand, atol=1e-12)
-
-
-def test_bootstrap_interval_covers():
-    """A 95 % interval of the AUROC of two normal samples should hold the true value in about 95 % of the trials."""
-    from scipy.stats import norm
-
-    from capsae.stats import interval
-
-    rng, hits = np.random.default_rng(1), 0
-    for trial in range(100):
-        lo, hi = interval(
-            bootstrap({"m": Thresholds.of(rng.normal(size=150), rng.normal(1, 1, size=150))}, 200, seed=trial)["m"][
-                "auroc"
-            ]
-        )
-        hits += lo <= norm.cdf(1 / np.sqrt(2)) <= hi
-    assert 86 <= hits <= 100
