@@ -6,42 +6,53 @@ images -> CLS features -> sparse codes -> class activation profiles -> scores; e
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 
-from . import detectors, metrics
-from .caps import ClassActivationProfiles, energy_profile_divergence
-from .detectors import Observations
-from .evaluate import evaluate
-from .sae import SAEConfig, SparseCodes, TopKSAE, train_sae
-
-# These pull in pydantic or are needed at the edge only, so they load on first use.
-_LAZY = {
-    "Profile": "profiles",
-    "load_profile": "profiles",
+# Every public name loads on first use, so that `capsae --help` does not wait for torch: {name: its module}.
+_PUBLIC = {
+    "ClassActivationProfiles": "caps",
     "FeatureSet": "features",
     "LinearHead": "features",
-    "load_features": "pipeline",
+    "Observations": "detectors",
+    "Profile": "profiles",
     "Run": "pipeline",
+    "SAEConfig": "sae",
+    "SparseCodes": "sae",
+    "TopKSAE": "sae",
+    "energy_profile_divergence": "caps",
+    "evaluate": "evaluate",
+    "load_features": "pipeline",
+    "load_profile": "profiles",
+    "train_sae": "sae",
 }
+_MODULES = ("detectors", "metrics")
 
-__all__ = [
-    "ClassActivationProfiles",
-    "Observations",
-    "SAEConfig",
-    "SparseCodes",
-    "TopKSAE",
-    "detectors",
-    "energy_profile_divergence",
-    "evaluate",
-    "metrics",
-    "train_sae",
-    *_LAZY,
-]
+__all__ = [*_PUBLIC, *_MODULES]
+
+
+class _Package(ModuleType):
+    """The function ``capsae.evaluate`` has the name of its module, which an import of that module must not cover."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if isinstance(value, ModuleType) and _PUBLIC.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):
-    if name in _LAZY:
-        value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name in _PUBLIC:
+        value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -289,8 +289,23 @@ def test_real_photographs_and_textures_are_told_apart(capsae_, tmp_path):
 def test_a_flag_that_means_little_is_called_so():
     import pandas as pd
 
-    from capsae.__main__ import _doubts
+    from capsae.commands import _doubts
 
     tied = pd.DataFrame({"epd": [2.0, 2.0, 1.0], "epd_threshold": 2.0})
     assert [text.split()[0] for text in _doubts(tied, ("epd",), 2)] == ["the", "most"]
     assert _doubts(tied.assign(epd=[0.1, 0.2, 3.0]), ("epd",), 500) == []
+
+
+def test_help_waits_for_no_library():
+    code = "import sys; from capsae.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'pandas', 'pydantic')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_a_public_name_is_what_it_was_however_its_module_was_imported():
+    code = (
+        "import capsae, capsae.evaluate, capsae.pipeline\nassert capsae.evaluate.__name__ == 'evaluate'\n"
+        "from capsae import evaluate, detectors, TopKSAE\nassert callable(evaluate) and detectors.create('msp')\n"
+        "assert set(capsae.__all__) <= set(dir(capsae))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -55,7 +55,7 @@ def test_the_running_environment_is_the_pinned_one():
 
 
 def test_import_is_light():
-    heavy = ["timm", "torchvision", "datasets", "pydantic", "matplotlib", "papermill", "jupyter_book", "numba"]
+    heavy = ["timm", "torchvision", "datasets", "pydantic", "matplotlib", "papermill", "jupyter_book", "numba", "torch"]
     code = f"import capsae, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -7,7 +7,7 @@ import pytest
 import small_profile
 
 import capsae.profiles
-from capsae.__main__ import _dotted
+from capsae.commands import _dotted
 from capsae.profiles import Profile, ProfileError, available, load_profile
 
 FREE = {"pack": "none"}  # lets sources of an embedded profile change
