@@ -27,9 +27,9 @@ _PUBLIC = {
     "load_profile": "profiles",
     "train_sae": "sae",
 }
-_MODULES = ("detectors", "metrics")
+_MODULES = ("caps", "detectors", "metrics", "sae")
 
-__all__ = [*_PUBLIC, *_MODULES]
+__all__ = [*_PUBLIC, "detectors", "metrics"]
 
 
 class _Package(ModuleType):
