@@ -189,8 +189,9 @@ _KIND_NOTES = {
     "control": "They read the same features, most of them also the same codes and profiles, and tell what in EPD does "
     "the work. The two on the code's flatness use neither class nor profile. The last ones never look at what an image "
     "shows: where one of them wins, it is the benchmark that is broken.",
-    "baseline": "With the parameters that are in force printed below. Where libraries differ, OpenOOD v1.5 "
-    "{cite:p}`zhang2023openood` is followed.",
+    "baseline": "With the parameters that our tables use. Where the defaults of OpenOOD v1.5 "
+    "{cite:p}`zhang2023openood` are others, they stand in brackets, and `create(name, preset=\"openood\")` takes them; "
+    "a score that OpenOOD does not have refuses that preset.",
 }
 
 
@@ -215,7 +216,11 @@ def detectors_page() -> str:
             continue
         lines += [f"## {title}", "", _KIND_NOTES[kind], ""]
         for one in of_kind:
-            options = ", ".join(f"`{key}={value!r}`" for key, value in one["defaults"].items()) or "none"
+            options = _options(one["defaults"])
+            openood = one["presets"].get("openood")
+            if openood is not None and openood != one["defaults"]:
+                options += f" (OpenOOD: {_options({k: v for k, v in openood.items() if v != one['defaults'][k]})})"
+            fitted = {"validation": " Fitted on validation rows.", "nothing": " Not fitted."}.get(one["fitted_on"], "")
             lines += [
                 f"### {one['title']} (`{one['name']}`)",
                 "",
@@ -223,10 +228,14 @@ def detectors_page() -> str:
                 "",
                 " ".join(_plain(one["description"]).split()),
                 "",
-                f"Needs: {', '.join(one['needs'])}. Parameters: {options}. Source: {_source(one['source'])}.",
+                f"Needs: {', '.join(one['needs'])}.{fitted} Parameters: {options}. Source: {_source(one['source'])}.",
                 "",
             ]
     return "\n".join(lines)
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}={value!r}`" for key, value in options.items()) or "none"
 
 
 def rpd_page(grid: Path) -> str:

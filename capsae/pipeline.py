@@ -201,12 +201,16 @@ class Run:
         return self._observations[set_name]
 
     def detectors(self, names: Iterable[str] | None = None) -> dict[str, Any]:
-        """Return detectors by name (default: all), fitted on the training rows with the profile's options."""
+        """Return detectors by name (default: all), fitted with the profile's options.
+
+        They see the training rows, and those whose ``fitted_on`` is "validation" the validation rows as well.
+        """
         names = self._names(names)
         for name in names:
             if name not in self._detectors:
                 detector = _detectors.create(name, **self.detector_options(name))
-                self._detectors[name] = detector.fit(self.observations("train"))
+                sets = ("train", "val") if detector.fitted_on == "validation" else ("train",)
+                self._detectors[name] = detector.fit(*(self.observations(one) for one in sets))
         return {name: self._detectors[name] for name in names}
 
     def detector_options(self, name: str) -> dict[str, Any]:

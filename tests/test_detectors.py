@@ -193,7 +193,8 @@ def test_metadata_finite_and_independent_of_batch_and_order(world, name):
 
 OTHER = {
     "core_fraction": 0.4, "correct_only": True, "smoothing": 0.2, "seed": 1, "temperature": 3.0, "gamma": 0.5,
-    "top": 1, "k": 5, "dim": 3, "percentile": 50.0, "epsilon": 0.3, "ridge": 0.1,
+    "top": 1, "k": 5, "dim": 3, "percentile": 50.0, "epsilon": 0.3, "average": False, "max_logit": False, "alpha": 0.1,
+    "centre": False, "bank": 0.1, "ridge": 0.1,
 }  # fmt: skip
 
 
@@ -202,13 +203,15 @@ OTHER = {
 )
 def test_each_option_moves_the_score(world, name, option):
     train, test, _ = world
-    a = detectors.create(name).fit(train).score(test)
-    b = detectors.create(name, **{option: OTHER[option]}).fit(train).score(test)
+    given = {"bank": 0.5} if (name, option) == ("nnguide", "seed") else {}  # which rows, if not all
+    a = detectors.create(name, **given).fit(train).score(test)
+    b = detectors.create(name, **given, **{option: OTHER[option]}).fit(train).score(test)
     assert np.abs(a - b).max() > 1e-9
 
 
 def test_every_option_is_exercised():
-    assert {o for n in detectors.available() for o in detectors.info(n)["defaults"]} <= set(OTHER)
+    options = {o for n in detectors.available() for o in detectors.info(n)["defaults"]}
+    assert options - {"backend"} <= set(OTHER)  # the backend must not move the score
 
 
 def test_the_untrained_control_is_the_sae_before_its_first_step(world):

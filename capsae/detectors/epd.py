@@ -33,7 +33,7 @@ class _OnProfiles(Detector):
     def _codes(self, obs: Observations):
         return obs.codes
 
-    def fit(self, obs: Observations) -> Detector:
+    def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         n_classes = obs.logits.shape[1]
         labels, codes = obs.require_labels(n_classes), self._codes(obs)
         if self.correct_only:
@@ -67,7 +67,7 @@ class _Divergence(_OnProfiles):
     source: ClassVar[str] = "our control"
     largest: ClassVar[float]
 
-    def fit(self, obs: Observations) -> Detector:
+    def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         super().fit(obs)
         self._reference = core_reference(self.caps, self.core_fraction)[0]
         return self
@@ -137,7 +137,7 @@ class Spearman(_Divergence):
     source: ClassVar[str] = "withdrawn earlier version of the paper"
     largest: ClassVar[float] = 2.0
 
-    def fit(self, obs: Observations) -> Detector:
+    def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         from scipy.stats import rankdata
 
         super().fit(obs)
@@ -268,7 +268,7 @@ class SAEError(Detector):
     source: ClassVar[str] = "our control"
     needs: ClassVar[tuple[str, ...]] = ("features", "codes")
 
-    def fit(self, obs: Observations) -> Detector:
+    def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         if obs.sae is None:
             raise ValueError("sae_error reconstructs the features: give sae to Observations(...)")
         self._sae = obs.sae
@@ -337,7 +337,7 @@ class EPDPCA(EPD):
     source: ClassVar[str] = "our control"
     needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
 
-    def fit(self, obs):
+    def fit(self, obs, validation=None):
         x = _standardised_rows(obs.cls)
         self._centre = x.mean(axis=0)
         self._axes = np.linalg.eigh(np.cov(x.T))[1]
@@ -360,7 +360,7 @@ class EPDUntrained(EPD):
     needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits", "codes")
     seed: int | None = None  # None: the seed of the SAE
 
-    def fit(self, obs):
+    def fit(self, obs, validation=None):
         from dataclasses import replace
 
         import torch

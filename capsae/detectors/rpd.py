@@ -48,7 +48,7 @@ class RPD(Detector):
         if not 0 < self.epsilon < 1:
             raise ValueError(f"epsilon is {self.epsilon}: use a number between 0 and 1")
 
-    def fit(self, obs: Observations) -> Detector:
+    def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         n_classes = obs.logits.shape[1]
         labels, codes = obs.require_labels(n_classes), obs.codes
         if self.correct_only:
