@@ -6,24 +6,18 @@ for, so that memory does not grow with their number.
 
 from __future__ import annotations
 
-import glob
-import hashlib
+import csv
 import json
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from .images import BadImage, decode_image, measure_image
+from .images import BadImage
+from .sources import IMAGE_SUFFIXES, OPENERS, ImageSource
 
-__all__ = ["BadImage", "ImageSource", "KINDS", "open_source"]
-
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
+__all__ = ["IMAGE_SUFFIXES", "BadImage", "ImageSource", "KINDS", "open_source"]
 
 _OPTIONS = {
     "hub": ("name", "config", "split", "image", "label", "id"),
@@ -40,65 +34,7 @@ _REQUIRED = {
     "builtin": ("name",),
 }
 KINDS = tuple(_OPTIONS)
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """N labelled images, read one at a time.
-
-    Attributes
-    ----------
-    name : str
-        Short name for progress bars and provenance.
-    labels : (N,) int64
-        The source's own labels, -1 where it has none; with ``classes`` their positions in that list.
-    ids : (N,) str
-        File names, or the values of the id column, or ``<file>#<row>``.
-    class_names : tuple of str
-        ``class_names[label]``; empty if the source names none.
-    read : callable
-        ``read(row)`` gives encoded bytes, a path or a PIL image of a row of the whole source.
-    rows : (N,) int64
-        Rows of the whole source that this one keeps.
-    fingerprint : str
-        What identifies the stored images; part of :meth:`digest`.
-    files : tuple of Path
-        The files to hash for full provenance (parquet and lists only).
-    spec : dict
-        What :func:`open_source` was given.
-    """
-
-    name: str
-    labels: np.ndarray
-    ids: np.ndarray
-    class_names: tuple[str, ...]
-    read: Callable[[int], bytes | str | Path | Image.Image] = field(repr=False)
-    rows: np.ndarray = field(repr=False)
-    fingerprint: str = field(default="", repr=False)
-    files: tuple[Path, ...] = field(default=(), repr=False)
-    spec: dict = field(default_factory=dict, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, i: int) -> Image.Image:
-        """Image ``i`` as 8-bit RGB, or :class:`BadImage` if it cannot be used. Safe to call from threads."""
-        return decode_image(self.read(int(self.rows[i])), str(self.ids[i]))
-
-    def measured(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """Image ``i`` as :meth:`image` gives it, and its (P,) float32 :data:`capsae.images.PIXEL_STATISTICS`."""
-        return measure_image(self.read(int(self.rows[i])), str(self.ids[i]))
-
-    def digest(self) -> str:
-        """SHA-256 of names, labels and fingerprint, in hex: the same on every machine that holds the same files."""
-        head = json.dumps([self.fingerprint, list(self.class_names), self.ids.tolist()])
-        return hashlib.sha256(head.encode() + np.ascontiguousarray(self.labels).tobytes()).hexdigest()
-
-    def take(self, rows) -> ImageSource:
-        """The rows of indices or of a boolean mask (N,)."""
-        rows = np.asarray(rows)
-        rows = rows if rows.size else rows.astype(np.int64)
-        return _replace(self, self.labels[rows], rows, self.class_names)
+_FILTERS = ("classes", "limit", "exclude")  # for all kinds
 
 
 def open_source(spec: Mapping) -> ImageSource:
@@ -119,9 +55,10 @@ def open_source(spec: Mapping) -> ImageSource:
           ``class_names``
         - ``builtin``: ``name``, one of ``capsae.builtin.NAMES``; optional ``seed``
 
-        For all kinds: ``classes`` (a list of class names; rows of other classes are dropped and labels count along
-        this list) and ``limit`` (at most so many images, evenly spaced over the source, so that one sorted by class
-        keeps all its classes).
+        For all kinds, applied in this order: ``exclude`` (a file that names images to leave out, such as OOD images
+        that show an ID object: a text file with one id a line, or a .csv with a column ``id``), ``classes`` (a list of
+        class names; rows of other classes are dropped and labels count along this list) and ``limit`` (at most so many
+        images, evenly spaced over the source, so that one sorted by class keeps all its classes).
 
         Columns that are not given are found: the image column by its type or the names ``image``, ``img``; the label
         column by the name ``label`` or as the only ``ClassLabel``. ``label = ""`` says that the source has none.
@@ -129,7 +66,8 @@ def open_source(spec: Mapping) -> ImageSource:
     Raises
     ------
     ValueError
-        Unknown kind, key, class or column; empty source; a list that names missing files.
+        Unknown kind, key, class or column; empty source; a list that names missing files; an ``exclude`` file that
+        names images that the source does not have.
     FileNotFoundError
         If the path, list or root is not there.
     """
@@ -137,10 +75,10 @@ def open_source(spec: Mapping) -> ImageSource:
     kind = spec.get("kind")
     if kind not in _OPTIONS:
         raise ValueError(f"kind of source is {kind!r}, expected one of {', '.join(KINDS)}")
-    unknown = sorted(set(spec) - {"kind", "classes", "limit", *_OPTIONS[kind]})
+    unknown = sorted(set(spec) - {"kind", *_FILTERS, *_OPTIONS[kind]})
     if unknown:
         raise ValueError(
-            f"unknown key {unknown[0]!r} in a {kind} source; it takes {', '.join(_OPTIONS[kind])}, classes, limit"
+            f"unknown key {unknown[0]!r} in a {kind} source; it takes {', '.join((*_OPTIONS[kind], *_FILTERS))}"
         )
     missing = [key for key in _REQUIRED[kind] if key not in spec]
     if missing:
@@ -148,29 +86,17 @@ def open_source(spec: Mapping) -> ImageSource:
     limit = spec.get("limit")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is {limit!r}, expected a whole number of images, at least 1")
-    source = _OPENERS[kind](**{key: value for key, value in spec.items() if key not in ("kind", "classes", "limit")})
+    source = OPENERS[kind](**{key: value for key, value in spec.items() if key not in ("kind", *_FILTERS)})
     if len(source) == 0:
         raise ValueError(f"{source.name} holds no images")
+    if spec.get("exclude"):
+        source = _without(source, Path(spec["exclude"]))
     if spec.get("classes"):
         source = _of_classes(source, spec["classes"])
     if limit is not None and limit < len(source):
         source = source.take(np.linspace(0, len(source) - 1, limit).round().astype(np.int64))
     object.__setattr__(source, "spec", json.loads(json.dumps(spec, default=str)))
     return source
-
-
-def _replace(source: ImageSource, labels, rows, class_names) -> ImageSource:
-    return ImageSource(
-        source.name,
-        labels,
-        source.ids[rows],
-        class_names,
-        source.read,
-        source.rows[rows],
-        source.fingerprint,
-        source.files,
-        source.spec,
-    )
 
 
 def _of_classes(source: ImageSource, classes) -> ImageSource:
@@ -190,266 +116,38 @@ def _of_classes(source: ImageSource, classes) -> ImageSource:
     rows = np.flatnonzero(labels >= 0)
     if rows.size == 0:
         raise ValueError(f"{source.name} holds no image of the classes {', '.join(classes)}")
-    return _replace(source, labels[rows], rows, classes)
+    return replace(source.take(rows), labels=labels[rows], class_names=classes)
 
 
-# --- columns --------------------------------------------------------------------------------------
-
-
-def _pick_columns(where: str, columns: list[str], features: dict, image: str | None, label: str | None, id: str | None):
-    """Names of the image, label and id column; features: {column: {"_type": ...}} as the hub writes it, or empty."""
-
-    def of_type(kind):
-        return [name for name in columns if features.get(name, {}).get("_type") == kind]
-
-    for key, name in (("image", image), ("label", label), ("id", id)):
-        if name and name not in columns:
-            raise ValueError(f"{where} has no {key} column {name!r}; its columns are {', '.join(columns)}")
-    if image is None:
-        found = [name for name in ("image", "img") if name in columns] or of_type("Image")
-        if not found:
-            raise ValueError(
-                f"{where} has no image column 'image'; its columns are {', '.join(columns)}; "
-                "name the right one by 'image'"
-            )
-        image = found[0]
-    if label is None:
-        found = ["label"] if "label" in columns else of_type("ClassLabel")
-        if len(found) != 1:
-            raise ValueError(
-                f"{where} has no label column 'label'; its columns are {', '.join(columns)}; "
-                "name the right one by 'label', or '' for none"
-            )
-        label = found[0]
-    if id is None:
-        id = next((name for name in ("source", "file_name", "filename") if name in columns), None)
-    return image, label or None, id
-
-
-def _as_labels(values, where: str, column: str) -> np.ndarray:
-    try:
-        return np.array([-1 if value is None else int(value) for value in values], dtype=np.int64)
-    except (TypeError, ValueError):
-        raise ValueError(f"label column {column!r} of {where} holds {values[0]!r}, expected whole numbers") from None
-
-
-# --- kinds ----------------------------------------------------------------------------------------
-
-
-class _RowGroups:
-    """Image column of parquet files, a row group at a time; two stay in memory because threads overlap at a border."""
-
-    KEEP = 2
-
-    def __init__(self, files: list[Path], column: str):
-        import pyarrow.parquet as pq
-
-        self.files, self.column = files, column
-        self.groups = []  # (file, row group)
-        starts = [0]
-        for number, path in enumerate(files):
-            meta = pq.ParquetFile(path).metadata
-            for group in range(meta.num_row_groups):
-                self.groups.append((number, group))
-                starts.append(starts[-1] + meta.row_group(group).num_rows)
-        self.starts = np.array(starts)
-        self.cache: OrderedDict[int, object] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def __call__(self, row: int) -> bytes:
-        group = int(np.searchsorted(self.starts, row, side="right")) - 1
-        with self.lock:
-            if group not in self.cache:
-                import pyarrow.parquet as pq
-
-                number, index = self.groups[group]
-                # pre_buffer off: it would hold the raw bytes of the row group a second time
-                with pq.ParquetFile(self.files[number], memory_map=True, pre_buffer=False) as file:
-                    self.cache[group] = file.read_row_group(index, columns=[self.column]).column(0)
-                while len(self.cache) > self.KEEP:
-                    self.cache.popitem(last=False)
-            self.cache.move_to_end(group)
-            column = self.cache[group]
-        value = column[row - int(self.starts[group])].as_py()
-        value = value.get("bytes") if isinstance(value, dict) else value
-        return value or b""
-
-
-def _open_parquet(path, image=None, label=None, id=None) -> ImageSource:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = _parquet_files(path)
-    try:
-        schema = pq.read_schema(files[0])
-        where = str(files[0]) if len(files) == 1 else str(path)
-        hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        image, label, id = _pick_columns(where, schema.names, hub, image, label, id)
-        kind = schema.field(image).type
-        is_struct = pa.types.is_struct(kind) and "bytes" in [f.name for f in kind]
-        if not (is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise ValueError(
-                f"image column {image!r} of {where} holds {kind}, expected encoded bytes or a struct with 'bytes'"
-            )
-        wanted = [name for name in dict.fromkeys((label, id)) if name]
-        tables = [pq.read_table(file, columns=wanted) for file in files]
-        fingerprint = hashlib.sha256(b"".join(_footer(file) for file in files)).hexdigest()
-        read = _RowGroups(files, image)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not readable as parquet: {error}") from None
-    count = int(read.starts[-1])
-    labels = np.full(count, -1, dtype=np.int64)
-    if label and count:
-        labels = _as_labels([v for table in tables for v in table[label].to_pylist()], where, label)
-    if id:
-        ids = np.array([str(v) for table in tables for v in table[id].to_pylist()], dtype=str)
-    else:
-        sizes = [pq.ParquetFile(file).metadata.num_rows for file in files]
-        ids = np.array(
-            [f"{file.name}#{row}" for file, size in zip(files, sizes, strict=True) for row in range(size)], dtype=str
-        )
-    names = tuple(hub.get(label, {}).get("names", ())) if label else ()
-    return ImageSource(str(path), labels, ids, names, read, np.arange(count), fingerprint, tuple(files))
-
-
-def _parquet_files(path) -> list[Path]:
-    text = os.fspath(path)
-    if glob.has_magic(text):
-        files = sorted(Path(p) for p in glob.glob(text, recursive=True))
-        if not files:
-            raise FileNotFoundError(f"no parquet file matches {text!r}")
-        return files
-    if os.path.isdir(text):
-        files = sorted(Path(text).glob("*.parquet"))
-        if not files:
-            raise ValueError(f"folder {text!r} holds no .parquet file")
-        return files
-    if not os.path.isfile(text):
-        raise FileNotFoundError(f"no parquet file or folder {text!r}")
-    return [Path(text)]
-
-
-def _footer(path: Path) -> bytes:
-    # A parquet file's footer holds the sizes, offsets and statistics of all its columns: a fingerprint for which nobody
-    # need read 140 GB.
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        size = file.tell()
-        file.seek(max(0, size - 8))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(0, size - 8 - length))
-        return file.read() + str(size).encode()
-
-
-def _open_folder(path) -> ImageSource:
-    root = Path(path)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {str(root)!r}")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found: list[tuple[Path, int]] = []
-    for label, folder in enumerate(classes) if classes else [(-1, "")]:
-        files = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        found += [(file, label) for file in files]
-    if not found:
+def _without(source: ImageSource, path: Path) -> ImageSource:
+    """Leave out the images that a file names, by id or, where a name holds no ``/``, by the id's last part."""
+    named = _read_names(path)
+    ids = source.ids.tolist()
+    matched = [{id, id.rpartition("/")[2]} & named for id in ids]
+    unknown = sorted(named - set().union(*matched))
+    if unknown:
         raise ValueError(
-            f"folder {str(root)!r} holds no images (looked for {' '.join(sorted(IMAGE_SUFFIXES))}, at any depth)"
+            f"{path}: {len(unknown)} of {len(named)} names are of no image of {source.name}, e.g. {unknown[0]!r}; "
+            f"its ids look like {ids[0]!r}"
         )
-    return _from_files(
-        str(path), root, [str(p.relative_to(root)) for p, _ in found], [label for _, label in found], tuple(classes)
-    )
+    keep = np.array([not each for each in matched])
+    if not keep.any():
+        raise ValueError(f"{path} excludes every image of {source.name}")
+    return replace(source.take(keep), excluded=int((~keep).sum()))
 
 
-def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the key of the profile)
-    path, root = Path(list), Path(root)
+def _read_names(path: Path) -> set[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"no image list {str(path)!r}")
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {str(root)!r} (the root of image list {str(path)!r})")
-    names, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        name, _, label = line.rstrip().rpartition(" ")  # the name itself may hold blanks
-        try:
-            labels.append(int(label))
-        except ValueError:
-            raise ValueError(f"{path}:{number}: expected 'relative/path label', found {line!r}") from None
-        if not name or labels[-1] < -1:
-            raise ValueError(
-                f"{path}:{number}: expected 'relative/path label' with a label of at least -1, found {line!r}"
-            )
-        names.append(name.strip())
+        raise FileNotFoundError(f"no file {str(path)!r} of images to exclude")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".csv":
+        rows = csv.DictReader(text.splitlines())
+        if "id" not in (rows.fieldnames or ()):
+            raise ValueError(f"{path} has no column 'id'; its columns are {', '.join(rows.fieldnames or ()) or 'none'}")
+        names = {(row["id"] or "").strip() for row in rows} - {""}
+    else:
+        lines = (line.strip() for line in text.splitlines())
+        names = {line for line in lines if line and not line.startswith("#")}
     if not names:
-        raise ValueError(f"image list {str(path)!r} names no image")
-    absent = [name for name in names if not (root / name).is_file()]
-    if absent:
-        raise FileNotFoundError(
-            f"{len(absent)} of the {len(names)} files of {str(path)!r} are not under {str(root)!r}; "
-            f"the first is {absent[0]!r}"
-        )
-    return _from_files(str(path), root, names, labels, tuple(class_names), (path,))
-
-
-def _from_files(name, root: Path, names, labels, class_names, files=()) -> ImageSource:
-    sizes = [os.stat(root / each).st_size for each in names]
-    fingerprint = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-    rows = np.arange(len(names))
-    labels = np.array(labels, dtype=np.int64)
-    return ImageSource(
-        name, labels, np.array(names, dtype=str), class_names, lambda row: root / names[row], rows, fingerprint, files
-    )
-
-
-def _open_hub(name, split, config=None, image=None, label=None, id=None) -> ImageSource:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            "a hub source needs the package 'datasets' (pip install datasets); parquet, folder and imglist do not"
-        ) from None
-
-    table = datasets.load_dataset(name, config, split=split)
-    hub = {key: {"_type": type(value).__name__} for key, value in table.features.items()}
-    image, label, id = _pick_columns(f"data set {name!r}", table.column_names, hub, image, label, id)
-    count = len(table)
-    labels = (
-        _as_labels(table.select_columns([label]).with_format("arrow")[:][label].to_pylist(), name, label)
-        if label
-        else np.full(count, -1, dtype=np.int64)
-    )
-    ids = [str(v) for v in table.select_columns([id])[:][id]] if id else [f"{split}#{row}" for row in range(count)]
-    names = tuple(getattr(table.features[label], "names", ())) if label else ()
-    images = table.select_columns([image]).cast_column(
-        image, datasets.Image(decode=False)
-    )  # the bytes: we decode, by our own rules
-
-    def read(row):
-        value = images[row][image] or {}
-        return value.get("bytes") or value.get("path") or b""
-
-    # datasets' own fingerprint depends on its cache: what identifies the images is the name, split and number of bytes
-    size = getattr(table.info, "dataset_size", None)
-    fingerprint = json.dumps([str(name) if not os.path.exists(name) else "local", config, split, size, count])
-    return ImageSource(f"{name}:{split}", labels, np.array(ids, dtype=str), names, read, np.arange(count), fingerprint)
-
-
-def _open_builtin(name, seed=0) -> ImageSource:
-    from . import builtin
-
-    images, labels, ids, class_names = builtin.load(name, seed=seed)
-    fingerprint = hashlib.sha256(
-        images.tobytes()
-    ).hexdigest()  # fonts and photographs may change with the packages that carry them
-    rows = np.arange(len(images))
-    return ImageSource(
-        f"builtin {name}", labels, ids, class_names, lambda row: Image.fromarray(images[row]), rows, fingerprint
-    )
-
-
-_OPENERS = {
-    "hub": _open_hub,
-    "parquet": _open_parquet,
-    "folder": _open_folder,
-    "imglist": _open_imglist,
-    "builtin": _open_builtin,
-}
+        raise ValueError(f"{path} names no image to exclude")
+    return names

@@ -186,6 +186,7 @@ def extract(
         "source": source.spec,
         "source_digest": source.digest(),
         "bad_images": bad,
+        "excluded": source.excluded,
         "n_images": len(source),
         "device": _device_name(device),
         "dtype": str(dtype).removeprefix("torch."),

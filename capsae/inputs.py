@@ -133,7 +133,7 @@ class Inputs:
         what = f"profile {self.profile.name!r}, {set_name}"
         if len(labels) == 0:
             raise ValueError(f"{what}: the set holds no images")
-        if set_name in ("train", "test"):
+        if set_name in ("train", "test") or set_name in self.profile.shifted:
             check_classes(labels, self.profile.n_classes, what, every=set_name == "train")
 
     def _extracted(self, set_name: str) -> FeatureSet:
@@ -144,7 +144,7 @@ class Inputs:
             from .features import extract
 
             shards = self.store.scratch("features", artefact_digest("features", config, inputs, MODULES["features"]))
-            source, settings = self.source(set_name), self.backbone_settings()
+            source, settings = self.source(set_name), self.backbone_settings() | self._own_crop(set_name)
             return extract(source, settings, shards, device=self.device, name=set_name, progress=self.progress)
 
         return self.store.get_or_make(
@@ -174,8 +174,13 @@ class Inputs:
             inputs["weights"] = file_record(self.profile.resolve(backbone.checkpoint))["sha256"]
         elif backbone.model == DIGITS_VIT:
             inputs["weights"] = artefact_digest("backbone", *self._recipe_digits_vit(), MODULES["backbone"])
-        settings = backbone.model_dump(mode="json", exclude={"checkpoint"})
+        settings = backbone.model_dump(mode="json", exclude={"checkpoint"}) | self._own_crop(set_name)
         return {"backbone": settings, "set": set_name, "extractor": EXTRACTOR}, inputs
+
+    def _own_crop(self, set_name: str) -> dict[str, float]:
+        own = "train" if set_name == "val" and self.holdout else set_name
+        crop = self.profile.source(own).crop
+        return {} if crop is None else {"crop": crop}
 
     def _digits_vit(self) -> Path:
         """Return the weights of the small ViT that is trained on a profile's own training images."""

@@ -184,14 +184,16 @@ class Run:
     # --- scores
 
     def observations(self, set_name: str) -> Observations:
-        """Return what detectors see of a set. OOD sets carry no labels: theirs count along other classes.
+        """Return what detectors see of a set. OOD sets carry no labels: theirs count along other classes. Those of
+        covariate-shifted ID sets are kept.
 
         With ``predicted = "true"`` (an ablation) "val" and "test" are scored under their label; they then carry none,
         since the head's accuracy would be 1 by construction.
         """
         if set_name not in self._observations:
             features = self.features(set_name)
-            labels = features.labels if "/" not in set_name and (features.labels >= 0).all() else None
+            known = "/" not in set_name or set_name in self.profile.shifted
+            labels = features.labels if known and (features.labels >= 0).all() else None
             predicted = None
             if self.profile.predicted == "true" and set_name in ("val", "test"):
                 predicted, labels = labels, None
@@ -225,8 +227,9 @@ class Run:
 
         def make():
             ood = {name: self.observations(name) for name in self.profile.ood_sets}
-            detectors, profile = self.detectors(names), self.profile
-            return evaluate(detectors, self.observations("test"), ood, n_boot=profile.n_boot, seed=profile.seed)
+            shifted = {name: self.observations(name) for name in self.profile.shifted}
+            detectors, settings = self.detectors(names), {"n_boot": self.profile.n_boot, "seed": self.profile.seed}
+            return evaluate(detectors, self.observations("test"), ood, **settings, shifted=shifted)
 
         return self._stored("table", make, _save_frame, _load_frame, names)
 

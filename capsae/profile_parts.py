@@ -14,6 +14,12 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _share_of_the_image(value: float | None) -> float | None:
+    if value is not None and not 0 < value <= 1:
+        raise ValueError("must be above 0 and at most 1; 1.0 keeps all of a square image")
+    return value
+
+
 class Backbone(Part):
     """The frozen feature extractor: a timm name, ``torchvision/vit_b_16``, or ``capsae/digits_vit`` (trained here)."""
 
@@ -27,17 +33,14 @@ class Backbone(Part):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    @field_validator("crop")
-    @classmethod
-    def _some_pixels(cls, value):
-        if value is not None and not 0 < value <= 1:
-            raise ValueError("must be above 0 and at most 1; 1.0 keeps all of a square image")
-        return value
+    _some_pixels = field_validator("crop")(_share_of_the_image)
 
 
 class _Source(Part):
     classes: tuple[str, ...] | None = None  # keep these classes only, in this order
     limit: int | None = None  # at most so many images, evenly spaced over the source
+    exclude: str | None = None  # file that names images to leave out: a text file, or a .csv with a column id
+    crop: float | None = None  # in place of the backbone's, for a set whose images are cut already
 
     @field_validator("limit")
     @classmethod
@@ -45,6 +48,8 @@ class _Source(Part):
         if value is not None and value < 1:
             raise ValueError("keeps no image; use 1 or more, or leave the key out for all")
         return value
+
+    _some_pixels = field_validator("crop")(_share_of_the_image)
 
 
 class Hub(_Source):
@@ -139,4 +144,5 @@ class CapConfig(Part):
 
 def path_fields(source: _Source | Holdout) -> tuple[str, ...]:
     """Return the keys of a source that name files or folders."""
-    return {Parquet: ("path",), ImageFolder: ("path",), ImgList: ("list", "root")}.get(type(source), ())
+    own = {Parquet: ("path",), ImageFolder: ("path",), ImgList: ("list", "root")}.get(type(source), ())
+    return (*own, "exclude") if getattr(source, "exclude", None) else own

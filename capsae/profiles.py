@@ -23,7 +23,7 @@ from .sae.config import SAEConfig
 
 FOLDER = Path(__file__).with_name("profiles")
 DATA_ENV = "CAPSAE_DATA"  # where relative paths of sources start when a profile sets no data_root
-_SET_NAME = re.compile(r"(near|far)/[A-Za-z0-9_.-]+")
+_SET_NAME = re.compile(r"(near|far|shifted)/[A-Za-z0-9_.-]+")
 
 
 class Profile(Part):
@@ -44,6 +44,7 @@ class Profile(Part):
     val: Validation = Holdout()
     test: Source
     ood: dict[str, Source]
+    shifted: dict[str, Source] = {}  # known classes in other conditions: ID in the full spectrum of OpenOOD v1.5
     head: Literal["probe", "backbone"] = "probe"
     sae: SAEConfig
     caps: CapConfig = CapConfig()
@@ -83,11 +84,19 @@ class Profile(Part):
     @field_validator("ood")
     @classmethod
     def _names(cls, value):
-        wrong = [name for name in value if not _SET_NAME.fullmatch(name)]
+        wrong = [name for name in value if not _SET_NAME.fullmatch(name) or name.startswith("shifted/")]
         if wrong:
             raise ValueError(f"set names must read near/<set> or far/<set>, found {', '.join(map(repr, wrong))}")
         if not value:
             raise ValueError('holds no set; give at least one, e.g. [ood."far/textures"]')
+        return value
+
+    @field_validator("shifted")
+    @classmethod
+    def _names_of_shifted(cls, value):
+        wrong = [name for name in value if not _SET_NAME.fullmatch(name) or not name.startswith("shifted/")]
+        if wrong:
+            raise ValueError(f"set names must read shifted/<set>, found {', '.join(map(repr, wrong))}")
         return value
 
     @model_validator(mode="after")
@@ -103,21 +112,22 @@ class Profile(Part):
 
     @property
     def sets(self) -> list[str]:
-        """Every set name: train, val, test and the OOD sets."""
-        return ["train", "val", "test", *self.ood_sets]
+        """Every set name: train, val, test, the OOD sets and the covariate-shifted ID sets."""
+        return ["train", "val", "test", *self.ood_sets, *self.shifted]
 
     def source(self, set_name: str) -> Source | Holdout:
         """Return the source of a set as the profile states it; ValueError for an unknown name."""
         if set_name in ("train", "val", "test"):
             return getattr(self, set_name)
-        if set_name not in self.ood:
+        known = self.ood | self.shifted
+        if set_name not in known:
             raise ValueError(f"profile {self.name!r} has no set {set_name!r}; it has {', '.join(self.sets)}")
-        return self.ood[set_name]
+        return known[set_name]
 
     def source_spec(self, set_name: str) -> dict:
         """Return the source as the plain dict of ``data.open_source``, paths resolved against ``data_root``."""
         source = self.source(set_name)
-        spec = source.model_dump(mode="json", exclude_none=True)
+        spec = source.model_dump(mode="json", exclude_none=True, exclude={"crop"})
         return spec | {key: str(self.resolve(getattr(source, key))) for key in path_fields(source)}
 
     def resolve(self, path: str) -> Path:
@@ -138,7 +148,7 @@ class Profile(Part):
         lines = []
         for name in self.sets if sets is None else sets:
             source = self.source(name)
-            key = f"ood.{name}" if "/" in name else name
+            key = f"{'shifted' if name in self.shifted else 'ood'}.{name}" if "/" in name else name
             lines += [self._missing(f"{key}.{field}", getattr(source, field)) for field in path_fields(source)]
         if self.backbone.checkpoint:
             lines.append(self._missing("backbone.checkpoint", self.backbone.checkpoint))
@@ -244,7 +254,7 @@ def _merged(base: dict, own: dict) -> dict:
     """Lay ``own`` over ``base``; a source, and the table of OOD sets, replaces its predecessor whole."""
     out = dict(base)
     for key, value in own.items():
-        whole = key in ("train", "val", "test", "ood") or not isinstance(value, dict)
+        whole = key in ("train", "val", "test", "ood", "shifted") or not isinstance(value, dict)
         out[key] = value if whole or not isinstance(out.get(key), dict) else _merged(out[key], value)
     return out
 
@@ -272,7 +282,7 @@ def _check_pack_stands(label: str, pack: str | None, changes: Mapping[str, Any])
         f"{key} = {value!r}: pack {pack!r} holds stored features, so this would change nothing;"
         ' also set pack = "none" and data_root to the images\' folder'
         for key, value in changes.items()
-        if key.split(".")[0] in ("backbone", "train", "val", "test", "ood") and key not in free
+        if key.split(".")[0] in ("backbone", "train", "val", "test", "ood", "shifted") and key not in free
     ]
     if ignored:
         raise ProfileError(f"{label} cannot be used", ignored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -35,11 +36,15 @@ def class_names(run) -> list[str]:
 def sets(run) -> pd.DataFrame:
     """What the profile is made of. Columns: set, role, images, classes."""
     roles = {"train": "trains SAE, profiles and detectors", "val": "ID validation", "test": "ID test"}
+    roles |= dict.fromkeys(run.profile.shifted, "covariate-shifted ID")
     rows = []
-    for name in ("train", "val", "test", *run.profile.ood_sets):
+    for name in run.profile.sets:
         features = run.features(name)
         known = np.unique(features.labels[features.labels >= 0]).size
-        rows.append((name, roles.get(name, f"{group_of(name)} OOD"), len(features), known))
+        role = roles.get(name, f"{group_of(name)} OOD")
+        if excluded := features.meta.get("excluded"):
+            role += f", {excluded} images left out by {Path(run.profile.source(name).exclude).name}"
+        rows.append((name, role, len(features), known))
     return pd.DataFrame(rows, columns=["set", "role", "images", "classes"])
 
 

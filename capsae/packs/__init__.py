@@ -113,6 +113,7 @@ def make_pack(
         bad = features.meta["bad_images"]
         # the pack is the same wherever and however often it is made: no path, no wall time in its files
         meta = {"pack": name, "backbone_digest": backbone.digest, "bad_images": bad}
+        meta |= {"excluded": source.excluded} if source.excluded else {}
         features = replace(features, name=set_name, meta=meta)
         path = features.save(_file(out, set_name), dtype="float16")
         sets[set_name] = {
@@ -253,6 +254,6 @@ def _sha256(path: Path) -> str:
 def _code_digest() -> str:
     """SHA-256 over the source of the modules that turn an image into features."""
     sha = hashlib.sha256()
-    for module in ("images.py", "data.py", "backbone.py", "features.py"):
+    for module in ("images.py", "data.py", "sources.py", "backbone.py", "features.py"):
         sha.update((PACKS.parent / module).read_bytes())
     return sha.hexdigest()
