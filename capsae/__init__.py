@@ -26,6 +26,7 @@ _PUBLIC = {
     "load_features": "pipeline",
     "load_profile": "profiles",
     "train_sae": "sae",
+    "train_saes": "sae",
 }
 _MODULES = ("caps", "detectors", "metrics", "sae")
 

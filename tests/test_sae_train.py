@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from capsae.sae import SAEConfig, TopKSAE, select, train_sae
+from capsae.sae import SAEConfig, TopKSAE, rows, select, train_sae, train_saes
 from capsae.sae.cpu_step import CompiledStep
-from capsae.sae.steps import PlainStep, auxk_loss
+from capsae.sae.steps import PlainStep, Step, auxk_loss
 from capsae.sae.train import geometric_median, schedule
 
 needs_numba = pytest.mark.skipif(select.compiled() is None, reason="numba is not installed")
@@ -169,6 +172,77 @@ def test_a_step_goes_on_from_its_state(kind):
         step.close()
     assert after[0][1] == after[1][1]
     assert all(torch.equal(value, after[1][0][name]) for name, value in after[0][0].items())
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_numba)])
+def test_several_at_once_equal_each_apart(compiled, monkeypatch):
+    x, _ = planted(1200)
+    configs = [
+        small(),
+        small(seed=1, latents=300, lr=3e-2, ema=0.9),  # AuxK at work
+        small(k=5, normalize="dataset"),
+        small(seed=1, k=2, pre_bias="mean"),
+        small(epochs=3, batch_size=170, normalize="l2"),
+    ]
+    prepared = []
+    monkeypatch.setattr("capsae.sae.rows.prepare", lambda *a, f=rows.prepare: prepared.append(1) or f(*a))
+    together = train_saes(x[200:], configs, held_out=x[:200], keep="best", compiled=compiled, progress=False)
+    assert len(prepared) == 3  # three normalise, or have batches, in the same way: one copy serves them
+    assert any(history.dead_fraction.max() > 0 for _, history in together)
+    for config, (sae, history) in zip(configs, together, strict=True):
+        alone, its = train_sae(x[200:], config, held_out=x[:200], keep="best", compiled=compiled, progress=False)
+        assert sae.config == config
+        for name, weights in alone.state_dict().items():
+            assert torch.equal(weights, sae.state_dict()[name]), name
+        pd.testing.assert_frame_equal(history.drop(columns="seconds"), its.drop(columns="seconds"))
+        assert history.attrs["best_epoch"] == its.attrs["best_epoch"]
+    with pytest.raises(ValueError, match="configs is empty"):
+        train_saes(x, [])
+
+
+def test_several_steps_are_one_call_for_each_batch(monkeypatch):
+    calls = []
+
+    def together(steps):
+        take = Step.together(steps)
+        return lambda batches, lrs: calls.append((len(batches), tuple(lrs))) or take(batches, lrs)
+
+    monkeypatch.setattr(PlainStep, "together", together)
+    x, _ = planted(1000)
+    train_saes(x, [small(lr=1e-2), small(lr=1e-3)], compiled=False, progress=False)
+    assert len(calls) == 5 * 2 and all(n == 2 and lrs[0] == pytest.approx(10 * lrs[1]) for n, lrs in calls)
+
+
+def test_one_copy_of_the_features_is_made(monkeypatch):
+    """What torch holds at the most, beside the rows that came in: one float32 copy, and blocks of it."""
+    x = torch.from_numpy(planted(4000)[0])
+    monkeypatch.setattr(rows, "CHUNK", 100)
+    for normalize in ("sample", "l2", "dataset", "none"):
+        config, device = small(normalize=normalize, pre_bias="mean"), torch.device("cpu")
+        with Allocations() as held:
+            sae, prepared = rows.start(x, config, device)
+        copy = 0 if normalize == "none" else x.nbytes
+        assert copy <= held.most < copy + 0.2 * x.nbytes, normalize
+        del prepared, sae
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operations made and that live: the most at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        known = {t.untyped_storage()._cdata for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)}
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in known | self.alive.keys():
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(tensor, self.alive.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return result
 
 
 @needs_numba

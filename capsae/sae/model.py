@@ -222,14 +222,14 @@ def check_rows(x: np.ndarray | torch.Tensor, d: int | None = None, at_least: int
         raise TypeError(f"{name} has dtype {x.dtype}; floating point would do")
     with warnings.catch_warnings(action="ignore"):  # read-only arrays are welcome: nothing is written to them
         rows = torch.as_tensor(x).detach()
-    rows = rows.float() if rows.dtype == torch.float64 else rows
     if rows.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}; (N, d) would do")
     if len(rows) < at_least:
         raise ValueError(f"{name} has {len(rows)} rows; at least {at_least} would do")
     if d is not None and rows.shape[1] != d:
         raise ValueError(f"{name} has {rows.shape[1]} columns, the SAE {d}")
-    finite = rows.isfinite().all(1)
+    # By blocks, and as float32: what is checked is what will be used, and no second copy of all rows is made.
+    finite = torch.cat([block.float().isfinite().all(1) for block in rows.split(65_536)])
     if not finite.all():
         bad = (~finite).nonzero().ravel().tolist()
         raise ValueError(f"{name} has NaN or infinity in {len(bad)} of {len(rows)} rows, first in row {bad[0]}")

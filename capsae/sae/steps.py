@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from .. import distributed
 from .model import TopKSAE
 from .select import topk, topk_plain
 
@@ -36,7 +37,12 @@ def auxk_loss(centred, residual, encoder, bias, decoder, k: int) -> torch.Tensor
 
 
 class Step:
-    """What both kinds share: the counters, the dead, the average of the weights."""
+    """What all kinds share: the counters, the dead, the average of the weights.
+
+    `totals` and `idle` are up to date on the device after each step; `sharded`: see `PlainStep`.
+    """
+
+    sharded = False
 
     def __init__(self, sae: TopKSAE, variance: float, window: int) -> None:
         self.sae, self.config, self.variance, self.window = sae, sae.config, variance, window
@@ -97,6 +103,11 @@ class Step:
             "dead_fraction": len(self.dead) / self.config.latents,
         }
 
+    def fvu(self) -> float:
+        """Of what was counted so far: waits for the device."""
+        rows, _, squared_error, _ = self.totals.tolist()
+        return squared_error / rows / self.variance
+
     def find_dead(self) -> None:
         """Latents that AuxK works on until the next call, (n_dead,)."""
         self.dead = (self.idle >= self.window).nonzero().ravel()
@@ -120,7 +131,11 @@ class Step:
 
 
 class PlainStep(Step):
-    """A step in plain PyTorch: autograd, torch.topk, embedding_bag, Adam. Any device, no wait for it."""
+    """A step in plain PyTorch: autograd, torch.topk, embedding_bag, Adam. Any device, no wait for it.
+
+    With `sharded`, x is this rank's part of the batch, maybe of no row at all: gradients and counts are summed over the
+    ranks, so that all make the same step, which is that of one process with the whole batch.
+    """
 
     def __init__(self, sae: TopKSAE, variance: float, window: int) -> None:
         super().__init__(sae, variance, window)
@@ -143,9 +158,15 @@ class PlainStep(Step):
             rows = (sae.encoder[self.dead], sae.encoder_bias[self.dead], sae.decoder[self.dead])
             loss = loss + self.auxk(x - sae.pre_bias, residual, *rows)
         self.adam.zero_grad()
-        (loss / (len(x) * self.variance)).backward()
+        (loss / self.variance).backward()
         with torch.no_grad():
-            self.count(values > 0, indices, loss, squared_error)
+            rows = torch.full_like(loss, len(x))
+            counts = torch.stack([rows, loss.detach(), squared_error.detach(), (values > 0).sum()])
+            self.share(counts, fired := self.fired(values > 0, indices))
+            self.totals += counts
+            self.idle.add_(1).masked_fill_(fired > 0, 0)
+            for p in sae.parameters():
+                p.grad /= counts[0]
             gradient = sae.decoder.grad
             gradient -= (gradient * sae.decoder).sum(1, keepdim=True) * sae.decoder  # that part changes the length only
             self.adam.param_groups[0]["lr"] = lr
@@ -164,11 +185,17 @@ class PlainStep(Step):
         values, indices = topk_plain(z, self.config.k, self.config.relu)
         return values.float(), indices
 
-    def count(self, active, indices, loss, squared_error) -> None:
-        fired = torch.zeros_like(self.idle).index_add_(0, indices.ravel(), active.ravel().to(torch.int32))
-        self.idle.add_(1).masked_fill_(fired > 0, 0)
-        rows = torch.full_like(loss, len(active))
-        self.totals += torch.stack([rows, loss.detach(), squared_error.detach(), active.sum()])
+    def fired(self, active: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """How often each latent fired in the batch, (M,)."""
+        return torch.zeros_like(self.sae.encoder_bias).index_add_(0, indices.ravel(), active.ravel().float())
+
+    def share(self, *tensors: torch.Tensor) -> None:
+        """Sum tensors and gradients over the ranks, in place and in one message."""
+        if self.sharded:
+            tensors = *tensors, *(p.grad for p in self.sae.parameters())
+            total = distributed.all_reduce(torch.cat([t.ravel() for t in tensors]))
+            for tensor, part in zip(tensors, total.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     @torch.no_grad()
     def squared_error(self, x: torch.Tensor) -> float:

@@ -1,8 +1,11 @@
-"""Training a Top-k SAE: one loop.
+"""Training Top-k SAEs: one loop, for one SAE or several, on one process or several.
 
 The features live on the device, a random permutation orders each epoch, and what is counted stays on the device until
 the epoch ends: no DataLoader, and no step waits for the host. What one step does is in `steps.py`, in plain PyTorch
-(any device, the reference) and compiled for the CPU.
+(any device, the reference), in `cpu_step.py` compiled for the CPU.
+
+Memory on the device: one float32 copy of the features, normalised, beside what the caller holds; parameters, gradients
+and optimiser; and one batch's pre-activations (`memory.memory`).
 """
 
 from __future__ import annotations
@@ -12,20 +15,27 @@ import copy
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
+from .. import distributed
+from .checkpoint import Checkpoint, fingerprint, path_of
 from .config import SAEConfig
 from .cpu_step import CompiledStep
-from .model import TopKSAE, check_rows
+from .memory import explain_out_of_memory, room
+from .model import TopKSAE
+from .progress import Bar, check_progress
+from .rows import Rows, checked, geometric_median, prepare, start, starts
 from .select import compiled as numba_kernels
-from .steps import PlainStep
+from .steps import PlainStep, Step
 
+__all__ = ["geometric_median", "schedule", "start", "train_sae", "train_saes"]
 log = logging.getLogger(__name__)
-MEDIAN_ROWS = 32_768
 
 
 def train_sae(
@@ -36,6 +46,9 @@ def train_sae(
     keep: str = "last",
     progress: bool = True,
     compiled: bool | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    sharded: bool = False,
 ) -> tuple[TopKSAE, pd.DataFrame]:
     """Train a Top-k SAE on features (arXiv 2604.26409; Gao et al. 2406.04093 for what that leaves open).
 
@@ -54,6 +67,16 @@ def train_sae(
         A progress bar on stderr.
     compiled : bool or None
         The numba steps (CPU) or the plain ones. None: compiled where that is possible.
+    checkpoint : path or None
+        A folder, or a ``.safetensors`` file. A training that was killed there goes on where it stood when it is called
+        again with the same arguments, and on one device ends with the same bits as without the kill. Removed at the
+        end. One of other data or settings is refused; a damaged one is named in a warning and not used.
+    checkpoint_seconds : float
+        Between two writings of it.
+    sharded : bool
+        Data-parallel training: every rank of the torch.distributed group (`capsae.distributed.start`) calls this with
+        rows of its own, `x` and `held_out`. Trained is on all of them, in the order of the ranks, as one process would;
+        all ranks return the same SAE. Plain steps.
 
     Returns
     -------
@@ -66,57 +89,226 @@ def train_sae(
     Raises
     ------
     ValueError, TypeError
-        Bad input: NaN or infinity (with the row), wrong shape, fewer than two rows, no variance at all.
+        Bad input: NaN or infinity (with the row), wrong shape, fewer than two rows, no variance at all; a checkpoint of
+        another training.
     FloatingPointError
-        The loss left the finite numbers: a learning rate far too high.
+        Training diverged, in finite numbers or not: the learning rate is too high.
+    MemoryError
+        The GPU's memory is not enough; the message says for what it would be.
     """
+    options = device, held_out, keep, progress, compiled, checkpoint, checkpoint_seconds, sharded
+    return train_saes(x, [config], *options)[0]
+
+
+def train_saes(
+    x: np.ndarray | torch.Tensor,
+    configs: Sequence[SAEConfig],
+    device: str | torch.device = "auto",
+    held_out: np.ndarray | torch.Tensor | None = None,
+    keep: str = "last",
+    progress: bool = True,
+    compiled: bool | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    sharded: bool = False,
+) -> list[tuple[TopKSAE, pd.DataFrame]]:
+    """Train several SAEs on the same features: other seeds, k, learning rates, sizes.
+
+    Parameters, errors and each result are those of `train_sae` called for each config; on one CPU bit for bit. SAEs
+    with the same `normalize`, `epochs` and `batch_size` share one copy of the features and step in turn, so that a
+    GPU can take their steps together; others follow one after the other.
+    """
+    configs = list(configs)
+    if not configs:
+        raise ValueError("configs is empty; a list of SAEConfig would do")
     if keep not in ("last", "best"):
         raise ValueError(f"keep is {keep!r}; 'last' or 'best' would do")
     if keep == "best" and held_out is None:
         raise ValueError("keep='best' chooses the epoch by held-out FVU: give held_out, or keep='last'")
-    x = check_rows(x, at_least=2)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    sae, x, variance = start(x, config, device)
+    x = checked(x, sharded, at_least=2, name="x")
     if held_out is not None:
-        held_out = sae.normalize(check_rows(held_out, d=x.shape[1], at_least=2, name="held_out").to(device))
-        held_out_variance = _variance(held_out, "held_out")
+        held_out = checked(held_out, sharded, at_least=2, name="held_out", d=x.shape[1])
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    kind = PlainStep if sharded else _step_kind(compiled, device)
 
-    n_batches = math.ceil(len(x) / config.batch_size)
-    n_steps = config.epochs * n_batches
-    step = _step_kind(compiled, device)(sae, variance, window=max(1, round(config.dead_after_epochs * n_batches)))
-    dice = torch.Generator(device).manual_seed(config.seed)
-    lr = config.peak_lr
-    records, best, done, began = [], None, 0, time.perf_counter()
-    with contextlib.closing(step), tqdm(total=config.epochs, unit="epoch", desc="SAE", disable=not progress) as bar:
-        for epoch in range(1, config.epochs + 1):
-            epoch_began = time.perf_counter()
-            for rows in torch.randperm(len(x), generator=dice, device=device).tensor_split(n_batches):
-                step(x[rows], lr * schedule(done, n_steps, config.warmup, config.decay))
+    parts: dict[tuple, list[int]] = {}
+    for i, c in enumerate(configs):
+        parts.setdefault((c.normalize, c.epochs, c.batch_size), []).append(i)
+    paths = [path_of(checkpoint, number) for number in range(len(parts))]
+    n_all = sum(distributed.all_gather(len(x))) if sharded else len(x)
+    results = {}
+    with contextlib.closing(Bar(n_all * sum(c.epochs for c in configs), progress and distributed.rank() == 0)) as bar:
+        for members, path in zip(parts.values(), paths, strict=True):
+            own = [configs[i] for i in members]
+            saving = path, checkpoint_seconds, len(parts) > 1
+            try:
+                trained = _train_together(x, own, device, held_out, keep, kind, bar, sharded, *saving)
+            except torch.cuda.OutOfMemoryError as error:
+                n_held_out = 0 if held_out is None else len(held_out)
+                raise MemoryError(explain_out_of_memory(len(x), x.shape[1], own, n_held_out, room(device))) from error
+            results |= dict(zip(members, trained, strict=True))
+    for path in paths:
+        if path is not None and distributed.rank() == 0:
+            path.unlink(missing_ok=True)
+    return [results[i] for i in range(len(configs))]
+
+
+@dataclass
+class Course:
+    """What was measured of one SAE's training so far."""
+
+    records: list[dict] = field(default_factory=list)  # one an epoch
+    first_fvu: float = math.inf  # of the first batch, before any step
+    best: tuple[float, int] | None = None  # lowest held-out FVU, its epoch
+    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, record: dict, weights: Callable[[], dict] | None) -> None:
+        """An epoch's record; with `weights`, they are kept if it is the best so far."""
+        self.records.append(record)
+        if weights and (self.best is None or record["held_out_fvu"] < self.best[0]):
+            self.best = record["held_out_fvu"], record["epoch"]
+            self.best_weights = copy.deepcopy(weights())
+
+
+def _train_together(
+    x: torch.Tensor,
+    configs: list[SAEConfig],
+    device: torch.device,
+    held_out: torch.Tensor | None,
+    keep: str,
+    kind: type[Step],
+    bar: Bar,
+    sharded: bool,
+    path: Path | None,
+    checkpoint_seconds: float,
+    save_result: bool,
+) -> list[tuple[TopKSAE, pd.DataFrame]]:
+    """Train SAEs whose normalisation, epochs and batches are the same, each step of all in one call."""
+    saes, rows = starts(x, configs, device, sharded)
+    held = None if held_out is None else prepare(held_out, saes[0], device, sharded, "held_out")
+    n_batches = math.ceil(rows.total / configs[0].batch_size)
+    n_steps = configs[0].epochs * n_batches
+    dice = {c.seed: torch.Generator(device).manual_seed(c.seed) for c in configs}
+    courses = [Course() for _ in configs]
+
+    with contextlib.ExitStack() as stack:
+        steps: list[Step] = []
+        for sae in saes:
+            window = max(1, round(sae.config.dead_after_epochs * n_batches))
+            steps.append(stack.enter_context(contextlib.closing(kind(sae, rows.variance, window))))
+            steps[-1].sharded = sharded
+        step_all = kind.together(steps)
+
+        checkpoint = Checkpoint(path, checkpoint_seconds, _identity(rows, held, keep, steps) if path else {})
+        found = checkpoint.load()
+        done, seconds = _resume(*found, steps, dice, courses) if found else (0, 0.0)
+        bar.resume(rows.total * (done // n_batches) * len(steps))
+
+        while done < n_steps:
+            epoch, position = done // n_batches + 1, done % n_batches  # not 0 where a killed run goes on
+            began = time.perf_counter() - seconds
+            before = {seed: d.get_state() for seed, d in dice.items()}
+            orders = {seed: rows.order(d, n_batches) for seed, d in dice.items()}
+            for at in range(position, n_batches):
+                batches = {seed: rows.own[order[at]] for seed, order in orders.items()}
+                lrs = [c.peak_lr * schedule(done, n_steps, c.warmup, c.decay) for c in configs]
+                step_all([batches[c.seed] for c in configs], lrs)
                 done += 1
-            record = {"epoch": epoch} | step.read()  # the epoch's only wait for the device
-            if not math.isfinite(record["loss"]):
-                raise FloatingPointError(f"the loss became {record['loss']} in epoch {epoch} at lr {lr:g}: lower lr")
-            if held_out is not None:
-                record["held_out_fvu"] = step.squared_error(held_out) / held_out_variance
-                if keep == "best" and (best is None or record["held_out_fvu"] < best[0]):
-                    best = record["held_out_fvu"], epoch, copy.deepcopy(step.result().state_dict())
-            records.append(record | {"seconds": time.perf_counter() - epoch_began})
-            bar.update()
-            bar.set_postfix(fvu=f"{record['fvu']:.4f}", dead=f"{record['dead_fraction']:.3f}")
-        sae.load_state_dict(best[2] if best else step.result().state_dict())
+                if done == 1:
+                    for step, course in zip(steps, courses, strict=True):
+                        course.first_fvu = step.fvu()
+                bar.look(steps)
+                if checkpoint.due and at + 1 < n_batches:
+                    checkpoint.save(*_state(done, time.perf_counter() - began, steps, before, courses))
 
+            records = [{"epoch": epoch} | step.read() for step in steps]  # the epoch's only wait for the device
+            for record, step, course in zip(records, steps, courses, strict=True):
+                check_progress(record, course.first_fvu, step.config, done >= step.config.warmup * n_steps)
+                if held is not None:
+                    record["held_out_fvu"] = _held_out_fvu(step, held)
+            seconds = time.perf_counter() - began
+            for record, step, course in zip(records, steps, courses, strict=True):
+                course.add(record | {"seconds": seconds}, step.result().state_dict if keep == "best" else None)
+            bar.epoch(records, rows.total * len(steps))
+            seconds = 0.0
+            if checkpoint.due or (path and save_result and done == n_steps and distributed.rank() == 0):
+                states = {seed: d.get_state() for seed, d in dice.items()}
+                checkpoint.save(*_state(done, seconds, steps, states, courses))
+        return [_finish(step, course, rows, device) for step, course in zip(steps, courses, strict=True)]
+
+
+def _finish(step: Step, course: Course, rows: Rows, device: torch.device) -> tuple[TopKSAE, pd.DataFrame]:
+    """The SAE with the weights that were asked for, and the history."""
+    sae, config = step.sae, step.config
+    sae.load_state_dict(course.best_weights or step.result().state_dict())
     if not all(p.isfinite().all() for p in sae.parameters()):
-        raise FloatingPointError(f"the weights left the finite numbers in epoch {epoch} at lr {lr:g}: lower lr")
-    history = pd.DataFrame(records)
+        raise FloatingPointError(
+            f"the weights left the finite numbers in the last epoch; lr {config.peak_lr:g} is too high: lower it"
+        )
+    history = pd.DataFrame(course.records)
     history.attrs = {
-        "best_epoch": best[1] if best else config.epochs,
+        "best_epoch": course.best[1] if course.best else config.epochs,
         "device": str(device),
         "products": step.products,
         "step": type(step).__name__,
-        "rate": len(x) * config.epochs / (time.perf_counter() - began),
+        "rate": rows.total * config.epochs / history["seconds"].sum(),
     }
     log.info("SAE trained: %s", history.attrs)
     return sae.eval(), history
+
+
+def _held_out_fvu(step: Step, held: Rows) -> float:
+    error = step.squared_error(held.own) * len(held.own) if len(held.own) else 0.0
+    if held.sharded:
+        error = distributed.all_reduce(torch.tensor(error, dtype=torch.float64)).item()
+    return error / held.total / held.variance
+
+
+def _state(
+    done: int, seconds: float, steps: list[Step], dice: dict[int, torch.Tensor], courses: list[Course]
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """What a checkpoint holds: tensors, and the rest as JSON. `dice` are the generators' states as the epoch began."""
+    tensors = {f"dice.{seed}": state for seed, state in dice.items()}
+    for i, (step, course) in enumerate(zip(steps, courses, strict=True)):
+        tensors |= {f"{i}.step.{name}": tensor for name, tensor in step.state().items()}
+        tensors |= {f"{i}.best.{name}": tensor for name, tensor in course.best_weights.items()}
+    measured = [{"records": c.records, "first_fvu": c.first_fvu, "best": c.best} for c in courses]
+    return tensors, {"done": done, "seconds": seconds, "courses": measured}
+
+
+def _resume(
+    tensors: dict[str, torch.Tensor],
+    progress: dict,
+    steps: list[Step],
+    dice: dict[int, torch.Generator],
+    courses: list[Course],
+) -> tuple[int, float]:
+    """Put everything back where `_state` saw it; the steps done and the seconds spent in the epoch."""
+    for seed, generator in dice.items():
+        generator.set_state(tensors[f"dice.{seed}"])
+    for i, (step, course) in enumerate(zip(steps, courses, strict=True)):
+        named = {kind: f"{i}.{kind}." for kind in ("step", "best")}
+        of = {k: {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)} for k, p in named.items()}
+        step.load_state(of["step"])
+        measured = progress["courses"][i]
+        course.records, course.first_fvu = measured["records"], measured["first_fvu"]
+        course.best, course.best_weights = measured["best"] and tuple(measured["best"]), of["best"]
+    return progress["done"], progress["seconds"]
+
+
+def _identity(rows: Rows, held: Rows | None, keep: str, steps: list[Step]) -> dict:
+    """What a checkpoint must be of to be gone on from: with any of it other, the result would be."""
+    statistics = [t.double().sum().item() for t in (steps[0].sae.mean, steps[0].sae.std)]  # normalize="dataset"
+    return {
+        "settings": [asdict(step.config) for step in steps],
+        "x": {"rows": rows.total, "columns": rows.own.shape[1], "content": fingerprint(rows), "statistics": statistics},
+        "held_out": held and {"rows": held.total, "content": fingerprint(held)},
+        "keep": keep,
+        "device": rows.own.device.type,
+        "step": type(steps[0]).__name__,
+        "products": [step.products for step in steps],
+        "ranks": distributed.world_size() if rows.sharded else 1,
+    }
 
 
 def schedule(done: int, n_steps: int, warmup: float, decay: float) -> float:
@@ -125,46 +317,7 @@ def schedule(done: int, n_steps: int, warmup: float, decay: float) -> float:
     return min(1.0, (done + 1) / (rise + 1), (n_steps - done) / (fall + 1))
 
 
-@torch.no_grad()
-def start(x: torch.Tensor, config: SAEConfig, device: torch.device) -> tuple[TopKSAE, torch.Tensor, float]:
-    """The SAE before its first step, the normalised rows on the device, and their variance (summed over columns)."""
-    sae = TopKSAE.untrained(x.shape[1], config)
-    if config.normalize == "dataset":
-        std, mean = torch.std_mean(x.double(), dim=0, correction=0)
-        sae.mean.copy_(mean)
-        sae.std.copy_(std.masked_fill(std <= 1e-6 * x.abs().amax(0), 1))  # a constant column stays finite
-    sae.to(device)
-    x = sae.normalize(x.to(device))
-    variance = _variance(x, "x")
-    if config.pre_bias == "mean":
-        sae.pre_bias.copy_(x.double().mean(0))
-    elif config.pre_bias == "geometric_median":
-        sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(config.seed))[:MEDIAN_ROWS]
-        sae.pre_bias.copy_(geometric_median(x[sample.to(device)]))
-    return sae, x, variance
-
-
-def geometric_median(x: torch.Tensor, steps: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
-    """The point (d,) with the smallest summed distance to the rows of x (N, d), by Weiszfeld's iteration."""
-    median = x.mean(0)
-    for _ in range(steps):
-        weight = 1 / (x - median).norm(dim=1, keepdim=True).clamp_min(1e-8)
-        last, median = median, (x * weight).sum(0) / weight.sum()
-        if (median - last).norm() <= tolerance * median.norm():
-            break
-    return median
-
-
-def _variance(x: torch.Tensor, name: str) -> float:
-    """Mean squared distance from the mean: the loss is measured in it, so no batch size and no scale enters."""
-    mean = x.mean(0, dtype=torch.float64).float()
-    variance = (x - mean).square().sum(1).mean(dtype=torch.float64).item()
-    if variance <= 1e-12 * x.square().sum(1).mean().item():
-        raise ValueError(f"{name} has {len(x)} rows that are all equal after normalisation: nothing to learn")
-    return variance
-
-
-def _step_kind(compiled: bool | None, device: torch.device) -> type[PlainStep] | type[CompiledStep]:
+def _step_kind(compiled: bool | None, device: torch.device) -> type[Step]:
     possible = device.type == "cpu" and numba_kernels() is not None
     if compiled and not possible:
         raise ValueError(f"compiled steps need a CPU and numba; the device is {device}: compiled=None would do")

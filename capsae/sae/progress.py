@@ -1,0 +1,91 @@
+"""What a training shows while it runs, and when it has gone wrong."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+from .config import SAEConfig
+from .steps import Step
+
+EVERY = 0.5  # seconds
+
+
+class Bar:
+    """One bar over the vectors of all SAEs: rate, FVU, dead fraction.
+
+    In the middle of an epoch the device's counters are copied while it works on, and read once the copy has arrived:
+    no step waits for the host.
+    """
+
+    def __init__(self, total: int, progress: bool) -> None:
+        self.bar = tqdm(total=total, unit="vec", unit_scale=True, desc="SAE", disable=not progress, smoothing=0.1)
+        self.finished, self.looked, self.copied = 0, time.monotonic(), None
+
+    def resume(self, vectors: int) -> None:
+        """So many were done before this process began: they count, but not in the rate."""
+        self.finished += vectors
+        if not self.bar.disable:
+            self.bar.n = self.finished
+            self.bar.initial += vectors
+
+    def look(self, steps: list[Step]) -> None:
+        """Called after each step; does nothing most of the time."""
+        if self.bar.disable or time.monotonic() - self.looked < EVERY:
+            return
+        if self.copied is None:
+            self.copied = self._copy(steps)
+        counters, arrived = self.copied
+        if arrived is None or arrived.query():
+            self.looked, self.copied = time.monotonic(), None
+            rows, squared_error, dead, variance = (column.tolist() for column in counters.T)
+            fvu = [e / n / v for n, e, v in zip(rows, squared_error, variance, strict=True) if n]
+            self._show(self.finished + int(sum(rows)), fvu, dead)
+
+    def epoch(self, records: list[dict], vectors: int) -> None:
+        """An epoch ended, with these records, one an SAE."""
+        self.finished, self.copied = self.finished + vectors, None
+        self._show(self.finished, [r["fvu"] for r in records], [r["dead_fraction"] for r in records])
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _show(self, vectors: int, fvu: list[float], dead: list[float]) -> None:
+        if fvu and not self.bar.disable:
+            means = {"fvu": f"{sum(fvu) / len(fvu):.4f}", "dead": f"{sum(dead) / len(dead):.3f}"}
+            self.bar.set_postfix(means, refresh=False)
+            self.bar.update(vectors - self.bar.n)
+
+    @torch.no_grad()
+    def _copy(self, steps: list[Step]) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Rows, squared error, dead fraction and variance of each SAE, on the host or on the way to it."""
+        dead = [(step.idle >= step.window).double().mean() for step in steps]
+        variance = [torch.full_like(d, step.variance) for d, step in zip(dead, steps, strict=True)]
+        columns = [torch.stack([s.totals[0], s.totals[2], d, v]) for s, d, v in zip(steps, dead, variance, strict=True)]
+        counters = torch.stack(columns)
+        if counters.device.type != "cuda":
+            return counters, None
+        host = torch.empty_like(counters, device="cpu", pin_memory=True)
+        host.copy_(counters, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return host, arrived
+
+
+def check_progress(record: dict, first_fvu: float, config: SAEConfig, warm: bool, which: str = "") -> None:
+    """Raise FloatingPointError, naming lr and a remedy, if an epoch shows that the learning rate is too high.
+
+    The loss may leave the finite numbers, or stay finite and far above its start: decoder rows of unit length bound it.
+    During the warm-up only the first counts: what overshoots there may still come back.
+    """
+    lr, epoch, fvu = config.peak_lr, record["epoch"], record["fvu"]
+    remedy = f"lr {lr:g} is too high{which}: try lr {lr / 10:.3g}, or a longer warmup than {config.warmup:g}"
+    if not math.isfinite(record["loss"]):
+        raise FloatingPointError(f"the loss became {record['loss']} in epoch {epoch}; {remedy}")
+    if warm and fvu > max(2.0, 2 * first_fvu):
+        raise FloatingPointError(
+            f"training diverges: FVU {fvu:.3g} in epoch {epoch}, {first_fvu:.3g} in the first step; {remedy}"
+        )
