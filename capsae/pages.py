@@ -190,7 +190,7 @@ _KIND_NOTES = {
     "the work. The two on the code's flatness use neither class nor profile. The last ones never look at what an image "
     "shows: where one of them wins, it is the benchmark that is broken.",
     "baseline": "With the parameters that our tables use. Where the defaults of OpenOOD v1.5 "
-    "{cite:p}`zhang2023openood` are others, they stand in brackets, and `create(name, preset=\"openood\")` takes them; "
+    '{cite:p}`zhang2023openood` are others, they stand in brackets, and `create(name, preset="openood")` takes them; '
     "a score that OpenOOD does not have refuses that preset.",
 }
 

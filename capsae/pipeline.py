@@ -23,6 +23,7 @@ from .featureset import FeatureSet, LinearHead
 from .inputs import Inputs
 from .profile_errors import ProfileError
 from .profiles import Holdout, Profile, load_profile
+from .sealed import check_reach
 from .splits import check_classes, stratified_mask
 from .store import Store, artefact_digest, versions
 
@@ -85,8 +86,10 @@ class Run:
         """Return the features of a set: "train", "val", "test" or an OOD set, with the head's logits attached.
 
         With ``train_fraction`` < 1, "train" is the class-stratified part that SAE, profiles and detectors see; the head
-        is fitted on all training rows all the same, so that only their data varies.
+        is fitted on all training rows all the same, so that only their data varies. While a detector is being tuned
+        (:mod:`capsae.tuning`), sets other than "train" and "val" raise SealedError.
         """
+        check_reach(set_name)
         if set_name not in self._features:
             features, fraction = self.inputs.features(set_name), self.profile.train_fraction
             if set_name == "train" and fraction < 1:
@@ -190,6 +193,7 @@ class Run:
         With ``predicted = "true"`` (an ablation) "val" and "test" are scored under their label; they then carry none,
         since the head's accuracy would be 1 by construction.
         """
+        check_reach(set_name)
         if set_name not in self._observations:
             features = self.features(set_name)
             known = "/" not in set_name or set_name in self.profile.shifted
@@ -223,6 +227,7 @@ class Run:
 
     def table(self, names: Iterable[str] | None = None) -> pd.DataFrame:
         """Return :func:`capsae.evaluate`'s table: method, set, group, metric, value, lo, hi."""
+        check_reach("table")
         names = self._names(names)
 
         def make():
@@ -235,6 +240,7 @@ class Run:
 
     def scores(self, names: Iterable[str] | None = None) -> pd.DataFrame:
         """Return every sample's scores, tidy: method, set, group, row, score; sets "val", "test" and the OOD sets."""
+        check_reach("scores")
         names = self._names(names)
 
         def make():
