@@ -16,20 +16,28 @@ WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
 
 
-def save(folder: str | Path, state: dict[str, torch.Tensor], config: SAEConfig) -> Path:
+def save(folder: str | Path, state: dict[str, torch.Tensor], config, kind: str = "topk") -> Path:
     """Write both files, each under a temporary name first; the settings come last and make the folder valid."""
     from safetensors.torch import save as to_bytes
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / WEIGHTS, to_bytes({name: t.detach().cpu().contiguous() for name, t in state.items()}))
-    cfg = {"schema": SCHEMA, "kind": "topk", "d": state["pre_bias"].shape[0], "config": asdict(config)}
+    cfg = {"schema": SCHEMA, "kind": kind, "d": state["pre_bias"].shape[0], "config": asdict(config)}
     write(folder / CONFIG, (json.dumps(cfg, indent=1) + "\n").encode())
     return folder
 
 
 def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], SAEConfig]:
-    """Read what `save` wrote.
+    """Read what `save` wrote of a Top-k SAE. Errors are those of `read`."""
+    state, cfg = read(folder)
+    if cfg.get("kind") != "topk":
+        raise ValueError(f"{folder} holds a {cfg.get('kind')!r}, not a Top-k SAE; capsae.sae.load would do")
+    return state, SAEConfig.from_dict(cfg["config"])
+
+
+def read(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and the content of `cfg.json`, of any kind that `save` wrote.
 
     Raises
     ------
@@ -61,7 +69,7 @@ def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], SAEConfig]:
     if not isinstance(cfg.get("config"), dict):
         raise ValueError(f"{folder / CONFIG} has no 'config', an object with the SAE's settings")
     try:
-        return load_file(folder / WEIGHTS), SAEConfig.from_dict(cfg["config"])
+        return load_file(folder / WEIGHTS), cfg
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is no whole safetensors file: {error}") from error
 

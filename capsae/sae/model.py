@@ -20,7 +20,7 @@ from . import io
 from .config import SAEConfig
 from .select import topk
 
-__all__ = ["SAEConfig", "SparseCodes", "TopKSAE", "check_rows"]
+__all__ = ["SAEConfig", "SparseCoder", "SparseCodes", "TopKSAE", "check_rows"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SparseCodes:
     Attributes
     ----------
     values : (N, k) float32, >= 0, largest first; unused slots hold 0
-    indices : (N, k) int32, distinct within a row
+    indices : (N, k) int32, distinct within a row (but for unused slots)
     n_latents : int, M
 
     Arrays are numpy or torch, as the input of `TopKSAE.encode` was. ``codes[rows]`` takes a slice, a mask or indices.
@@ -78,7 +78,96 @@ class SparseCodes:
         return SparseCodes(values.to(device), indices.to(device), self.n_latents)
 
 
-class TopKSAE(nn.Module):
+class SparseCoder(nn.Module):
+    """Input normalisation, encoding by blocks, linear decoding: what SAEs and other dictionaries have in common.
+
+    A kind of its own defines `code`, and has ``config.normalize`` and the tensors decoder (M, d), pre_bias (d,), mean
+    (d,) and std (d,).
+    """
+
+    def code(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values (N, k) >= 0, largest first, and indices (N, k) of normalised rows x (N, d)."""
+        raise TypeError(f"{type(self).__name__} defines no code")
+
+    @property
+    def n_latents(self) -> int:
+        """M of its codes: rows of the decoder."""
+        return len(self.decoder)
+
+    def weighted_rows(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """sum_i code_i w_i, (N, d), without the bias."""
+        return F.embedding_bag(indices, self.decoder, per_sample_weights=values, mode="sum")
+
+    @torch.no_grad()
+    def encode(self, x: np.ndarray | torch.Tensor, batch_size: int | None = None) -> SparseCodes:
+        """Codes of raw features x (N, d), `batch_size` rows at a time; numpy in, numpy out, torch in, torch out."""
+        rows = check_rows(x, d=self.pre_bias.shape[0])
+        device = self.pre_bias.device
+        values = torch.zeros(len(rows), 0, device=device)
+        indices = torch.zeros(len(rows), 0, dtype=torch.int32, device=device)
+        size = batch_size or (512 if device.type == "cpu" else 8192)
+        for start in range(0, len(rows), size):
+            v, i = self.code(self._normalized(rows[start : start + size])[0])
+            if (missing := v.shape[1] - values.shape[1]) > 0:  # the first block; later where k differs from row to row
+                values, indices = F.pad(values, (0, missing)), F.pad(indices, (0, missing))
+            values[start : start + size, : v.shape[1]], indices[start : start + size, : v.shape[1]] = v, i
+        return _like(SparseCodes(values, indices, self.n_latents), x)
+
+    @torch.no_grad()
+    def decode(self, codes: SparseCodes) -> np.ndarray | torch.Tensor:
+        """x_hat (N, d) in the *normalised* space: compare it with ``normalize(x)``.
+
+        A code does not know the mean and the length of its sample; `reconstruct` undoes the normalisation.
+        """
+        if codes.n_latents != self.n_latents:
+            raise ValueError(f"codes have {codes.n_latents} latents, this SAE {self.n_latents}")
+        own = codes.to(self.pre_bias.device)
+        return _like(self.weighted_rows(own.values, own.indices.long()) + self.pre_bias, codes.values)
+
+    @torch.no_grad()
+    def normalize(self, x: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+        """x (N, d) as the encoder sees it. Rows without variance become 0, never NaN."""
+        return _like(self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0], x)
+
+    @torch.no_grad()
+    def reconstruct(self, x: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+        """x_hat (N, d) in the input's own space: decoded, and the normalisation undone."""
+        rows, shift, scale = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))
+        return _like(self._decoded(rows) * scale + shift, x)
+
+    @torch.no_grad()
+    def fvu(self, x: np.ndarray | torch.Tensor) -> float:
+        """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean|^2, float64, on normalised inputs."""
+        rows = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0]
+        mean, total, left = rows.mean(0, dtype=torch.float64), 0.0, 0.0
+        for block in rows.split(4096):
+            total += (block - mean).square().sum().item()
+            left += (block.double() - self._decoded(block)).square().sum().item()
+        if total <= 1e-12 * len(rows):
+            raise ValueError("x has no variance (equal rows after normalisation): its FVU is undefined")
+        return left / total
+
+    def _decoded(self, rows: torch.Tensor, size: int = 4096) -> torch.Tensor:
+        blocks = (self.code(b) for b in rows.split(size))
+        return torch.cat([self.weighted_rows(v, i) for v, i in blocks]) + self.pre_bias
+
+    def _normalized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x - shift) / scale, shift and scale, on the SAE's device, float32."""
+        x = x.to(self.pre_bias)
+        shift, scale = torch.zeros_like(x[:, :1]), torch.ones_like(x[:, :1])
+        if self.config.normalize == "sample":
+            shift, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True, correction=0)
+        elif self.config.normalize == "l2":
+            scale = x.norm(dim=1, keepdim=True)
+        elif self.config.normalize == "dataset":
+            shift, scale = self.mean, self.std
+        # A constant row differs from its rounded mean by rounding alone: that is not to be blown up to unit std.
+        noise = 1e-6 * x.abs().amax(1, keepdim=True) if self.config.normalize == "sample" else 0
+        flat = scale <= noise
+        return ((x - shift) / scale.masked_fill(flat, 1)).masked_fill(flat, 0), shift, scale.masked_fill(flat, 1)
+
+
+class TopKSAE(SparseCoder):
     """Top-k sparse autoencoder with unit decoder rows (Gao et al. 2406.04093, as arXiv 2604.26409 uses it).
 
     Parameters
@@ -120,76 +209,9 @@ class TopKSAE(nn.Module):
         """z (N, M) of normalised x (N, d)."""
         return F.linear(x - self.pre_bias, self.encoder, self.encoder_bias)
 
-    def weighted_rows(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """sum_i code_i w_i, (N, d), without the bias."""
-        return F.embedding_bag(indices, self.decoder, per_sample_weights=values, mode="sum")
-
-    @torch.no_grad()
-    def encode(self, x: np.ndarray | torch.Tensor, batch_size: int | None = None) -> SparseCodes:
-        """Codes of raw features x (N, d), `batch_size` rows at a time; numpy in, numpy out, torch in, torch out."""
-        rows = check_rows(x, d=self.pre_bias.shape[0])
-        device = self.pre_bias.device
-        values = torch.empty(len(rows), self.config.k, device=device)
-        indices = torch.empty(len(rows), self.config.k, dtype=torch.int32, device=device)
-        size = batch_size or (512 if device.type == "cpu" else 8192)
-        for start in range(0, len(rows), size):
-            block = self._normalized(rows[start : start + size])[0]
-            v, i = topk(self.preactivations(block), self.config.k, self.config.relu)
-            values[start : start + size], indices[start : start + size] = v, i
-        return _like(SparseCodes(values, indices, self.config.latents), x)
-
-    @torch.no_grad()
-    def decode(self, codes: SparseCodes) -> np.ndarray | torch.Tensor:
-        """x_hat (N, d) in the *normalised* space: compare it with ``normalize(x)``.
-
-        A code does not know the mean and the length of its sample; `reconstruct` undoes the normalisation.
-        """
-        if codes.n_latents != self.config.latents:
-            raise ValueError(f"codes have {codes.n_latents} latents, this SAE {self.config.latents}")
-        own = codes.to(self.pre_bias.device)
-        return _like(self.weighted_rows(own.values, own.indices.long()) + self.pre_bias, codes.values)
-
-    @torch.no_grad()
-    def normalize(self, x: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-        """x (N, d) as the encoder sees it. Rows without variance become 0, never NaN."""
-        return _like(self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0], x)
-
-    @torch.no_grad()
-    def reconstruct(self, x: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-        """x_hat (N, d) in the input's own space: decoded, and the normalisation undone."""
-        rows, shift, scale = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))
-        return _like(self._decoded(rows) * scale + shift, x)
-
-    @torch.no_grad()
-    def fvu(self, x: np.ndarray | torch.Tensor) -> float:
-        """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean|^2, float64, on normalised inputs."""
-        rows = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0]
-        mean, total, left = rows.mean(0, dtype=torch.float64), 0.0, 0.0
-        for block in rows.split(4096):
-            total += (block - mean).square().sum().item()
-            left += (block.double() - self._decoded(block)).square().sum().item()
-        if total <= 1e-12 * len(rows):
-            raise ValueError("x has no variance (equal rows after normalisation): its FVU is undefined")
-        return left / total
-
-    def _decoded(self, rows: torch.Tensor, size: int = 4096) -> torch.Tensor:
-        blocks = (topk(self.preactivations(b), self.config.k, self.config.relu) for b in rows.split(size))
-        return torch.cat([self.weighted_rows(v, i) for v, i in blocks]) + self.pre_bias
-
-    def _normalized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(x - shift) / scale, shift and scale, on the SAE's device, float32."""
-        x = x.to(self.pre_bias)
-        shift, scale = torch.zeros_like(x[:, :1]), torch.ones_like(x[:, :1])
-        if self.config.normalize == "sample":
-            shift, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True, correction=0)
-        elif self.config.normalize == "l2":
-            scale = x.norm(dim=1, keepdim=True)
-        elif self.config.normalize == "dataset":
-            shift, scale = self.mean, self.std
-        # A constant row differs from its rounded mean by rounding alone: that is not to be blown up to unit std.
-        noise = 1e-6 * x.abs().amax(1, keepdim=True) if self.config.normalize == "sample" else 0
-        flat = scale <= noise
-        return ((x - shift) / scale.masked_fill(flat, 1)).masked_fill(flat, 0), shift, scale.masked_fill(flat, 1)
+    def code(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k largest of relu(z), (N, k), and their indices, of normalised rows x (N, d)."""
+        return topk(self.preactivations(x), self.config.k, self.config.relu)
 
     def save(self, folder: str | Path) -> Path:
         """Write `sae.safetensors` and `cfg.json` into a folder, atomically."""
