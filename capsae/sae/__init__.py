@@ -1,8 +1,18 @@
-"""The Top-k sparse autoencoder: model, codes, training, files."""
+"""Sparse autoencoders and other dictionaries: models, codes, training, files, measures."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from . import dictionaries, io, measures
 from .model import SAEConfig, SparseCodes, TopKSAE
 from .train import train_sae, train_saes
 
-__all__ = ["SAEConfig", "SparseCodes", "TopKSAE", "train_sae", "train_saes"]
+__all__ = ["SAEConfig", "SparseCodes", "TopKSAE", "dictionaries", "load", "measures", "train_sae", "train_saes"]
+
+
+def load(folder: str | Path, device: str = "cpu") -> TopKSAE | dictionaries.Dictionary:
+    """Whatever a `save` wrote into a folder, an SAE or a dictionary, or a top-k SAE of another library."""
+    if io.kind(folder) in dictionaries.METHODS:
+        return dictionaries.load(folder, device)
+    return TopKSAE.load(folder, device)

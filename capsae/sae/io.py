@@ -74,6 +74,14 @@ def read(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise ValueError(f"{folder / WEIGHTS} is no whole safetensors file: {error}") from error
 
 
+def kind(folder: str | Path) -> str | None:
+    """What a folder says it holds ("topk", "itda", ...), or None where it says nothing: no error before `read`."""
+    try:
+        return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write(path: Path, content: bytes) -> None:
     """All of it or nothing."""
     with replacing(path) as temporary:
