@@ -1,186 +1,179 @@
-"""Compiled CPU kernels (numba): selection, decoding with the value gradient, and the update of each latent.
+"""Compiled CPU kernels (numba) of a training step: decoding, sorting by latent, and the update of each latent.
 
 Import this lazily: it needs numba. Each kernel works on a range of rows or latents and frees the interpreter lock, so
 `cpu_step.CompiledStep` runs them in as many threads as it likes; what is added up for a latent, and in which order,
-does not depend on the number of threads. The GPU's kernels (Triton) are in `kernels.py`.
+does not depend on the number of threads. Rows that are gathered ("stored") come in one of the forms of `cpu_lanes`;
+there are `padded(d)` columns of them. The GPU's kernels (Triton) are in `kernels.py`.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from numba import njit
 
-# Sums may be reordered, and x / 0 is infinity, not an exception: without both, no loop uses vector registers. NaN and
-# infinity keep their meaning.
-_compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+from .cpu_lanes import LANES, add_product, high, load, low, padded, prefetch, put, splat, store, total, widened
+from .cpu_topk import compile_kernel, keys_and_bits, topk_rows
 
-BLOCK = 32  # columns that are looked at together when the chosen ones are collected
-
-
-def keys_and_bits(z: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """z (n, M) as 16-bit keys, and as the integers that settle ties between equal keys.
-
-    Positive floating-point numbers order as their bits do, and negative ones are negative integers: a bfloat16 tensor
-    is its own key array, and the upper half of a float32 is its key.
-    """
-    if z.dtype == torch.bfloat16:
-        keys = z.view(torch.int16).numpy()
-        return keys, keys
-    bits = z.contiguous().view(torch.int32)
-    return (bits >> 16).to(torch.int16).numpy(), bits.numpy()
+__all__ = [
+    "adam_row", "centre_rows", "decode_rows", "first_pairs", "keys_and_bits", "pack_rows", "padded", "scatter_pairs",
+    "topk_rows", "update_latents", "widened",
+]  # fmt: skip
 
 
-@_compiled
-def _count(keys, least):
-    """How many keys are at least `least`. The counters have 16 bits: 32 of them fill a register."""
-    total = 0
-    for start in range(0, len(keys), 16384):
-        part = keys[start : start + 16384]  # a slice, whose indices the compiler knows to be in range
-        some = np.int16(0)
-        for j in range(len(part)):
-            some = np.int16(some + np.int16(part[j] >= least))
-        total += some
-    return total
+AHEAD = 4  # pairs whose rows are asked for before they are needed: they lie at random places
 
 
-@_compiled
-def _largest(keys):
-    """The largest key, at least 0."""
-    top = np.int16(0)
-    for j in range(len(keys)):
-        top = max(top, keys[j])
-    return top
+@compile_kernel
+def _pack_row(row, d, stored):
+    """Write row (a buffer with zeros from d on) in stored form."""
+    h = len(row) // 2
+    for j in range(0, h, LANES):
+        put(stored, j, h, load(row, j), load(row, h + j))
 
 
-@_compiled
-def _kth_key(keys, k):
-    """The largest key that at least k keys reach, or 1 where fewer than k are positive: bisection over 15 bits."""
-    low, high = 1, _largest(keys) + 1  # fewer than k keys reach high
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if _count(keys, np.int16(middle)) >= k:
-            low = middle
-        else:
-            high = middle
-    return np.int16(low)
-
-
-@_compiled
-def topk_rows(keys, bits, value_bits, indices):
-    """Write the k largest positive entries of each row, unordered: exact, of equal ones the lower column.
-
-    keys (n, M) int16 and bits (n, M) come from `keys_and_bits`; value_bits (n, k) int32 is the float32 result seen as
-    integers; indices (n, k) int32. Where fewer than k entries are positive, value 0 goes to further, distinct columns.
-    """
-    n, k = indices.shape
-    m = keys.shape[1]
-    shift = 32 - 8 * bits.itemsize  # of an entry's bits, to its float32
-    candidates = np.empty(m + 1, np.int32)
+@compile_kernel
+def pack_rows(rows, stored):
+    """rows (n, d) float32 in stored form."""
+    n, d = rows.shape
+    buffer = np.zeros(-(-d // (2 * LANES)) * 2 * LANES, np.float32)
     for r in range(n):
-        row = keys[r]
-        least = _kth_key(row, k)
-        reached = 0
-        for start in range(0, m, BLOCK):
-            block = row[start : start + BLOCK]
-            if _largest(block) >= least:
-                for j in range(len(block)):
-                    candidates[reached] = start + j
-                    reached += block[j] >= least
-        found, ties = 0, 0
-        for c in range(reached):
-            j = candidates[c]
-            if reached <= k or row[j] > least:
-                value_bits[r, found] = np.int32(bits[r, j]) << shift
-                indices[r, found] = j
-                found += 1
-            else:  # the k-th key: more of them than there are places left
-                candidates[ties] = j
-                ties += 1
-        if found < k and ties > 0:
-            for slot in range(found, k):
-                best = 0
-                while candidates[best] < 0:
-                    best += 1
-                if shift == 0:  # equal keys, but the numbers have 16 more bits
-                    for c in range(best + 1, ties):
-                        if candidates[c] >= 0 and bits[r, candidates[c]] > bits[r, candidates[best]]:
-                            best = c
-                value_bits[r, slot] = np.int32(bits[r, candidates[best]]) << shift
-                indices[r, slot] = candidates[best]
-                candidates[best] = -1
-            found = k
-        j = 0
-        while found < k:  # fewer than k are positive
-            if row[j] < least:
-                value_bits[r, found] = 0
-                indices[r, found] = j
-                found += 1
-            j += 1
+        buffer[:d] = rows[r]
+        _pack_row(buffer, d, stored[r])
 
 
-@_compiled
-def decode_rows(centred, values, indices, decoder, scale, gradient, value_gradient):
-    """x_hat - x, its gradient, and the gradient of the values; returns the summed |x_hat - x|^2.
-
-    centred (n, d) = x - b, so that x_hat - x = sum_i a_i w_i - centred. gradient (n, d) = scale (x_hat - x);
-    value_gradient (n, k), 0 in unused slots.
-    """
-    n, k = indices.shape
-    d = decoder.shape[1]
-    total = 0.0
+@compile_kernel
+def centre_rows(x, bias, stored):
+    """x - b of rows x (n, d), in stored form."""
+    n, d = x.shape
+    buffer = np.zeros(-(-d // (2 * LANES)) * 2 * LANES, np.float32)
     for r in range(n):
-        g = gradient[r]
         for j in range(d):
-            g[j] = -centred[r, j]
-        for s in range(0, k - k % 2, 2):
-            a0, a1, w0, w1 = values[r, s], values[r, s + 1], decoder[indices[r, s]], decoder[indices[r, s + 1]]
-            for j in range(d):
-                g[j] += a0 * w0[j] + a1 * w1[j]
-        if k % 2:
-            a0, w0 = values[r, k - 1], decoder[indices[r, k - 1]]
-            for j in range(d):
-                g[j] += a0 * w0[j]
+            buffer[j] = x[r, j] - bias[j]
+        _pack_row(buffer, d, stored[r])
+
+
+@compile_kernel
+def _add_rows(to, a0, a1, a2, a3, row0, row1, row2, row3):
+    """to += sum of four stored rows times their numbers."""
+    h = len(to) // 2
+    s0, s1, s2, s3 = splat(a0), splat(a1), splat(a2), splat(a3)
+    for j in range(0, h, LANES):
+        lower, upper = load(to, j), load(to, h + j)
+        lower, upper = add_product(lower, s0, low(row0, j, h)), add_product(upper, s0, high(row0, j, h))
+        lower, upper = add_product(lower, s1, low(row1, j, h)), add_product(upper, s1, high(row1, j, h))
+        lower, upper = add_product(lower, s2, low(row2, j, h)), add_product(upper, s2, high(row2, j, h))
+        lower, upper = add_product(lower, s3, low(row3, j, h)), add_product(upper, s3, high(row3, j, h))
+        store(to, j, lower)
+        store(to, h + j, upper)
+
+
+@compile_kernel
+def _add_rows_and_dot(to, with_row, a0, a1, a2, a3, row0, row1, row2, row3):
+    """The same, and the scalar product of each row with `with_row`: each row is read once for both."""
+    h = len(to) // 2
+    s0, s1, s2, s3 = splat(a0), splat(a1), splat(a2), splat(a3)
+    d0 = splat(np.float32(0))
+    d1, d2, d3 = d0, d0, d0
+    for j in range(0, h, LANES):
+        lower, upper, w_lower, w_upper = load(to, j), load(to, h + j), load(with_row, j), load(with_row, h + j)
+        g_lower, g_upper = low(row0, j, h), high(row0, j, h)
+        d0 = add_product(add_product(d0, g_lower, w_lower), g_upper, w_upper)
+        lower, upper = add_product(lower, s0, g_lower), add_product(upper, s0, g_upper)
+        g_lower, g_upper = low(row1, j, h), high(row1, j, h)
+        d1 = add_product(add_product(d1, g_lower, w_lower), g_upper, w_upper)
+        lower, upper = add_product(lower, s1, g_lower), add_product(upper, s1, g_upper)
+        g_lower, g_upper = low(row2, j, h), high(row2, j, h)
+        d2 = add_product(add_product(d2, g_lower, w_lower), g_upper, w_upper)
+        lower, upper = add_product(lower, s2, g_lower), add_product(upper, s2, g_upper)
+        g_lower, g_upper = low(row3, j, h), high(row3, j, h)
+        d3 = add_product(add_product(d3, g_lower, w_lower), g_upper, w_upper)
+        lower, upper = add_product(lower, s3, g_lower), add_product(upper, s3, g_upper)
+        store(to, j, lower)
+        store(to, h + j, upper)
+    return total(d0), total(d1), total(d2), total(d3)
+
+
+@compile_kernel
+def decode_rows(x, bias, values, indices, decoder, scale, gradient, bias_gradient, fired):
+    """The gradient of x_hat for some rows; returns the summed |x_hat - x|^2.
+
+    x (n, d) float32; values and indices (n, k); decoder (M, .) stored; gradient (n, .), stored, is set to
+    scale (x_hat - x), and its sum is added to bias_gradient (d,). fired (M,) is set to how often each latent did.
+    """
+    n, k = indices.shape
+    d = x.shape[1]
+    flat = indices.ravel()
+    residual = np.zeros(-(-d // (2 * LANES)) * 2 * LANES, np.float32)
+    squared_error, zero = 0.0, np.float32(0)
+    fired[:] = 0
+    for r in range(n):
+        for j in range(d):
+            residual[j] = bias[j] - x[r, j]
+        whole = k - k % 4
+        for s in range(0, whole, 4):
+            a0, a1, a2, a3 = values[r, s], values[r, s + 1], values[r, s + 2], values[r, s + 3]
+            i0, i1, i2, i3 = indices[r, s], indices[r, s + 1], indices[r, s + 2], indices[r, s + 3]
+            p = r * k + s + AHEAD
+            for q in range(p, min(p + 4, n * k)):
+                for j in range(0, decoder.shape[1], LANES):
+                    prefetch(decoder[flat[q]], j)
+            _add_rows(residual, a0, a1, a2, a3, decoder[i0], decoder[i1], decoder[i2], decoder[i3])
+        for s in range(whole, k):
+            row = decoder[indices[r, s]]
+            _add_rows(residual, values[r, s], zero, zero, zero, row, row, row, row)
+        for s in range(k):
+            fired[indices[r, s]] += values[r, s] > 0
         squared = np.float32(0)
         for j in range(d):
-            squared += g[j] * g[j]
-            g[j] *= scale
-        total += squared
-        for s in range(k):
-            w0 = decoder[indices[r, s]]
-            dot = np.float32(0)
-            for j in range(d):
-                dot += g[j] * w0[j]
-            value_gradient[r, s] = dot if values[r, s] > 0 else np.float32(0)
-    return total
+            squared += residual[j] * residual[j]
+            residual[j] *= scale
+        squared_error += squared
+        for j in range(d):
+            bias_gradient[j] += residual[j]
+        _pack_row(residual, d, gradient[r])
+    return squared_error
 
 
-@_compiled
-def sort_pairs(values, value_gradient, indices, first, pair_row, pair_value, pair_gradient):
-    """Bring the active (row, latent) pairs into the order of the latents: first[i]:first[i + 1] are those of i.
+@compile_kernel
+def first_pairs(fired, first):
+    """Where the pairs of each latent begin: first[i]:first[i + 1] are those of i, block after block of rows.
 
-    A counting sort: within a latent the rows ascend.
+    fired (blocks, M) counts what each block of rows has; it is set to where the block's own begin.
+    """
+    blocks, m = fired.shape
+    counts = np.zeros(m, np.int32)
+    for b in range(blocks):
+        for i in range(m):
+            count = fired[b, i]
+            fired[b, i] = counts[i]
+            counts[i] += count
+    first[0] = 0
+    for i in range(m):
+        first[i + 1] = first[i] + counts[i]
+    for b in range(blocks):
+        for i in range(m):
+            fired[b, i] += first[i]
+
+
+@compile_kernel
+def scatter_pairs(begin, values, indices, place, pairs):
+    """Bring a block's active (row, value) pairs to their latents' places; `begin` is the number of its first row.
+
+    values, indices (n, k) of the block; place (M,) from `first_pairs`; pairs (., 2) int32: the row, the value's bits.
+    Within a latent the rows ascend.
     """
     n, k = indices.shape
-    first[:] = 0
+    bits = values.view(np.int32)
     for r in range(n):
         for s in range(k):
-            first[indices[r, s] + 1] += values[r, s] > 0
-    for i in range(1, len(first)):
-        first[i] += first[i - 1]
-    place = first[:-1].copy()
-    for r in range(n):
-        for s in range(k):
-            if values[r, s] > 0:
+            if bits[r, s] > 0:
                 i = indices[r, s]
                 p = place[i]
                 place[i] = p + 1
-                pair_row[p] = r
-                pair_value[p] = values[r, s]
-                pair_gradient[p] = value_gradient[r, s]
+                pairs[p, 0] = begin + r
+                pairs[p, 1] = bits[r, s]
 
 
-@_compiled
+@compile_kernel
 def adam_row(p, m, v, g, lr, rescale, eps):
     """Adam for one row, in place: lr / (1 - beta1^t) and rescale = (1 - beta2^t)^-1/2 correct the moments' start."""
     for j in range(len(p)):
@@ -190,43 +183,54 @@ def adam_row(p, m, v, g, lr, rescale, eps):
         p[j] -= lr * mean / (np.sqrt(square) * rescale + eps)
 
 
-@_compiled
+@compile_kernel
 def update_latents(
-    begin, end, first, pair_row, pair_value, pair_gradient, centred, gradient,
+    begin, end, first, pairs, centred, gradient,
     dead_slot, dead_encoder, dead_bias, dead_decoder,
     encoder, encoder_m, encoder_v, decoder, decoder_m, decoder_v, bias, bias_m, bias_v,
-    idle, through_bias, lr, rescale, eps,
+    stored_encoder, stored_decoder, idle, through_bias, lr, rescale, eps,
 ):  # fmt: skip
     """Everything that happens to latents begin..end in a step: both rows' gradients, projection, Adam, unit length.
 
-    The gradients stay in two rows of cache. dead_slot[i] >= 0 names the row of AuxK's gradients for latent i.
-    through_bias (d,) gets sum_i dL/dc_i W_i, what reaches the pre-bias by way of the encoder.
+    centred = x - b and gradient = dL/dx_hat are (n, .) stored; the value gradient of a pair is gradient . w_i. The
+    gradients stay in two rows of cache. dead_slot[i] >= 0 names the row of AuxK's gradients for latent i. The new
+    weights go to stored_encoder and stored_decoder, too. through_bias (d,) gets sum_i dL/dc_i W_i, what reaches the
+    pre-bias by way of the encoder.
     """
     d = encoder.shape[1]
-    ge = np.empty(d, np.float32)
-    gd = np.empty(d, np.float32)
-    gb1 = np.empty(1, np.float32)
+    width = -(-d // (2 * LANES)) * 2 * LANES
+    ge, gd, row = np.zeros(width, np.float32), np.zeros(width, np.float32), np.zeros(width, np.float32)
+    gb1, zero = np.empty(1, np.float32), np.float32(0)
+    numbers = pairs.view(np.float32)
+    through_bias[:] = 0
+    last = first[end]
     for i in range(begin, end):
         p, stop = first[i], first[i + 1]
         idle[i] = 0 if stop > p else idle[i] + 1
         ge[:] = 0
         gd[:] = 0
         gb = np.float32(0)
-        while p + 2 <= stop:  # two rows a turn: half the traffic of ge and gd
-            a0, a1, b0, b1 = pair_value[p], pair_value[p + 1], pair_gradient[p], pair_gradient[p + 1]
-            x0, x1 = centred[pair_row[p]], centred[pair_row[p + 1]]
-            g0, g1 = gradient[pair_row[p]], gradient[pair_row[p + 1]]
-            for j in range(d):
-                gd[j] += a0 * g0[j] + a1 * g1[j]
-                ge[j] += b0 * x0[j] + b1 * x1[j]
-            gb += b0 + b1
-            p += 2
-        if p < stop:
-            a0, b0, x0, g0 = pair_value[p], pair_gradient[p], centred[pair_row[p]], gradient[pair_row[p]]
-            for j in range(d):
-                gd[j] += a0 * g0[j]
-                ge[j] += b0 * x0[j]
-            gb += b0
+        row[:d] = decoder[i]
+        while p < stop:
+            some = min(stop - p, 4)  # four at a time; fewer are filled up with a weight of 0
+            for q in range(p + AHEAD, min(p + AHEAD + 4, last)):
+                ahead = pairs[q, 0]
+                for j in range(0, gradient.shape[1], LANES):
+                    prefetch(gradient[ahead], j)
+                    prefetch(centred[ahead], j)
+            p1, p2, p3 = p + min(1, some - 1), p + min(2, some - 1), p + min(3, some - 1)
+            r0, r1, r2, r3 = pairs[p, 0], pairs[p1, 0], pairs[p2, 0], pairs[p3, 0]
+            a0 = numbers[p, 1]
+            a1 = numbers[p1, 1] if some > 1 else zero
+            a2 = numbers[p2, 1] if some > 2 else zero
+            a3 = numbers[p3, 1] if some > 3 else zero
+            b0, b1, b2, b3 = _add_rows_and_dot(
+                gd, row, a0, a1, a2, a3, gradient[r0], gradient[r1], gradient[r2], gradient[r3]
+            )
+            b1, b2, b3 = b1 if some > 1 else zero, b2 if some > 2 else zero, b3 if some > 3 else zero
+            _add_rows(ge, b0, b1, b2, b3, centred[r0], centred[r1], centred[r2], centred[r3])
+            gb += (b0 + b1) + (b2 + b3)
+            p += some
         we, wd = encoder[i], decoder[i]
         for j in range(d):
             through_bias[j] += gb * we[j]
@@ -251,3 +255,7 @@ def update_latents(
         length = np.float32(1) / max(np.sqrt(squared), np.float32(1e-12))
         for j in range(d):
             wd[j] *= length
+        row[:d] = we
+        _pack_row(row, d, stored_encoder[i])
+        row[:d] = wd
+        _pack_row(row, d, stored_decoder[i])
