@@ -11,6 +11,10 @@ import numpy as np
 from .base import Detector, Observations, register
 from .maths import covariance, mean_row
 
+# Singular values of the head under this share of the largest count as 0. The rows of a head that was trained from zeros
+# sum to zero, up to the rounding of float32; without the cut that rounding would set the origin.
+_RANK = 1e-5
+
 
 def _check_dim(dim: int, d: int) -> int:
     if not 1 <= dim < d:
@@ -40,7 +44,7 @@ class Residual(Detector):
         weight, bias = obs.require_head()
         d = obs.cls.shape[1]
         dim = _check_dim(self.dim if self.dim is not None else (512 if d >= 768 else d // 2), d)
-        self._origin = -np.linalg.pinv(weight) @ bias
+        self._origin = -np.linalg.pinv(weight, rcond=_RANK) @ bias
         spread = covariance(obs, lambda block: block.cls64, self._origin)
         self._null = np.linalg.eigh(spread)[1][:, : d - dim]
         return self
