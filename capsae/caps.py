@@ -120,6 +120,21 @@ class ClassActivationProfiles:
             raise ValueError(f"profiles of shape {self.sums.shape} and {other.sums.shape} cannot be merged")
         return type(self)(self.sums + other.sums, self.active + other.active, self.counts + other.counts)
 
+    def all_reduce(self) -> ClassActivationProfiles:
+        """Profiles of the samples of all ranks together, on every rank (a new object); without torchrun, the same.
+
+        Each rank has seen samples of its own. The result is :meth:`merge` of them all.
+        """
+        from . import distributed
+
+        if distributed.world_size() == 1:
+            return self
+        import torch
+
+        device = distributed.meeting_place()
+        parts = (torch.tensor(part, device=device) for part in (self.sums, self.active, self.counts))
+        return type(self)(*(distributed.all_reduce(part).cpu().numpy() for part in parts))
+
     @property
     def n_classes(self) -> int:
         return self.sums.shape[0]

@@ -7,16 +7,21 @@ train ...``), :func:`start` joins the group: NCCL with a GPU per rank, else Gloo
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+_ALONE = ContextVar("alone", default=False)
+
 
 def start() -> None:
     """Join the group that torchrun describes in the environment; does nothing without torchrun, or when joined."""
-    if joined() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if joined() or _ALONE.get() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     if not dist.is_available():
         raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but this torch has no torch.distributed")
@@ -30,7 +35,17 @@ def start() -> None:
 
 def joined() -> bool:
     """Whether this process belongs to a group."""
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and not _ALONE.get()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process is by itself, for work that one rank does while the others wait or go on."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def rank() -> int:
@@ -41,6 +56,16 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are; 1 without a group."""
     return dist.get_world_size() if joined() else 1
+
+
+def local_world_size() -> int:
+    """How many of the processes are on this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if joined() else 1
+
+
+def meeting_place() -> str:
+    """Device that small tensors must be on to be reduced: the CPU, unless the group has NCCL alone."""
+    return "cuda" if joined() and "cpu:" not in dist.get_backend_config() else "cpu"
 
 
 def barrier() -> None:
@@ -80,5 +105,5 @@ def share_of(n: int, index: int | None = None, count: int | None = None) -> slic
 
 
 def _leave() -> None:
-    if joined():
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """Images -> features: one pass of a frozen backbone over a source, sharded, resumable and flat in memory.
 
 Decoding runs in threads ahead of the forward pass (Pillow releases the GIL); a finished shard is one safetensors
-file, written atomically, and is never made again by a later run with the same source and backbone.
+file, written atomically, and is never made again by a later run with the same source and backbone. Under torchrun the
+ranks share the shards; they must see the same folder.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from . import distributed
 from .backbone import Backbone, BackboneSpec, available_cores, load_backbone, pick_device, pick_dtype
 from .data import ImageSource, open_source
 from .featureset import FeatureSet, LinearHead, write_tensors
@@ -109,7 +111,7 @@ def extract(
         Products in ``float32``, ``bfloat16`` or ``auto``: bfloat16 on CUDA, float32 on a CPU (even where a CPU has
         bfloat16 instructions: results should not depend on its generation).
     workers : int or None
-        Decoding threads; None = the cores that this process may use.
+        Decoding threads; None = the cores that this process may use, shared with the other ranks of this machine.
     logits : bool
         Keep the logits of the model's own head, if it has one.
     name : str or None
@@ -117,17 +119,20 @@ def extract(
     max_bad : float
         Share of bad images that may be skipped.
     progress : bool
-        Show a bar with images/s.
+        Show a bar with images/s: rank 0's own share.
 
     Returns
     -------
     FeatureSet
         Rows in the order of the source, bad images left out; ``meta["bad_images"]`` lists them as ``{"id", "why"}``.
+        Under torchrun each rank makes every so manyth shard, and all return the same whole set.
 
     Raises
     ------
     BadImagesError
         If more than ``max_bad`` of the images are bad; as soon as that is sure.
+    FileNotFoundError
+        Under torchrun, if the ranks do not see each other's shards.
     """
     source = source if isinstance(source, ImageSource) else open_source(source)
     if len(source) == 0:
@@ -135,7 +140,7 @@ def extract(
     for key, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
             raise ValueError(f"{key} is {value}, expected at least 1")
-    workers = workers or available_cores()
+    workers = workers or max(1, available_cores() // distributed.local_world_size())
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
@@ -146,22 +151,21 @@ def extract(
 
     key = _key(source, backbone, shard_size, dtype, logits)
     n_shards = -(-len(source) // shard_size)
-    done = {i: info for i in range(n_shards) if (info := _finished(out_dir, i, key)) is not None}
-    _sweep(out_dir, n_shards)
+    rank, n_ranks = distributed.rank(), distributed.world_size()
+    # Rank 0 tidies up and says what is there before any rank writes: all must leave out the same shards.
+    done = distributed.broadcast(_tidied(out_dir, n_shards, key) if rank == 0 else None)
+    own = [i for i in range(n_shards) if i not in done][rank::n_ranks]
     bad: list[dict] = [each for i in sorted(done) for each in done[i]["bad_images"]]
-    kept_rows = sum(done[i]["n_rows"] for i in done)
     if done:
         log.info("%s: %d of %d shards are finished already", source.name, len(done), n_shards)
 
     started = time.perf_counter()
     with (
-        _bar(len(source), kept_rows, source.name, progress) as bar,
+        _bar(source, done, own, shard_size, progress) as bar,
         ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
     ):
         shard = _Shard.empty()
-        batches = _batches(
-            source, backbone, [i for i in range(n_shards) if i not in done], shard_size, batch_size, pool, device
-        )
+        batches = _batches(source, backbone, own, shard_size, batch_size, pool, device)
         try:
             for batch, found, cls, scores in _forward(batches, backbone, device, dtype, logits):
                 if batch.shard != shard.number:
@@ -175,9 +179,11 @@ def extract(
             shard.write(out_dir, key)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    distributed.barrier()
+    bad = [each for i in range(n_shards) for each in _needed(out_dir, i, key)["bad_images"]]
     if len(bad) > max_bad * len(source):
         raise BadImagesError(source.name, bad, len(source), max_bad)
-    for each in bad:
+    for each in bad if rank == 0 else ():
         log.warning("%s: skipped %s: %s", source.name, each["id"], each["why"])
 
     meta = {
@@ -192,10 +198,13 @@ def extract(
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": round(time.perf_counter() - started, 3),
         "resumed_shards": len(done),
+        "ranks": n_ranks,
         "extractor": EXTRACTOR,
         "versions": _versions(),
     }
-    return _collect(out_dir, n_shards, source, name or source.name, meta, logits)
+    features = _collect(out_dir, n_shards, source, name or source.name, distributed.broadcast(meta), logits)
+    distributed.barrier()  # whoever removes the shards must not do so before all have read them
+    return features
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -312,11 +321,22 @@ def _finished(out_dir: Path, number: int, key: str) -> dict | None:
     return info if info.get("key") == key else None
 
 
-def _sweep(out_dir: Path, n_shards: int) -> None:
-    """Remove what a killed run or a longer source left behind."""
+def _needed(out_dir: Path, number: int, key: str) -> dict:
+    """Info of a shard that must be there."""
+    info = _finished(out_dir, number, key)
+    if info is None:
+        raise FileNotFoundError(
+            f"{_shard_path(out_dir, number)} is not there, or not whole; a folder that all ranks share would do"
+        )
+    return info
+
+
+def _tidied(out_dir: Path, n_shards: int, key: str) -> dict[int, dict]:
+    """Remove what a killed run or a longer source left behind; the infos of the finished shards, by number."""
     for path in [*out_dir.glob("shard-*.safetensors.*.tmp"), *out_dir.glob("shard-*.safetensors")]:
         if path.suffix == ".tmp" or int(path.name[6:11]) >= n_shards:
             path.unlink(missing_ok=True)
+    return {i: info for i in range(n_shards) if (info := _finished(out_dir, i, key)) is not None}
 
 
 def _collect(out_dir: Path, n_shards: int, source: ImageSource, name: str, meta: dict, logits: bool) -> FeatureSet:
@@ -353,10 +373,15 @@ def _read(out_dir: Path, number: int, key: str) -> np.ndarray:
 # --- small things ---------------------------------------------------------------------------------
 
 
-def _bar(total: int, initial: int, name: str, progress: bool):
+def _bar(source: ImageSource, done: dict[int, dict], own: list[int], shard_size: int, progress: bool):
     from tqdm.auto import tqdm
 
+    name, total, initial = source.name, len(source), sum(info["n_rows"] for info in done.values())
     label = Path(name).parent.name + "/" + Path(name).name if os.sep in name else name
+    if distributed.world_size() > 1:
+        total, initial = sum(min(shard_size, len(source) - i * shard_size) for i in own), 0
+        label += f", rank {distributed.rank()} of {distributed.world_size()}"
+        progress = progress and distributed.rank() == 0
     return tqdm(
         total=total,
         initial=initial,

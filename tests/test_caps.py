@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,6 +87,32 @@ def test_terms_sum_to_the_score():
     codes, labels = random_codes(rng, 100, 30, 5), rng.integers(0, 3, 100)
     score, terms, degenerate = epd_terms(codes, labels, ClassActivationProfiles.fit(codes, labels, 3), 0.3)
     np.testing.assert_allclose(terms.sum(1)[~degenerate], score[~degenerate], rtol=1e-12)
+
+
+def test_sum_over_ranks_is_the_merge(tmp_path):
+    rng = np.random.default_rng(5)
+    codes, labels = random_codes(rng, 90, 40, 6), rng.integers(0, 4, 90)
+    parts = [
+        ClassActivationProfiles.empty(4, 40).update(codes[rows], labels[rows]) for rows in (slice(60), slice(60, 90))
+    ]
+    for rank, part in enumerate(parts):
+        part.save(tmp_path / f"{rank}.in")
+    code = """if True:
+        import sys
+        from capsae import ClassActivationProfiles, distributed
+        distributed.start()
+        part = ClassActivationProfiles.load(f"{sys.argv[1]}/{distributed.rank()}.in")
+        part.all_reduce().save(f"{sys.argv[1]}/{distributed.rank()}.out")
+    """
+    ranks.run(code, tmp_path)
+    merged = parts[0].merge(parts[1])
+    for rank in range(2):
+        found = ClassActivationProfiles.load(tmp_path / f"{rank}.out")
+        for name in ("sums", "active", "counts"):
+            one, two = getattr(found, name), getattr(merged, name)
+            assert one.dtype == two.dtype
+            np.testing.assert_array_equal(one, two)
+    assert merged.all_reduce() is merged, "alone there is nothing to add"
 
 
 def test_merge_of_parts_is_the_whole_and_mean_is_the_mean():

@@ -38,3 +38,20 @@ def test_three_ranks_reduce_gather_and_broadcast():
     """
     for rank, line in enumerate(ranks.run(code, ranks=3)):
         assert json.loads(line) == [rank, 3, [[3.0, 30.0], [0.0, 10.0], [2.0, 10.0]], [0, 1, 2], "of 0"]
+
+
+def test_alone_within_a_group():
+    code = """if True:
+        import json, torch
+        from capsae import distributed as d
+        d.start()
+        if d.rank() == 0:
+            with d.alone():
+                d.barrier(); d.start()
+                inside = [d.rank(), d.world_size(), d.local_world_size(), d.broadcast("own"), d.joined()]
+        else:
+            inside = None
+        print(json.dumps([inside, d.world_size(), d.local_world_size(), d.meeting_place(), d.broadcast(inside)]))
+    """
+    inside = [0, 1, 1, "own", False]
+    assert [json.loads(line) for line in ranks.run(code)] == [[each, 2, 2, "cpu", inside] for each in (inside, None)]

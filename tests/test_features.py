@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from PIL import Image
 
@@ -188,6 +191,71 @@ def test_killed_run_goes_on_where_it_stopped(checkpoint, pixels, tmp_path):
     whole = extract(spec, settings, tmp_path / "whole", batch_size=8, shard_size=16, progress=False)
     assert len(whole) == 64
     assert resumed.digest() == whole.digest()
+
+
+RANKS = """
+    import json, sys, time
+    import torch
+    from capsae import distributed
+    from capsae.data import open_source
+    from capsae.features import extract
+
+    folder, checkpoint, out, last = sys.argv[1:]
+    torch.set_num_threads(1)
+    distributed.start()
+    source = open_source({"kind": "folder", "path": folder})
+    read = source.read
+    object.__setattr__(source, "read", lambda row: time.sleep(600) if row >= int(last) else read(row))
+    backbone = {"model": "vit_tiny_patch16_224", "image_size": 32, "checkpoint": checkpoint}
+    found = extract(source, backbone, out, batch_size=8, shard_size=16, workers=1, progress=False, max_bad=0.05)
+    print(json.dumps([found.digest(), found.meta["resumed_shards"], found.meta["bad_images"], found.meta["ranks"]]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_shards_and_a_killed_run_goes_on(checkpoint, pixels, tmp_path):
+    spec = write_folder(tmp_path / "images", pixels[:90], bad={3, 70})
+    code, out = textwrap.dedent(RANKS), tmp_path / "out"
+    settings = {"model": "vit_tiny_patch16_224", "image_size": 32, "checkpoint": checkpoint}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have: another number may round another way
+    try:
+        one = extract(spec, settings, tmp_path / "one", batch_size=8, shard_size=16, max_bad=0.05, progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    assert (one.meta["resumed_shards"], len(one.meta["bad_images"]), one.meta["ranks"]) == (0, 2, 1)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", code, spec["path"], checkpoint, str(out), "64"]
+    started = [
+        subprocess.Popen(command, env=os.environ | ranks.environment(rank, 2, port), stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("shard-*.safetensors"))) < 2:  # shard 0 of rank 0, shard 1 of rank 1, of six
+            assert all(process.poll() is None for process in started), "a rank ended"
+            assert time.monotonic() < deadline, "no two shards after a minute"
+            time.sleep(0.01)
+    finally:
+        for process in started:
+            process.kill()  # SIGKILL
+            process.wait()
+            process.stderr.close()
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in out.glob("shard-*.safetensors")}
+    assert sorted(path.name[6:11] for path in before) == ["00000", "00001"]
+
+    outputs = [json.loads(line) for line in ranks.run(code, spec["path"], checkpoint, out, 90)]
+    assert outputs == [[one.digest(), 2, one.meta["bad_images"], 2]] * 2, "each rank has what one process makes"
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in before} == before
+    assert len(list(out.glob("shard-*"))) == 6
+
+
+def test_ranks_without_a_shared_folder_are_told_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"shard-00003.*a folder that all ranks share would do"):
+        features_module._needed(tmp_path, 3, "key")
 
 
 def test_other_source_backbone_or_setting_is_not_resumed(backbone, checkpoint, pixels, tmp_path):
