@@ -159,11 +159,12 @@ def _offsets(counts, totals, parts, n_blocks, n_latents, SHARE: tl.constexpr, BL
     latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = latent < n_latents
     total = tl.zeros((BLOCK,), tl.int32)
-    for block in range(0, n_blocks):
-        place = counts + block.to(tl.int64) * n_latents + latent
+    place = counts + latent
+    for _ in range(0, n_blocks):
         here = tl.load(place, mask=inside, other=0)
         tl.store(place, total, mask=inside)
         total += here
+        place += n_latents
     tl.store(totals + latent, total, mask=inside)
     tl.store(parts + latent, tl.where(total > SHARE, (total + SHARE - 1) // SHARE, 0), mask=inside)
 
@@ -281,11 +282,12 @@ def _update(
                 begin, stop, pair_row, pair_value, pair_gradient, centred, residual, D, COLUMNS, PAIRS
             )
             of_bias = tl.sum(biases, axis=0)
-            for shared in range(part, last):
-                place = shared.to(tl.int64) * D + column
-                of_encoder += tl.load(part_encoder + place, mask=inside, other=0.0)
-                of_decoder += tl.load(part_decoder + place, mask=inside, other=0.0)
-                of_bias += tl.load(part_bias + shared)
+            shared = part.to(tl.int64) * D + column
+            for p in range(part, last):
+                of_encoder += tl.load(part_encoder + shared, mask=inside, other=0.0)
+                of_decoder += tl.load(part_decoder + shared, mask=inside, other=0.0)
+                of_bias += tl.load(part_bias + p)
+                shared += D
         of_decoder *= scale
         we = tl.load(encoder + here, mask=inside, other=0.0)
         wd = tl.load(decoder + here, mask=inside, other=0.0)
