@@ -1,0 +1,356 @@
+"""The GPU's kernels and step against plain PyTorch and float64.
+
+Without a GPU they run in Triton's interpreter, in a process of their own: the interpreter is chosen when triton is
+imported, and the other tests must not see it. On a GPU they run on it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1" or CUDA
+pytest.importorskip("triton", reason="triton is not installed")
+
+if not INSIDE:
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(900)  # 30 s of processor time
+    def test_in_the_interpreter():
+        """Everything below, in the process that interprets Triton."""
+        environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        assert " passed" in run.stdout
+
+else:
+    from capsae.sae import SAEConfig, TopKSAE, gpu_products, gpu_step, kernels, steps
+    from capsae.sae.gpu_step import StepGroup, TritonStep
+    from capsae.sae.steps import PlainStep
+
+inside = pytest.mark.skipif(not INSIDE, reason="runs in test_in_the_interpreter")
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+WAYS = [frozenset(), frozenset({"decode"}), frozenset({"weights"}), frozenset({"decode", "weights"})]
+
+
+@pytest.fixture(autouse=True)
+def dice():
+    torch.manual_seed(0)
+
+
+def check_topk(z: torch.Tensor, k: int) -> None:
+    values = torch.full((len(z), k), -7.0, device=DEVICE)
+    indices = torch.full((len(z), k), -7, dtype=torch.int32, device=DEVICE)
+    kernels.topk(z.to(DEVICE), k, values, indices)
+    expected = z.relu().float().sort(dim=1, descending=True, stable=True)  # of equal ones the lower column
+    order = indices.cpu().long().sort(1)
+    torch.testing.assert_close(order.values, expected.indices[:, :k].sort(1).values)
+    assert torch.equal(values.cpu(), z.relu().float().gather(1, indices.cpu().long()))
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("m", "k"), [(37, 4), (64, 64), (17, 1), (1030, 33)])
+def test_topk(dtype, m, k):
+    z = torch.randn(4, m)
+    z[0] = -z[0].abs()  # none positive
+    z[1, 3:] = -0.0  # three at most
+    z[2] = (2 * z[2]).round() / 2  # ties, also at the k-th place
+    check_topk(z.to(dtype), k)
+
+
+@inside
+def test_topk_of_rows_too_long_for_one_program(monkeypatch):
+    monkeypatch.setattr(kernels, "SEGMENT", 64)
+    check_topk((torch.randn(3, 300) * 2).round() / 2, 20)
+    check_topk((torch.randn(2, 150)).bfloat16(), 49)
+    check_topk(torch.randn(2, 150), 51)  # more than the last segment has
+
+
+@inside
+def test_topk_shows_a_nan_and_takes_infinity():
+    z = torch.randn(2, 40)
+    z[0, 7], z[1, 9] = torch.nan, torch.inf
+    values, indices = torch.zeros(2, 3, device=DEVICE), torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
+    kernels.topk(z.to(DEVICE), 3, values, indices)
+    assert values[0].isnan().sum() == 1 and 7 in indices[0] and values[1].max() == torch.inf and 9 in indices[1]
+
+
+def made_batch(dense=frozenset(), n=23, d=19, m=29, k=5, heavy=4, dtype=torch.float32):
+    """A batch with a code of its own: an unused latent (3), one in every row (4), unused slots, and its weights."""
+    batch = gpu_products.Batch(n, d, m, k, 8, dtype, dense, DEVICE, heavy)
+    others = torch.stack([torch.randperm(m - 5)[: k - 1] + 5 for _ in range(n)])
+    indices = torch.cat([torch.full((n, 1), 4), others], 1)
+    values = torch.rand(n, k) + 0.1
+    values[torch.rand(n, k) < 0.2] = 0
+    values[:, 0] = 1.5
+    batch.centred.copy_(torch.randn(n, d))
+    batch.values.copy_(values)
+    batch.indices.copy_(indices)
+    return batch, torch.nn.functional.normalize(torch.randn(m, d, device=DEVICE), dim=1)
+
+
+def in_float64(batch, decoder, scale):
+    """Residual, value gradient, gradients of encoder, decoder and biases, by dense algebra."""
+    values, indices = batch.values.double().cpu(), batch.indices.long().cpu()
+    code = torch.zeros(batch.n, batch.m, dtype=torch.float64).scatter(1, indices, values)
+    x, rows = batch.centred.double().cpu(), decoder.double().cpu()
+    residual = code @ rows - x
+    code_gradient = scale * (residual @ rows.T) * (code > 0)
+    return residual, code_gradient, code_gradient.T @ x, scale * code.T @ residual, code_gradient.sum(0)
+
+
+@inside
+@pytest.mark.parametrize("dense", WAYS[::3])
+def test_decode(dense):
+    batch, decoder = made_batch(dense)
+    fired = torch.zeros(batch.m, dtype=torch.int32, device=DEVICE)
+    batch.decode(batch.n, decoder, fired, 0.37)
+    residual, code_gradient, *_ = in_float64(batch, decoder, 0.37)
+    torch.testing.assert_close(batch.residual.cpu().double(), residual, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(batch.row_error.cpu().double(), residual.square().sum(1), atol=1e-5, rtol=1e-5)
+    expected = code_gradient.gather(1, batch.indices.cpu().long())
+    torch.testing.assert_close(batch.value_gradient.cpu().double(), expected, atol=1e-5, rtol=1e-5)
+    active = batch.values > 0
+    assert torch.equal(batch.row_active, active.sum(1).int())
+    assert set(fired.nonzero().ravel().tolist()) == set(batch.indices[active].tolist())
+
+
+@inside
+@pytest.mark.parametrize("heavy", [4, 512])
+def test_pairs_are_sorted_by_latent_then_row(heavy):
+    batch, _ = made_batch(heavy=heavy)
+    batch.value_gradient.copy_(torch.randn(batch.n, batch.k))
+    batch.sort_pairs(batch.n)
+    rows, slots = (batch.values.cpu() > 0).nonzero(as_tuple=True)
+    latents = batch.indices.cpu()[rows, slots]
+    order = np.lexsort((rows, latents))
+    total = len(order)
+    counts = torch.bincount(latents, minlength=batch.m)
+    assert batch.first.cpu().tolist() == [0, *counts.cumsum(0).tolist()]
+    wanted = rows, batch.values.cpu()[rows, slots], batch.value_gradient.cpu()[rows, slots]
+    for got, expected in zip(batch.pairs, wanted, strict=True):
+        assert torch.equal(got[:total].cpu(), expected[order].to(got.dtype))
+    assert counts[4] == batch.n and counts[3] == 0
+    expected = [0, *torch.where(counts > heavy, (counts + heavy - 1) // heavy, 0).cumsum(0).tolist()]
+    assert batch.part_first.cpu().tolist() == expected and expected[-1] <= batch.most_parts
+
+
+def updated(batch, decoder, dead=None, write=True):
+    """Parameters after `update`, those before, and the counters, as float64 on the CPU."""
+    m, d = decoder.shape
+    dice = torch.Generator().manual_seed(5)
+
+    def new(*shape):
+        return torch.rand(*shape, generator=dice).to(DEVICE)
+
+    encoder, bias = new(m, d) - 0.5, new(m) - 0.5
+    moments = [new(*s) * f for s in ((m, d), (m, d), (m,)) for f in (0.1, 0.01)]
+    weights = [encoder, *moments[:2], decoder.clone(), *moments[2:4], bias, *moments[4:]]
+    before = [t.clone().double().cpu() for t in weights]
+    idle, fired = (torch.full((m,), i, dtype=torch.int32, device=DEVICE) for i in (7, 0))
+    fired[batch.indices[batch.values > 0].long()] = 1
+    halves = [t.clone() for t in (encoder, decoder, bias)]
+    rates = torch.tensor([1e-2, 1.7], device=DEVICE)
+    batch.update(batch.n, (*weights, *halves, idle, fired), dead, 0.37, rates, write)
+    return [t.double().cpu() for t in weights], before, idle.cpu(), fired.cpu()
+
+
+def adam(p, m, v, g):
+    m, v = m + 0.1 * (g - m), v + 0.001 * (g * g - v)
+    return p - 1e-2 * m / (v.sqrt() * 1.7 + 6.25e-10), m, v
+
+
+@inside
+@pytest.mark.parametrize("with_dead", [False, True])
+@pytest.mark.parametrize(("dense", "heavy"), [(WAYS[0], 4), (WAYS[0], 512), (WAYS[2], 4)])
+def test_update(dense, heavy, with_dead):
+    batch, decoder = made_batch(dense, heavy=heavy)
+    if "weights" in dense:
+        batch.latents = 12  # a second and a third, smaller, block
+    batch.residual.copy_(in_float64(batch, decoder, 0.37)[0])
+    residual, code_gradient, of_encoder, of_decoder, of_bias = in_float64(batch, decoder, 0.37)
+    batch.value_gradient.copy_(code_gradient.gather(1, batch.indices.cpu().long()))
+    through, dead = of_bias, None
+    if with_dead:
+        slot = torch.full((batch.m,), -1, dtype=torch.int32)
+        slot[torch.tensor([0, 3, 28])] = torch.tensor([2, 0, 1], dtype=torch.int32)
+        extra = torch.randn(3, batch.d), torch.randn(3, batch.d), torch.randn(3)
+        dead = tuple(t.to(DEVICE) for t in (slot, *extra))
+        has = slot >= 0
+        of_encoder, of_decoder, of_bias = (t.clone() for t in (of_encoder, of_decoder, of_bias))
+        for total, more in zip((of_encoder, of_decoder, of_bias), extra, strict=True):
+            total[has] += more[slot[has].long()].double()
+    after, before, idle, fired = updated(batch, decoder, dead)
+    unit = before[3]
+    of_decoder = of_decoder - (of_decoder * unit).sum(1, keepdim=True) * unit
+    gradients = (0, of_encoder), (3, of_decoder), (6, of_bias)
+    encoder, rows, bias = (adam(*before[i : i + 3], g) for i, g in gradients)
+    rows = torch.nn.functional.normalize(rows[0], dim=1), *rows[1:]
+    for got, expected in zip(after, (*encoder, *rows, *bias), strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(batch.through.sum(0).double().cpu(), through @ before[0], atol=1e-5, rtol=1e-4)
+    active = torch.zeros(batch.m, dtype=torch.bool)
+    active[batch.indices[batch.values > 0].long().cpu()] = True
+    assert torch.equal(idle, torch.where(active, 0, 8).int()) and not fired.any()
+
+
+@inside
+@pytest.mark.parametrize("dense", WAYS[::2])
+def test_update_can_be_timed_without_changing_anything(dense):
+    batch, decoder = made_batch(dense)
+    batch.residual.normal_()
+    batch.value_gradient.normal_()
+    after, before, idle, fired = updated(batch, decoder, write=False)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert (idle == 7).all() and fired.any()
+
+
+def small_sae(n_dead: int, d: int, **options):
+    """An SAE with biases, a latent that always fires, and some that never do but see much."""
+    torch.manual_seed(1)
+    sae = TopKSAE.untrained(d, SAEConfig(**({"latents": 26, "k": 3, "products": "float32", "aux_k": 4} | options)))
+    with torch.no_grad():
+        sae.pre_bias.normal_(0, 0.1)
+        sae.encoder_bias.normal_(0, 0.1)
+        sae.encoder[2 : 2 + n_dead] *= 12
+        sae.encoder_bias[2 : 2 + n_dead] -= 30
+        sae.encoder_bias[0] += 3
+    return sae.to(DEVICE)
+
+
+def take_steps(kind, n_dead=0, dense=frozenset(), sizes=(9, 8), d=11, lr=1e-3, **options):
+    step = kind(small_sae(n_dead, d, **options), variance=2.5, window=10)
+    if kind is not PlainStep:
+        step.dense, step.heavy, step.chunk = dense, 4, 8
+    step.idle[2 : 2 + n_dead] = 50
+    step.find_dead()
+    for n in sizes:
+        step(torch.randn(n, d).to(DEVICE), lr)
+    return step
+
+
+@inside
+@pytest.mark.parametrize(("dense", "n_dead"), [(WAYS[0], 7), (WAYS[0], 0), (WAYS[1], 0), (WAYS[2], 7), (WAYS[3], 7)])
+def test_steps_equal_the_plain_ones(dense, n_dead):
+    plain, quick = (take_steps(kind, n_dead, dense) for kind in (PlainStep, TritonStep))
+    for (name, expected), got in zip(plain.sae.named_parameters(), quick.sae.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        for a, b in zip(plain.moments[name], quick.moments[name], strict=True):
+            torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-4)
+    assert torch.equal(plain.idle, quick.idle)
+    x = torch.randn(17, 11, device=DEVICE)
+    assert quick.squared_error(x) == pytest.approx(plain.squared_error(x), rel=1e-5)
+    expected, got = plain.read(), quick.read()
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert (expected["loss"] > expected["fvu"]) == (n_dead > 0)
+
+
+@inside
+def test_bf16_and_the_average():
+    plain, quick = (take_steps(kind, 7, lr=1e-4, products="bf16", ema=0.9) for kind in (PlainStep, TritonStep))
+    for (name, expected), got in zip(plain.result().named_parameters(), quick.result().parameters(), strict=True):
+        assert (got - expected).abs().max() < 4.1e-4, name  # two steps of Adam move each weight by 1e-4 at most
+        assert (got - expected).abs().mean() < 3e-5, name
+    assert quick.read() == pytest.approx(plain.read(), rel=0.02)
+    parameters = quick.sae.encoder, quick.sae.decoder, quick.sae.encoder_bias
+    for copy, parameter in zip(quick.copies, parameters, strict=True):
+        # The interpreter cuts off what a GPU rounds.
+        torch.testing.assert_close(copy.float(), parameter.detach(), atol=0, rtol=2**-8 if CUDA else 2**-7)
+
+
+@inside
+def test_state_goes_on_bit_for_bit():
+    first = take_steps(TritonStep, 7, sizes=(13,))
+    state = {name: tensor.clone() for name, tensor in first.state().items()}
+    again = TritonStep(small_sae(0, 11), variance=2.5, window=10)
+    again.heavy, again.chunk = 4, 8
+    again.load_state(state)
+    x = torch.randn(12, 11, device=DEVICE)
+    for step in (first, again):
+        step(x, 1e-3)
+    assert again.dense == first.dense
+    for name, tensor in first.state().items():
+        assert torch.equal(tensor, again.state()[name]), name
+
+
+@inside
+def test_several_in_one_call_equal_each_apart():
+    x = [torch.randn(9, 11, device=DEVICE) for _ in range(2 if not CUDA else 6)]
+    apart, together = ([take_steps(TritonStep, n, sizes=()) for n in (0, 5)] for _ in range(2))
+    group = TritonStep.together(together)
+    assert isinstance(group, StepGroup)
+    for batch in x:
+        for step in apart:
+            step(batch, 1e-3)
+        group([batch, batch], [1e-3, 1e-3])
+    for one, other in zip(apart, together, strict=True):
+        for name, tensor in one.state().items():
+            assert torch.equal(tensor, other.state()[name]), name
+
+
+@inside
+def test_the_dead_may_change_between_steps():
+    plain, quick = (take_steps(kind, 7, sizes=(9,)) for kind in (PlainStep, TritonStep))
+    x = torch.randn(9, 11, device=DEVICE)
+    for dead in ([1, 5], []):
+        for step in (plain, quick):
+            step.idle.zero_()
+            step.idle[dead] = 50
+            step.read()
+            step(x, 1e-3)
+    assert quick.revival is None
+    torch.testing.assert_close(quick.sae.encoder, plain.sae.encoder, atol=2e-6, rtol=1e-5)
+
+
+@inside
+def test_out_of_memory_means_smaller_chunks_and_then_a_clear_error(monkeypatch, caplog):
+    real, tried = TritonStep.new_batch, []
+
+    def scarce(self, n, dense):
+        tried.append(self.chunk)
+        if self.chunk > room:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return real(self, n, dense)
+
+    monkeypatch.setattr(TritonStep, "new_batch", scarce)
+    monkeypatch.setattr(gpu_step, "SMALLEST_CHUNK", 2)
+    room = 3
+    step = take_steps(TritonStep, sizes=(13,))
+    assert tried == [8, 4, 2] and step.steps == 1 and "chunks of 2 rows" in caplog.text
+    assert torch.equal(step.idle, take_steps(PlainStep, sizes=(13,)).idle)
+    room = 1
+    with pytest.raises(MemoryError, match=r"13 rows \(d 11, latents 26, k 3\) needs .* MiB"):
+        take_steps(TritonStep, sizes=(13,))
+
+
+@inside
+def test_settings(monkeypatch):
+    wishes = ("", None), ("none", set()), ("decode", {"decode"}), ("weights, decode", {"weights", "decode"})
+    for wish, expected in wishes:
+        monkeypatch.setenv("CAPSAE_GPU_DENSE", wish)
+        assert gpu_step.wished_dense() == expected
+    monkeypatch.setenv("CAPSAE_GPU_DENSE", "all")
+    with pytest.raises(ValueError, match="'all'"):
+        gpu_step.wished_dense()
+    monkeypatch.setenv("CAPSAE_TRITON", "0")
+    assert not gpu_step.available.__wrapped__()
+    assert (steps.BETAS, steps.EPS) == ((0.9, 0.999), 6.25e-10)  # as in kernels._adam
+
+
+@inside
+@pytest.mark.parametrize("dense", WAYS)
+def test_memory_is_as_estimated(dense):
+    for shape in ((4096, 768, 7680, 128, 2048), (8192, 768, 16384, 32, 1024)):
+        batch = gpu_products.Batch(*shape, torch.bfloat16, dense, torch.device("meta"))
+        parts = [t for value in vars(batch).values() for t in (value if isinstance(value, tuple) else (value,))]
+        taken = sum(t.numel() * t.element_size() for t in parts if torch.is_tensor(t))
+        assert taken == pytest.approx(gpu_products.Batch.bytes(*shape, torch.bfloat16, dense), rel=0.05), shape
