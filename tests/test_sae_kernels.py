@@ -35,6 +35,7 @@ else:
     from capsae.sae import SAEConfig, TopKSAE, gpu_products, gpu_step, kernels, steps
     from capsae.sae.gpu_step import StepGroup, TritonStep
     from capsae.sae.steps import PlainStep
+    from capsae.sae.train import _step_kind
 
 inside = pytest.mark.skipif(not INSIDE, reason="runs in test_in_the_interpreter")
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -233,15 +234,19 @@ def take_steps(kind, n_dead=0, dense=frozenset(), sizes=(9, 8), d=11, lr=1e-3, *
         step.dense, step.heavy, step.chunk = dense, 4, 8
     step.idle[2 : 2 + n_dead] = 50
     step.find_dead()
+    step.idle[3] = 0  # it has fired since: AuxK leaves it
     for n in sizes:
         step(torch.randn(n, d).to(DEVICE), lr)
     return step
 
 
 @inside
-@pytest.mark.parametrize(("dense", "n_dead"), [(WAYS[0], 7), (WAYS[0], 0), (WAYS[1], 0), (WAYS[2], 7), (WAYS[3], 7)])
-def test_steps_equal_the_plain_ones(dense, n_dead):
-    plain, quick = (take_steps(kind, n_dead, dense) for kind in (PlainStep, TritonStep))
+@pytest.mark.parametrize(
+    ("dense", "n_dead", "aux_rows"),
+    [(WAYS[0], 7, 1.0), (WAYS[0], 0, 1.0), (WAYS[1], 0, 1.0), (WAYS[2], 7, 0.3), (WAYS[3], 7, 1.0)],
+)
+def test_steps_equal_the_plain_ones(dense, n_dead, aux_rows):
+    plain, quick = (take_steps(kind, n_dead, dense, aux_rows=aux_rows) for kind in (PlainStep, TritonStep))
     for (name, expected), got in zip(plain.sae.named_parameters(), quick.sae.parameters(), strict=True):
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
         for a, b in zip(plain.moments[name], quick.moments[name], strict=True):
@@ -341,6 +346,8 @@ def test_settings(monkeypatch):
     monkeypatch.setenv("CAPSAE_GPU_DENSE", "all")
     with pytest.raises(ValueError, match="'all'"):
         gpu_step.wished_dense()
+    assert _step_kind(None, torch.device("cuda")) is _step_kind(True, torch.device("cuda")) is TritonStep
+    assert _step_kind(False, torch.device("cuda")) is PlainStep
     monkeypatch.setenv("CAPSAE_TRITON", "0")
     assert not gpu_step.available.__wrapped__()
     assert (steps.BETAS, steps.EPS) == ((0.9, 0.999), 6.25e-10)  # as in kernels._adam

@@ -185,6 +185,8 @@ def test_fvu_without_variance_is_refused():
         ({"warmup": 0.7, "decay": 0.5}, ValueError, "over 1 together"),
         ({"ema": 1.0}, ValueError, "ema"),
         ({"aux_alpha": -1}, ValueError, "aux_alpha"),
+        ({"aux_rows": 0}, ValueError, "aux_rows"),
+        ({"aux_rows": 1.5}, ValueError, "aux_rows"),
         ({"dead_after_epochs": 0}, ValueError, "dead_after_epochs"),
         ({"seed": -1}, ValueError, "seed"),
     ],

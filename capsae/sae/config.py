@@ -42,6 +42,9 @@ class SAEConfig:
         Weight of AuxK, in which dead latents alone reconstruct the residual. 0 turns it off.
     aux_k : int or None
         Dead latents used per sample; None is d // 2.
+    aux_rows : float
+        Fraction of each batch's rows that AuxK looks at, the paper's 1 or less; its loss is scaled up to the batch. The
+        order of the rows is random, so the first ones are a random choice, another one in each step.
     dead_after_epochs : float
         A latent is dead when it has not fired for so many passes over the data, looked at after each epoch.
     warmup, decay : float
@@ -74,6 +77,7 @@ class SAEConfig:
     relu: str = "before"
     aux_alpha: float = 1 / 32
     aux_k: int | None = None
+    aux_rows: float = 1.0
     dead_after_epochs: float = 1.0
     warmup: float = 0.05
     decay: float = 0.2
@@ -97,6 +101,7 @@ class SAEConfig:
         if self.lr is not None:
             _need_number("lr", self.lr, lambda v: v > 0, "a number over 0, or None")
         _need_number("aux_alpha", self.aux_alpha, lambda v: v >= 0, "0 or more")
+        _need_number("aux_rows", self.aux_rows, lambda v: 0 < v <= 1, "a fraction over 0, at most 1")
         _need_number("dead_after_epochs", self.dead_after_epochs, lambda v: v > 0, "a number over 0")
         for key in ("warmup", "decay"):
             _need_number(key, getattr(self, key), lambda v: 0 <= v <= 1, "a fraction from 0 to 1")

@@ -7,6 +7,7 @@ at each epoch's `read`, and the learning rate lies in device memory. So a step i
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import statistics
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 TERMS = ("decode", "weights")  # computed by gathers, or by dense products
 SMALLEST_CHUNK = 256
 WARM_UP = 2  # steps that run before one is recorded: they compile the kernels
+CHOICES: dict = {}  # dense or not, by device and shape: all trainings of a process choose alike
 DEAD_SIZES = 16  # the list of dead latents is padded to a multiple of latents / DEAD_SIZES
 
 
@@ -55,7 +57,8 @@ class TritonStep(Step):
     """
 
     def __init__(self, sae, variance: float, window: int) -> None:
-        self.batch = self.revival = None  # `find_dead` below looks at them
+        self.batch = self.revival = None  # `find_dead` looks at them, also before the rest is there
+        self.layout = 0  # grows when recorded steps lose their memory
         super().__init__(sae, variance, window)
         self.device = sae.pre_bias.device
         self.m, self.d = sae.encoder.shape
@@ -76,11 +79,9 @@ class TritonStep(Step):
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, lr: float) -> None:
-        n = len(x)
         self.prepare(x, lr)
-        if not self.replay(n):
-            self.forward(n)
-            self.update(n)
+        if not self.replay(len(x)):
+            self.run(x, lr)
         self.finish()
 
     def prepare(self, x: torch.Tensor, lr: float) -> None:
@@ -96,11 +97,22 @@ class TritonStep(Step):
         self.rates[0].fill_(lr / (1 - BETAS[0] ** steps))
         self.rates[1].fill_((1 - BETAS[1] ** steps) ** -0.5)
 
+    def run(self, x: torch.Tensor, lr: float) -> None:
+        """Kernel by kernel. What failed for want of memory starts again: nothing has changed until `update`."""
+        while True:
+            try:
+                self.forward(len(x))
+                break
+            except torch.cuda.OutOfMemoryError as error:
+                self.shrink(len(x), error)
+                self.prepare(x, lr)
+        self.update(len(x))
+
     def make_room(self, x: torch.Tensor) -> None:
         """A Batch of at least these rows, and a Dead where AuxK has work."""
         if self.dense is None:
             self.dense, self.costs = choose_dense(self, x)
-        if self.batch is None or self.batch.n < len(x) or self.batch.chunk < min(self.chunk, len(x)):
+        if self.batch is None or self.batch.n < len(x):
             self.forget()
             self.batch = self.new_batch(len(x), self.dense)
         if self.revival is None and self.capacity():
@@ -126,7 +138,7 @@ class TritonStep(Step):
         if self.revival is None:
             self.aux.zero_()
             return
-        rows = aux_rows(n, self.config)
+        rows = self.aux_rows(n)
         share = self.config.aux_alpha * n / rows
         self.gradients = self.revival.gradients(
             batch.centred[:rows], batch.residual[:rows], encoder, decoder, bias,
@@ -162,11 +174,9 @@ class TritonStep(Step):
         if not self.use_graphs:
             return False
         if n not in self.graphs:
-            self.seen[n] = self.seen.get(n, 0) + 1
-            if self.seen[n] <= WARM_UP:
+            if not self.warm(n):
                 return False
-            if self.pool is None:
-                self.pool = torch.cuda.graph_pool_handle()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = record([self], [n], self.pool)
             if graph is None:
                 self.use_graphs = False
@@ -175,9 +185,19 @@ class TritonStep(Step):
         self.graphs[n].replay()
         return True
 
+    def warm(self, n: int) -> bool:
+        """Whether steps like this one have run before; counts this one."""
+        key = n, self.revival and self.revival.capacity
+        self.seen[key] = self.seen.get(key, 0) + 1
+        return self.seen[key] > WARM_UP
+
     def forget(self) -> None:
         """Drop what was recorded, and the memory it used."""
-        self.graphs, self.batch, self.revival, self.gradients, self.pool = {}, None, None, None, None
+        self.batch = self.revival = self.gradients = None
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        self.graphs, self.pool, self.layout = {}, None, self.layout + 1
 
     def shrink(self, n: int, error: Exception) -> None:
         """Half the chunk after a failed allocation; at the smallest, an error that says what would fit."""
@@ -209,17 +229,21 @@ class TritonStep(Step):
 
     def find_dead(self) -> None:
         super().find_dead()
-        if self.revival is not None and self.revival.capacity == self.capacity():
+        wanted = self.capacity()
+        if self.revival is not None and wanted and 0 <= self.revival.capacity - wanted <= self.dead_size():
             self.revival.fill(self.dead)  # in place: what is recorded stays good
-        elif self.revival is not None or self.capacity():
-            self.revival, self.graphs = None, {}
+        elif self.revival is not None or wanted:
+            self.revival = self.gradients = None
+            self.forget_graphs()
 
     def capacity(self) -> int:
         """Places for dead latents: few different numbers, so that few graphs are recorded."""
         if not len(self.dead) or not self.config.aux_alpha:
             return 0
-        size = -(-self.config.latents // DEAD_SIZES)
-        return -(-len(self.dead) // size) * size
+        return -(-len(self.dead) // self.dead_size()) * self.dead_size()
+
+    def dead_size(self) -> int:
+        return -(-self.config.latents // DEAD_SIZES)
 
     # -- the rest of a step's interface ---------------------------------------------------------------------------
 
@@ -232,8 +256,12 @@ class TritonStep(Step):
         self.dense = wished_dense() if -1 in dense else frozenset(t for t, on in zip(TERMS, dense, strict=True) if on)
         self.forget()
         super().load_state(state | {"dense": torch.tensor(dense)})
-        for copy, parameter in zip(self.copies, (self.sae.encoder, self.sae.decoder, self.sae.encoder_bias), strict=True):
+        parameters = self.sae.encoder, self.sae.decoder, self.sae.encoder_bias
+        for copy, parameter in zip(self.copies, parameters, strict=True):
             copy.copy_(parameter.detach())
+
+    def notes(self) -> dict:
+        return {"dense": ", ".join(sorted(self.dense or ())) or "none", "costs": self.costs, "chunk": self.chunk}
 
     @torch.no_grad()
     def squared_error(self, x: torch.Tensor) -> float:
@@ -269,7 +297,7 @@ class StepGroup:
     """
 
     def __init__(self, steps: list[TritonStep]) -> None:
-        self.steps, self.graphs, self.pool = steps, {}, None
+        self.steps, self.graphs, self.pool, self.layouts = steps, {}, None, None
 
     @torch.no_grad()
     def __call__(self, batches: list[torch.Tensor], lrs: list[float]) -> None:
@@ -277,25 +305,21 @@ class StepGroup:
         for step, x, lr in zip(self.steps, batches, lrs, strict=True):
             step.prepare(x, lr)
         if not self.replay(sizes):
-            for step, n in zip(self.steps, sizes, strict=True):
-                step.forward(n)
-                step.update(n)
+            for step, x, lr in zip(self.steps, batches, lrs, strict=True):
+                step.run(x, lr)
         for step in self.steps:
             step.finish()
 
     def replay(self, sizes: list[int]) -> bool:
         if not all(step.use_graphs for step in self.steps):
             return False
-        # A step that found other dead, or made other room, has forgotten what it recorded: so must the group.
-        key = (*sizes, *(id(part) for step in self.steps for part in (step.batch, step.revival)))
+        layouts = [step.layout for step in self.steps]
+        if layouts != self.layouts:  # a step has other dead, or other memory
+            self.graphs, self.pool, self.layouts = {}, torch.cuda.graph_pool_handle(), layouts
+        key = tuple(sizes)
         if key not in self.graphs:
-            for step, n in zip(self.steps, sizes, strict=True):
-                step.seen[n] = step.seen.get(n, 0) + 1
-            if any(step.seen[n] <= WARM_UP for step, n in zip(self.steps, sizes, strict=True)):
+            if not all([step.warm(n) for step, n in zip(self.steps, sizes, strict=True)]):
                 return False
-            self.graphs = {k: g for k, g in self.graphs.items() if k[len(sizes) :] == key[len(sizes) :]}
-            if self.pool is None or not self.graphs:
-                self.pool = torch.cuda.graph_pool_handle()
             graph = record(self.steps, sizes, self.pool)
             if graph is None:
                 for step in self.steps:
@@ -308,25 +332,41 @@ class StepGroup:
 
 def record(steps: list[TritonStep], sizes: list[int], pool) -> torch.cuda.CUDAGraph | None:
     """The steps as one graph, side by side. Recording runs nothing, so the training is as it was; None: it failed."""
-    graph = torch.cuda.CUDAGraph()
-    device = steps[0].device
+    graph, device = torch.cuda.CUDAGraph(), steps[0].device
+    collecting = gc.isenabled()
+    gc.disable()  # what it would free meanwhile could spoil the recording
     try:
-        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            outer = torch.cuda.current_stream(device)
-            streams = [outer] if len(steps) == 1 else [torch.cuda.Stream(device) for _ in steps]
-            for stream in streams:
-                stream.wait_stream(outer)
-            for step, n, stream in zip(steps, sizes, streams, strict=True):
-                with torch.cuda.stream(stream):
-                    step.forward(n)
-                    step.update(n)
-            for stream in streams:
-                outer.wait_stream(stream)
+        with torch.cuda.device(device):
+            outer = torch.cuda.Stream(device)
+            outer.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(outer):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    side_by_side(steps, sizes, outer)
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream(device).wait_stream(outer)
     except RuntimeError as error:
         log.warning("the step could not be recorded as a CUDA graph (%s): it runs kernel by kernel, more slowly", error)
         torch.cuda.synchronize(device)
         return None
+    finally:
+        if collecting:
+            gc.enable()
     return graph
+
+
+def side_by_side(steps: list[TritonStep], sizes: list[int], outer) -> None:
+    """Each step's kernels on a stream of its own, all between what came before on `outer` and what comes after."""
+    streams = [outer] if len(steps) == 1 else [torch.cuda.Stream(outer.device) for _ in steps]
+    for stream in streams:
+        stream.wait_stream(outer)
+    for step, n, stream in zip(steps, sizes, streams, strict=True):
+        with torch.cuda.stream(stream):
+            step.forward(n)
+            step.update(n)
+    for stream in streams:
+        outer.wait_stream(stream)
 
 
 def choose_dense(step: TritonStep, x: torch.Tensor) -> tuple[frozenset, dict[str, float]]:
@@ -334,6 +374,9 @@ def choose_dense(step: TritonStep, x: torch.Tensor) -> tuple[frozenset, dict[str
     if step.device.type != "cuda":
         return frozenset(), {}
     n, costs, scratch = len(x), {}, torch.zeros_like(step.fired)
+    key = torch.cuda.get_device_name(step.device), n, step.d, step.m, step.config.k, step.half
+    if key in CHOICES:
+        return CHOICES[key]
     step.rates.fill_(1.0)
     for name, dense in (("gathers", frozenset()), ("products", frozenset(TERMS))):
         try:
@@ -354,6 +397,7 @@ def choose_dense(step: TritonStep, x: torch.Tensor) -> tuple[frozenset, dict[str
     chosen = frozenset(t for t in TERMS if costs.get(f"{t} by products", absent) < costs[f"{t} by gathers"])
     text = ", ".join(f"{name} {ms:.3f} ms" for name, ms in costs.items())
     log.info("GPU step for %d rows: %s; dense: %s", n, text, ", ".join(sorted(chosen)) or "none")
+    CHOICES[key] = chosen, costs
     return chosen, costs
 
 
@@ -386,8 +430,3 @@ def rows_in_cache(device: torch.device, bytes_per_row: int) -> int:
     """Rows of pre-activations that fill two thirds of the GPU's L2 cache; at least 1024, for the product's sake."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**24
     return max(1024, cache * 2 // 3 // bytes_per_row // 128 * 128)
-
-
-def aux_rows(n: int, config) -> int:
-    """How many of a batch's n rows AuxK looks at."""
-    return max(1, round(getattr(config, "aux_rows", 1.0) * n))

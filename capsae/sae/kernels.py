@@ -1,9 +1,9 @@
 """Triton kernels of the GPU's training step: selection, decoding with the value gradient, the update by latent.
 
 Import this lazily: it needs triton (3.6 or 3.7; with TRITON_INTERPRET=1 the kernels run on CPU tensors, for tests).
-Each function below writes into tensors that are given, allocates nothing large and never waits for the device, so a
-whole step can be captured in a CUDA graph. Sums run in a fixed order: the numbers do not depend on scheduling. The one
-atomic operation counts distinct addresses between barriers, which makes its order fixed too.
+Each writes into tensors that are given and never waits for the device, so a whole step can be captured in a CUDA graph.
+Sums run in a fixed order: the numbers do not depend on scheduling. The one atomic operation counts distinct addresses
+between barriers, which makes its order fixed too.
 
 B rows, M latents, d columns, k slots a row. "Pairs" are the active (row, latent) slots, in the order of the latents.
 """
@@ -338,9 +338,7 @@ def _update(
 
 
 @triton.jit
-def _update_pre_bias(
-    pre_bias, m, v, of_output, through, rates, scale, n_columns, BLOCK: tl.constexpr
-):  # fmt: skip
+def _update_pre_bias(pre_bias, m, v, of_output, through, rates, scale, n_columns, BLOCK: tl.constexpr):
     """x_hat contains the pre-bias, and the encoder takes it off again."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < n_columns
@@ -384,9 +382,9 @@ def topk(z: torch.Tensor, k: int, values: torch.Tensor, indices: torch.Tensor) -
     segments = triton.cdiv(m, SEGMENT)
     width = triton.cdiv(m, segments)
     if k > m - width * (segments - 1):  # more than the last segment has: no dictionary in use is like that
-        found = torch.topk(z.relu(), k, dim=1)
-        values.copy_(found.values)
-        indices.copy_(found.indices)
+        found = z.relu().sort(dim=1, descending=True, stable=True)
+        values.copy_(found.values[:, :k])
+        indices.copy_(found.indices[:, :k])
         return
     wide = z.dtype == torch.float32
     keys = z.view(torch.int32 if wide else torch.int16)

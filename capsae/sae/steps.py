@@ -87,9 +87,13 @@ class Step:
     def auxk(self, centred, residual, encoder, bias, decoder) -> torch.Tensor:
         """AuxK's share of the summed loss, from the rows of the dead. One that fired since is out: z = -infinity."""
         revived = self.idle[self.dead] < self.window
-        k = self.config.aux_k or max(1, centred.shape[1] // 2)
-        loss = auxk_loss(centred, residual, encoder, bias.masked_fill(revived, -torch.inf), decoder, k)
-        return self.config.aux_alpha * loss
+        k, n = self.config.aux_k or max(1, centred.shape[1] // 2), self.aux_rows(len(centred))
+        loss = auxk_loss(centred[:n], residual[:n], encoder, bias.masked_fill(revived, -torch.inf), decoder, k)
+        return self.config.aux_alpha * (len(centred) / n) * loss
+
+    def aux_rows(self, n: int) -> int:
+        """How many of a batch's n rows AuxK looks at: at least 1, also of none."""
+        return max(1, round(self.config.aux_rows * n))
 
     def read(self) -> dict[str, float]:
         """What was counted since the last call, and a new dead set: the one place that waits for the device."""
@@ -125,6 +129,10 @@ class Step:
     def result(self) -> TopKSAE:
         """The SAE as it would be returned now: its weights, or their average."""
         return self.average or self.sae
+
+    def notes(self) -> dict:
+        """What the history's attrs say of this kind of step alone."""
+        return {}
 
     def close(self) -> None:
         """Give back what is held."""

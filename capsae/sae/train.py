@@ -2,7 +2,7 @@
 
 The features live on the device, a random permutation orders each epoch, and what is counted stays on the device until
 the epoch ends: no DataLoader, and no step waits for the host. What one step does is in `steps.py`, in plain PyTorch
-(any device, the reference), in `cpu_step.py` compiled for the CPU.
+(any device, the reference), in `cpu_step.py` compiled for the CPU, in `gpu_step.py` for the GPU.
 
 Memory on the device: one float32 copy of the features, normalised, beside what the caller holds; parameters, gradients
 and optimiser; and one batch's pre-activations (`memory.memory`).
@@ -27,6 +27,8 @@ from .. import distributed
 from .checkpoint import Checkpoint, fingerprint, path_of
 from .config import SAEConfig
 from .cpu_step import CompiledStep
+from .gpu_step import TritonStep
+from .gpu_step import available as triton_kernels
 from .memory import explain_out_of_memory, room
 from .model import TopKSAE
 from .progress import Bar, check_progress
@@ -66,7 +68,7 @@ def train_sae(
     progress : bool
         A progress bar on stderr.
     compiled : bool or None
-        The numba steps (CPU) or the plain ones. None: compiled where that is possible.
+        The numba steps (CPU), the Triton ones (GPU), or the plain ones. None: compiled where that is possible.
     checkpoint : path or None
         A folder, or a ``.safetensors`` file. A training that was killed there goes on where it stood when it is called
         again with the same arguments, and on one device ends with the same bits as without the kill. Removed at the
@@ -252,7 +254,7 @@ def _finish(step: Step, course: Course, rows: Rows, device: torch.device) -> tup
         "products": step.products,
         "step": type(step).__name__,
         "rate": rows.total * config.epochs / history["seconds"].sum(),
-    }
+    } | step.notes()
     log.info("SAE trained: %s", history.attrs)
     return sae.eval(), history
 
@@ -318,7 +320,9 @@ def schedule(done: int, n_steps: int, warmup: float, decay: float) -> float:
 
 
 def _step_kind(compiled: bool | None, device: torch.device) -> type[Step]:
+    if device.type == "cuda" and triton_kernels():
+        return PlainStep if compiled is False else TritonStep
     possible = device.type == "cpu" and numba_kernels() is not None
     if compiled and not possible:
-        raise ValueError(f"compiled steps need a CPU and numba; the device is {device}: compiled=None would do")
+        raise ValueError(f"compiled steps need numba on a CPU, triton on a GPU; here: {device}; compiled=None would do")
     return CompiledStep if possible and compiled is not False else PlainStep
