@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -34,21 +35,30 @@ def profiles(options) -> int:
 
 
 def extract(options) -> int:
-    run = _run(options)
-    profile = run.profile
-    if not profile.pack:
-        for name in profile.sets:
-            features = run.inputs.features(name)
-            bad = len(features.meta.get("bad_images", []))
-            sys.stdout.write(
-                f"{name}: {len(features)} x {features.cls.shape[1]}" + (f", {bad} bad images\n" if bad else "\n")
-            )
-        sys.stdout.write(f"kept in {run.store.root}\n")
-        return 0
+    from . import distributed
 
+    distributed.start()  # under torchrun, the ranks share the images
+    run = _run(options)
+    profile, first = run.profile, distributed.rank() == 0
+    if profile.pack:
+        with distributed.alone():  # a pack is small
+            return _extract_pack(run, options) if first else 0
+    for name in profile.sets:
+        features = run.inputs.features(name)
+        bad = len(features.meta.get("bad_images", []))
+        if first:
+            line = f"{name}: {len(features)} x {features.cls.shape[1]}" + (f", {bad} bad images" if bad else "")
+            sys.stdout.write(line + "\n")
+    if first:
+        sys.stdout.write(f"kept in {run.store.root}\n")
+    return 0
+
+
+def _extract_pack(run, options) -> int:
     from .packs import add_pixels, make_pack
     from .scoring import load_weights
 
+    profile = run.profile
     names = [name for name in profile.sets if not (name == "val" and run.inputs.holdout)]
     profile.check_files(names)
     run.inputs.source("train")
@@ -194,19 +204,21 @@ def _overrides(texts: list[str]) -> dict:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"--set {text!r}: write KEY=VALUE, e.g. --set sae.k=64 (a set of images is --from-set)")
+        key = key.strip().replace('"', "")  # TOML's quotes around a set's name
         try:
-            overrides[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+            overrides[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            overrides[key.strip()] = value.strip()  # a bare word: --set pack=none
+            overrides[key] = value.strip()  # a bare word: --set pack=none
     return overrides
 
 
 def _dotted(values: dict, prefix: str = "") -> list[str]:
-    """Every key as it can follow --set."""
+    """Every key as it can follow --set; together a TOML file."""
     import json
 
     lines = []
     for key, value in values.items():
+        key = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
         if isinstance(value, dict):
             lines += _dotted(value, f"{prefix}{key}.")
         else:

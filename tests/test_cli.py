@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import capsae.scoring
 from capsae.__main__ import main
 from capsae.featureset import FeatureSet
 from capsae.images import BadImage
-from capsae.profiles import available
+from capsae.profiles import Profile, available, load_profile
 from capsae.scoring import find_images
 
 SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -84,6 +85,21 @@ def test_profiles_lists_all_with_what_they_need(capsae_):
 def test_profiles_prints_one_with_overrides(capsae_):
     status, out, _ = capsae_("profiles", "imagenet20", "--set", "sae.k=64")
     assert status == 0 and "sae.k = 64\n" in out and "sae.latents = 1920\n" in out
+
+
+@pytest.mark.parametrize("name", available())
+def test_a_printed_profile_is_a_profile_file(capsae_, name, tmp_path):
+    status, out, _ = capsae_("profiles", name, "--set", "n_boot=7")
+    assert status == 0
+    profile = load_profile(name, {"n_boot": 7})
+    assert Profile.model_validate(tomllib.loads(out)) == profile
+    line = next(line for line in out.splitlines() if line.startswith("ood."))  # as printed, with TOML's quotes
+    status, again, _ = capsae_("profiles", name, "--set", "pack=none", "--set", line.replace(" = ", "=", 1))
+    assert status == 0 and f"{line}\n" in again
+    if profile.pack or name == "digits":  # the others need their images
+        (tmp_path / "own.toml").write_text(out, encoding="utf-8")
+        own = load_profile(tmp_path / "own.toml")
+        assert own.model_copy(update={"data_root": None}) == profile
 
 
 def test_detectors_are_listed_with_formula_and_options(capsae_):
