@@ -24,6 +24,8 @@ In this order, each on what the one before it made (nothing is made twice):
   capsae explain --profile imagenet20 photo.jpg
   capsae explain --from-set far/textures --row 3
                                        why one image got its score: latents too much or missing, their shares
+  capsae evaluate features.safetensors --out table.csv
+                                       features of your own, from any framework: every score, intervals and tests
   capsae detectors                     every score: formula, options, source
   capsae reproduce                     all of the book: execute what is not fresh, then build it
 
@@ -106,6 +108,27 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--top", type=int, default=10, help="latents to show (default: 10)")
     command.add_argument("--out", metavar="FILE.csv", help="also write the whole table")
 
+    command = add(
+        "evaluate",
+        "compare all scores on features, logits and labels of your own, from any framework",
+        parents=(common,),
+    )
+    command.add_argument("arrays", metavar="FILE", help=".safetensors, .npz, or a folder of .npy; --layout lists keys")
+    command.add_argument("--layout", action=_PrintLayout, nargs=0, help="print the arrays that FILE holds, and stop")
+    command.add_argument("--out", metavar="TABLE.csv", help="write the table, TABLE.compared.csv and TABLE.json")
+    command.add_argument("--method", action="append", metavar="NAME", help="only this detector; may repeat")
+    command.add_argument("--preset", choices=("ours", "openood"), help="defaults of the detectors that have it")
+    command.add_argument("--against", metavar="NAME", help="test all others against this one (default: epd)")
+    command.add_argument("--sae", metavar="FOLDER", help="a trained SAE (default: one is trained here)")
+    command.add_argument("--no-sae", action="store_true", help="leave out the scores that need an SAE")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="sae.k=64, detectors.knn.k=10 ...; may repeat"
+    )
+    command.add_argument("--n-boot", type=int, default=1000, metavar="N", help="replicates (default: 1000; 0: none)")
+    command.add_argument("--seed", type=int, default=0, help="of held-out rows, SAE and intervals (default: 0)")
+    command.add_argument("--device", default="auto", help="of the SAE: auto, cpu, cuda ... (default: auto)")
+    command.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
+
     command = add("detectors", "list every score with formula, options and source", parents=(common,))
 
     command = add("reproduce", "execute what is not fresh and build the book", parents=(common,))
@@ -114,6 +137,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", "-n", action="store_true", help="say what would be executed, and why")
     command.add_argument("--all", "-a", action="store_true", help="execute what is fresh, too")
     return parser
+
+
+class _PrintLayout(argparse.Action):
+    """Print the layout of ``capsae evaluate``'s file and stop, as --help does."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from .arrays_io import LAYOUT
+
+        sys.stdout.write(LAYOUT + "\n")
+        parser.exit()
 
 
 def _log(verbose: bool) -> None:

@@ -154,6 +154,35 @@ def explain(options) -> int:
     return 0
 
 
+def evaluate(options) -> int:
+    from .arrays import evaluate_arrays, load_arrays
+    from .arrays_report import report
+
+    if options.sae and options.no_sae:
+        raise ValueError("--sae and --no-sae: give one of the two")
+    if options.n_boot < 0:
+        raise ValueError(f"--n-boot {options.n_boot}: 0 (no intervals) or more would do")
+    _check_out(options.out)
+    settings = _grouped(_overrides(options.set))
+    found = evaluate_arrays(
+        load_arrays(options.arrays),
+        [_method(name) for name in options.method] if options.method else None,
+        sae=False if options.no_sae else options.sae,
+        sae_settings=settings["sae"],
+        options=settings["detectors"],
+        preset=options.preset,
+        against=_method(options.against) if options.against else None,
+        n_boot=options.n_boot,
+        seed=options.seed,
+        device=options.device,
+        progress=not options.quiet,
+    )
+    sys.stdout.write(report(found) + "\n")
+    for path in found.save(options.out) if options.out else ():
+        sys.stderr.write(f"capsae: wrote {path}\n")
+    return 0
+
+
 def detectors(options) -> int:
     from . import detectors
 
@@ -210,6 +239,18 @@ def _overrides(texts: list[str]) -> dict:
         except tomllib.TOMLDecodeError:
             overrides[key] = value.strip()  # a bare word: --set pack=none
     return overrides
+
+
+def _grouped(overrides: dict) -> dict[str, dict]:
+    """``sae.KEY`` and ``detectors.NAME.KEY`` as nested dicts; anything else is refused."""
+    groups: dict[str, dict] = {"sae": {}, "detectors": {}}
+    for key, value in overrides.items():
+        group, _, rest = key.partition(".")
+        name, _, option = rest.rpartition(".")
+        if group not in groups or not rest or (group == "detectors") != bool(name):
+            raise ValueError(f"--set {key}={value!r}: sae.KEY and detectors.NAME.KEY can be set here")
+        (groups["sae"] if group == "sae" else groups["detectors"].setdefault(name, {}))[option] = value
+    return groups
 
 
 def _dotted(values: dict, prefix: str = "") -> list[str]:
