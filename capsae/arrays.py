@@ -264,9 +264,9 @@ def _check_accuracy(source: str, train, n_classes: int) -> str:
     largest = np.bincount(train.labels).max() / len(train)
     if accuracy <= largest * (1.5 if n_classes > 2 else 1):
         raise ValueError(
-            f"{source}: the logits name the right class of {accuracy:.1%} of the training rows, and to name the largest "
-            f"class always would be right for {largest:.1%}: is it the right head, are its rows in the order of the "
-            "labels, were arrays contiguous when they were written (np.ascontiguousarray)?"
+            f"{source}: the logits are right on {accuracy:.1%} of the training rows; always naming the largest class "
+            f"would be right on {largest:.1%}. Is it the right head, are its rows in the order of the labels, were "
+            "arrays contiguous when they were written (np.ascontiguousarray)?"
         )
     return f"accuracy on train: {accuracy:.1%}"
 

@@ -83,15 +83,16 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 def _legend(found: Evaluation) -> list[str]:
     n_boot, against = found.settings["n_boot"], found.settings["against"]
     lines = [
-        "Percent; unweighted means over the OOD sets. FPR95 OOD+: ID rejected where 95 % of OOD are caught (OpenOOD's).",
-        "FPR95 ID+: OOD accepted where 95 % of ID are kept. Single sets and further metrics are in the CSV (--out).",
+        "Percent; unweighted means over the OOD sets. Single sets and further metrics are in the CSV (--out).",
+        "FPR95 OOD+: ID rejected where 95 % of OOD are caught (as OpenOOD); ID+: OOD accepted where 95 % of ID stay.",
     ]
     if n_boot["intervals"]:
         lines += [
-            f"[95 % intervals] by {n_boot['intervals']} bootstrap replicates over both sides. p: the AUROC's difference by "
-            "DeLong, corrected by",
-            f"Holm over all methods; verdict: against {against} at 5 %, all three (FPR95 by {n_boot['comparison']} paired "
-            "replicates) or those named.",
+            f"[95 % intervals] by {n_boot['intervals']} bootstrap replicates over both sides. p: of the difference in "
+            "AUROC, by DeLong,",
+            f"corrected by Holm over all methods. verdict: against {against} at 5 %, on all three metrics (FPR95 by "
+            f"{n_boot['comparison']} paired",
+            "replicates) or on those named.",
         ]
     return lines
 
