@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import capsae
 from capsae.sae import SAEConfig, TopKSAE, exchange, train_sae
 
 DATA = Path(__file__).parent / "data" / "exchange"
@@ -306,6 +307,16 @@ def test_no_sae_is_overwritten_by_another_layout(trained, tmp_path):
     assert TopKSAE.load(tmp_path).config == trained["none"].config
     exchange.save_saelens(trained["none"], tmp_path / "theirs")
     exchange.save_saelens(trained["none"], tmp_path / "theirs")  # one's own kind may be replaced
+
+
+def test_the_books_page_runs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "book" / "exchange.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(capsae, "train_sae", lambda x, config: (TopKSAE.untrained(x.shape[1], config), None))  # quick
+    names = {}
+    with pytest.warns(UserWarning, match="its input is sae.normalize"):
+        exec(page.partition("```python\n")[2].partition("```")[0], names)
+    assert names["sae"].config == names["profile"].sae
 
 
 # --- the libraries themselves
