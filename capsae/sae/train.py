@@ -274,7 +274,9 @@ def _state(
     for i, (step, course) in enumerate(zip(steps, courses, strict=True)):
         tensors |= {f"{i}.step.{name}": tensor for name, tensor in step.state().items()}
         tensors |= {f"{i}.best.{name}": tensor for name, tensor in course.best_weights.items()}
-    measured = [{"records": c.records, "first_fvu": c.first_fvu, "best": c.best} for c in courses]
+    # Pairs, since a JSON object forgets the order of its keys, which is that of the history's columns.
+    records = [[list(record.items()) for record in c.records] for c in courses]
+    measured = [{"records": r, "first_fvu": c.first_fvu, "best": c.best} for r, c in zip(records, courses, strict=True)]
     return tensors, {"done": done, "seconds": seconds, "courses": measured}
 
 
@@ -293,7 +295,7 @@ def _resume(
         of = {k: {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)} for k, p in named.items()}
         step.load_state(of["step"])
         measured = progress["courses"][i]
-        course.records, course.first_fvu = measured["records"], measured["first_fvu"]
+        course.records, course.first_fvu = [dict(record) for record in measured["records"]], measured["first_fvu"]
         course.best, course.best_weights = measured["best"] and tuple(measured["best"]), of["best"]
     return progress["done"], progress["seconds"]
 
