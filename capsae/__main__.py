@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `capsae ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if options.debug:
             raise
         sys.stderr.write(f"capsae: {error}\n")

@@ -78,13 +78,19 @@ def _extract_pack(run, options) -> int:
 def train(options) -> int:
     import json
 
+    from . import distributed
+
+    distributed.start()  # under torchrun, all ranks train one SAE
     run, out = _run(options), Path(options.out)
     best = run.history.attrs["best_epoch"]
     at_best = run.history.set_index("epoch").loc[best]
+    head, caps = run.head, run.caps
+    if distributed.rank() > 0:
+        return 0  # the first one writes
     out.mkdir(parents=True, exist_ok=True)
     run.sae.save(out)
-    run.head.save(out / "head.safetensors")
-    run.caps.save(out / "caps.safetensors")
+    head.save(out / "head.safetensors")
+    caps.save(out / "caps.safetensors")
     run.history.to_csv(out / "history.csv", index=False)
     (out / "provenance.json").write_text(json.dumps(run.provenance(), indent=1, default=str) + "\n", encoding="utf-8")
     figures = f"FVU {at_best['fvu']:.4f}, held out {at_best['held_out_fvu']:.4f}, dead {at_best['dead_fraction']:.1%}"

@@ -141,11 +141,20 @@ class Run:
 
     @cached_property
     def _trained(self):
+        from . import distributed
         from .sae import TopKSAE, train_sae
 
+        ranks = distributed.world_size()
+        # A killed run goes on from here; one on another kind of device, or with other ranks, would not be the same one.
+        name = f"{_torch_device(self.device).type}-{ranks}.safetensors"
+        checkpoint = self.store.scratch("sae", self.digest("sae")) / name
+
         def make():
-            train, val = self.features("train").cls, self.features("val").cls
-            return train_sae(train, self.profile.sae, self.device, held_out=val, keep="best", progress=self.progress)
+            train, val = (self.features(name).cls for name in ("train", "val"))
+            if ranks > 1:
+                train, val = (rows[distributed.share_of(len(rows))] for rows in (train, val))
+            options = {"keep": "best", "progress": self.progress, "checkpoint": checkpoint, "sharded": ranks > 1}
+            return train_sae(train, self.profile.sae, self.device, held_out=val, **options)
 
         def save(trained, folder):
             sae, history = trained

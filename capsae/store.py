@@ -102,8 +102,30 @@ class Store:
         Notes
         -----
         A damaged artefact is named in a warning, set aside and made again.
+
+        Under torchrun all ranks come here in the same order. The first alone looks and writes; what is not there, all
+        make together.
         """
-        modules = tuple(modules)
+        from . import distributed
+
+        recipe = stage, config, inputs, tuple(modules)
+        if distributed.world_size() == 1:
+            return self._get_or_make(*recipe, make, save, load, provenance)
+        if distributed.rank() == 0:
+
+            def lead():
+                distributed.broadcast("make")
+                return make()
+
+            value = self._get_or_make(*recipe, lead, save, load, provenance)
+            distributed.broadcast("there")
+            return value
+        made = []
+        while distributed.broadcast(None) == "make":
+            made = [make()]
+        return made[0] if made else load(self.path(stage, artefact_digest(*recipe)))
+
+    def _get_or_make(self, stage, config, inputs, modules, make, save, load, provenance) -> Any:
         digest = artefact_digest(stage, config, inputs, modules)
         path = self.path(stage, digest)
         found, value = self._read(path, load)
