@@ -84,7 +84,7 @@ def train(options) -> int:
     run, out = _run(options), Path(options.out)
     best = run.history.attrs["best_epoch"]
     at_best = run.history.set_index("epoch").loc[best]
-    head, caps = run.head, run.caps
+    head, caps, provenance = run.head, run.caps, run.provenance()
     if distributed.rank() > 0:
         return 0  # the first one writes
     out.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def train(options) -> int:
     head.save(out / "head.safetensors")
     caps.save(out / "caps.safetensors")
     run.history.to_csv(out / "history.csv", index=False)
-    (out / "provenance.json").write_text(json.dumps(run.provenance(), indent=1, default=str) + "\n", encoding="utf-8")
+    (out / "provenance.json").write_text(json.dumps(provenance, indent=1, default=str) + "\n", encoding="utf-8")
     figures = f"FVU {at_best['fvu']:.4f}, held out {at_best['held_out_fvu']:.4f}, dead {at_best['dead_fraction']:.1%}"
     sys.stdout.write(f"{out}: epoch {best} of {len(run.history)} kept; {figures}\n")
     return 0
