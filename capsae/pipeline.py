@@ -145,11 +145,11 @@ class Run:
         from .sae import TopKSAE, train_sae
 
         ranks = distributed.world_size()
-        # A killed run goes on from here; one on another kind of device, or with other ranks, would not be the same one.
-        name = f"{_torch_device(self.device).type}-{ranks}.safetensors"
-        checkpoint = self.store.scratch("sae", self.digest("sae")) / name
 
         def make():
+            # A killed run goes on from there; with another kind of device or other ranks, it would not be the same one.
+            name = f"{_torch_device(self.device).type}-{ranks}.safetensors"
+            checkpoint = self.store.scratch("sae", self.digest("sae")) / name
             train, val = (self.features(name).cls for name in ("train", "val"))
             if ranks > 1:
                 train, val = (rows[distributed.share_of(len(rows))] for rows in (train, val))

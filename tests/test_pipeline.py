@@ -362,3 +362,34 @@ def test_unknown_backbone_is_refused_with_near_names(images, tmp_path):
         Run(path, {"backbone.model": "deit_tinny_patch16_224"}, tmp_path / "store")
     with pytest.raises(ProfileError, match="torchvision/vit_b_16"):
         Run(path, {"backbone.model": "torchvision/vit_b_17"}, tmp_path / "store")
+
+
+def test_a_killed_training_goes_on_where_it_stood(profile, tmp_path, monkeypatch):
+    from capsae.sae.checkpoint import Checkpoint
+    from capsae.sae.steps import Step
+
+    class Killed(Exception):
+        pass
+
+    def save(self, *state, original=Checkpoint.save):
+        original(self, *state)
+        raise Killed
+
+    whole = Run(profile, None, tmp_path / "whole", "cpu", progress=False)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Checkpoint, "due", property(lambda self: self.identity and len(steps) == 3))
+        patched.setattr(Checkpoint, "save", save)
+        steps = []
+        patched.setattr(Step, "update_average", lambda _: steps.append(1))
+        _ = Run(profile, None, tmp_path / "killed", "cpu", progress=False).sae
+    assert [f.name for f in tmp_path.glob("killed/scratch/sae-*/*")] == ["cpu-1.safetensors"]
+    counted, original = [], Step.update_average
+    monkeypatch.setattr(Step, "update_average", lambda s: counted.append(1) or original(s))
+    resumed = Run(profile, None, tmp_path / "killed", "cpu", progress=False)
+    _ = resumed.sae
+    rest = len(counted)
+    _ = whole.sae
+    assert len(counted) == rest + 3 + rest  # no step was made twice
+    for name, value in whole.sae.state_dict().items():
+        assert (value == resumed.sae.state_dict()[name]).all(), name
+    assert not list(tmp_path.glob("killed/scratch/*"))
