@@ -143,9 +143,9 @@ def execute(page: Page, folder: Path, template: Path | None = None) -> Path:
     }
     try:
         with _environment(variables):
-            papermill.execute_notebook(
-                template, raw, given, cwd=folder, kernel_name="python3", progress_bar=False, stderr_file=sys.stderr
-            )
+            # ipykernel warns of each kernel that others could listen: it talks to this machine alone, over loopback.
+            quiet = {"progress_bar": False, "stderr_file": sys.stderr, "extra_arguments": ["--log-level=ERROR"]}
+            papermill.execute_notebook(template, raw, given, cwd=folder, kernel_name="python3", **quiet)
     except papermill.PapermillExecutionError as error:
         raise PublishError(f"{page.name} failed and is not published:\n{error}") from None
     notebook = clean(read_notebook(raw))

@@ -51,8 +51,9 @@ def _page(**changes):
     return plan.Page(**given | {"parameters": {"sweep": "k"}} | changes)
 
 
-def test_a_page_is_published_clean_titled_and_stamped(repository):
+def test_a_page_is_published_clean_titled_and_stamped(repository, capfd):
     path = publish.publish(_page(title="Its own title"))
+    assert "IPKernelApp" not in capfd.readouterr().err, "the log is for what the pages say"
     assert path == repository.path / "book/runs/imagenet20/ablation/one.ipynb"
     notebook = json.loads(path.read_text())
     assert "".join(notebook["cells"][0]["source"]).startswith("# Its own title\n")
