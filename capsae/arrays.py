@@ -189,7 +189,7 @@ def default_sae(n_rows: int, dim: int, seed: int = 0):
     from .sae import SAEConfig
 
     latents, k = 10 * dim, max(1, min(round(dim / 6), 10 * dim))
-    batch = next((size for size in (256, 512, 1024, 2048) if n_rows / size <= 50), 4096)
+    batch = next((size for size in (64, 128, 256, 512, 1024, 2048) if n_rows / size <= 50), 4096)
     per_epoch = math.ceil(n_rows / batch)
     epochs = min(max(round(800 / per_epoch), 8), 25)
     large = 2e-4 / (latents / 2**14) ** 0.5
@@ -230,7 +230,10 @@ def _with_val(arrays: Arrays, seed: int, notes: list[str]) -> dict:
     if "val" not in sets:
         held_out = holdout_mask(sets["train"].labels, VAL_FRACTION, seed)
         sets |= {"train": arrays.sets["train"].take(~held_out), "val": arrays.sets["train"].take(held_out)}
-        notes.append(f"no val/features: {held_out.sum()} rows are held out of train, by class (seed {seed})")
+        notes.append(
+            f"no val/features: {held_out.sum()} rows are held out of train, by class (seed {seed}); if your network "
+            "was trained on them, what is fitted on val (temperature, prototypes) is too sure of itself"
+        )
     return sets
 
 
@@ -303,7 +306,10 @@ def _sae(sae, settings: Mapping, sets: dict, seed: int, device: str, progress: b
         fvu = f"FVU {at['fvu']:.3f}, held out {at['held_out_fvu']:.3f}, dead {at['dead_fraction']:.1%}"
         notes.append(f"SAE trained: {size}; epoch {at.name} of {config.epochs} kept; {fvu}")
         if at["dead_fraction"] > MAX_DEAD:
-            notes.append("SAE: many latents are dead; a lower rate (--set sae.lr=...) may do better")
+            notes.append(
+                f"SAE: more than {MAX_DEAD:.0%} of the latents are dead: the features span few directions, or the rate "
+                "is too high; fewer latents or a lower rate may do better (--set sae.latents=, sae.lr=)"
+            )
         return sae
     if settings:
         raise ValueError(f"sae.{next(iter(settings))} is set, but the SAE is loaded, not trained; give one of the two")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -323,3 +324,34 @@ def test_the_layout_is_printed(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "--layout"])
     assert stop.value.code == 0 and capsys.readouterr().out == LAYOUT + "\n"
+
+
+# --- the page
+
+
+PAGE = (Path(__file__).resolve().parents[1] / "book" / "evaluate.md").read_text(encoding="utf-8")
+
+
+def test_the_page_holds_the_layout_and_an_example_that_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    assert LAYOUT in PAGE
+    monkeypatch.chdir(tmp_path)
+    example = PAGE.split("```python\n")[1].split("```")[0]
+    exec(compile(example, "book/evaluate.md", "exec"), {})
+    assert main(["evaluate", "features.safetensors", "--no-sae", "--n-boot", "0", "-q"]) == 0
+    shown = PAGE.split("What it prints")[1].split("```text\n")[1].split("```")[0]
+    printed, rows = capsys.readouterr().out, [line.split()[0] for line in shown.splitlines() if "[" in line]
+    sizes = next(line for line in printed.splitlines() if line.startswith("  rows:"))
+    assert sizes in shown, "the page shows another run"
+    assert set(detectors.available()) == (
+        {name for name in detectors.available() if name in rows}
+        | set(shown.split("Left out:\n")[1].split(": needs pixels")[0].strip().split(", "))
+    ), "run the page's example again: detectors have come or gone"
+
+
+def test_the_pages_python_call_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(raw_arrays(), tmp_path, "safetensors").rename("features.safetensors")
+    call = PAGE.split("From Python:")[1].split("```python\n")[1].split("```")[0]
+    call = call.replace('"k": 16', '"k": 4, "latents": 16, "epochs": 1')
+    call = call.replace('against="msp"', '["msp", "epd"], n_boot=0')
+    exec(compile(call, "book/evaluate.md", "exec"), {})
