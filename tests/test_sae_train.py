@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from capsae.sae import SAEConfig, TopKSAE, rows, select, train_sae, train_saes
+from capsae.sae import SAEConfig, TopKSAE, progress, rows, select, train_sae, train_saes
 from capsae.sae.cpu_step import CompiledStep
 from capsae.sae.steps import PlainStep, Step, auxk_loss
 from capsae.sae.train import geometric_median, schedule
@@ -327,6 +327,69 @@ def test_a_learning_rate_far_too_high_is_named(compiled):
     x, _ = planted(400)
     with pytest.raises(FloatingPointError, match=r"lr 1e\+30"):
         train_sae(x, small(lr=1e30, normalize="none"), compiled=compiled, progress=False)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_numba)])
+@pytest.mark.parametrize("lr", [3.0, 1e3])
+def test_a_loss_that_diverges_in_finite_numbers_is_named(compiled, lr):
+    x, _ = planted(400)
+    with pytest.raises(FloatingPointError, match=rf"diverges: FVU .* lr {lr:g} is too high: try lr {lr / 10:g}"):
+        train_sae(x, small(lr=lr, batch_size=40), compiled=compiled, progress=False)
+
+
+def records(*fvu: float) -> list[dict]:
+    return [{"epoch": i, "loss": value, "fvu": value, "dead_fraction": 0.0} for i, value in enumerate(fvu, 1)]
+
+
+def test_a_bad_epoch_may_be_made_good_and_three_may_not(caplog):
+    config = small(epochs=9, warmup=0.2)
+    for fine in (records(0.9, 1.9, 1.5), records(500, 0.9), records(0.9, 3, 3, 1.9), records(*[0.9] * 9)):
+        progress.check_progress(fine, 1.0, config)
+    progress.check_progress(records(3, 3, 3), 2.0, config)  # it began there
+    for bad in (records(0.9, 3, 3, 3), records(0.9, 300), records(*[0.9] * 8, 3), records(np.nan), records(np.inf)):
+        with pytest.raises(FloatingPointError, match="lr 0.01 is too high: try lr 0.001"):
+            progress.check_progress(bad, 1.0, config)
+    last = records(*[1.0] * 9)
+    last[-1]["dead_fraction"] = 0.9
+    progress.check_progress(last, 1.0, config)
+    assert "explains nothing (FVU 1.000, 90 % dead): lr 0.01 may be too high" in caplog.text
+
+
+def test_one_bar_shows_rate_fvu_and_dead_within_an_epoch(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    shown = []
+    monkeypatch.setattr(
+        progress.Bar, "_show", lambda self, *what, show=progress.Bar._show: shown.append(what[0]) or show(self, *what)
+    )
+    x, _ = planted(1000)
+    train_saes(x, [small(epochs=2, batch_size=100), small(seed=1, epochs=2, batch_size=100)], progress=True)
+    assert shown == [*range(200, 2001, 200), 2000, *range(2200, 4001, 200), 4000]
+    line = capsys.readouterr().err.split("\r")[-1]
+    assert all(word in line for word in ("100%", "vec/s", "fvu=0.", "dead=0.")), line
+    train_sae(x, small(epochs=1), progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("room", "says"),
+    [
+        (3_600_000, "batch_size=128 would fit"),
+        (1_500_000, "2 of these SAEs at a time would fit"),
+        (400_000, "latents=36 would fit"),
+        (100_000, "520 rows would fit"),
+    ],
+)
+def test_out_of_gpu_memory_says_what_would_fit(monkeypatch, room, says):
+    def fail(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(PlainStep, "__call__", fail)
+    monkeypatch.setattr("capsae.sae.train.room", lambda _: room)
+    x, _ = planted(2000)
+    configs = [small(latents=600, seed=seed) for seed in range(4)]
+    with pytest.raises(MemoryError, match=r"0\.00 GB for 2000 rows of 24, .* optimiser of 4 SAEs") as caught:
+        train_saes(x, configs, compiled=False, progress=False)
+    assert says in str(caught.value)
 
 
 def test_geometric_median_resists_outliers():

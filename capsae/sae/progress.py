@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from .config import SAEConfig
 from .steps import Step
 
+log = logging.getLogger(__name__)
 EVERY = 0.5  # seconds
 
 
@@ -75,17 +77,27 @@ class Bar:
         return host, arrived
 
 
-def check_progress(record: dict, first_fvu: float, config: SAEConfig, warm: bool, which: str = "") -> None:
-    """Raise FloatingPointError, naming lr and a remedy, if an epoch shows that the learning rate is too high.
+def check_progress(records: list[dict], first_fvu: float, config: SAEConfig) -> None:
+    """Raise FloatingPointError, naming lr and a remedy, if the epochs so far show that the learning rate is too high.
 
-    The loss may leave the finite numbers, or stay finite and far above its start: decoder rows of unit length bound it.
-    During the warm-up only the first counts: what overshoots there may still come back.
+    The loss may leave the finite numbers, or stay finite: more than twice its start, and twice that of the data's mean,
+    for three epochs after the warm-up or in the last one, or a hundred times at once. One bad epoch may be made good.
     """
-    lr, epoch, fvu = config.peak_lr, record["epoch"], record["fvu"]
-    remedy = f"lr {lr:g} is too high{which}: try lr {lr / 10:.3g}, or a longer warmup than {config.warmup:g}"
-    if not math.isfinite(record["loss"]):
-        raise FloatingPointError(f"the loss became {record['loss']} in epoch {epoch}; {remedy}")
-    if warm and fvu > max(2.0, 2 * first_fvu):
+    lr, now, limit = config.peak_lr, records[-1], max(2.0, 2 * first_fvu)
+    remedy = f"lr {lr:g} is too high: try lr {lr / 10:.3g}, or a longer warmup than {config.warmup:g}"
+    if not math.isfinite(now["loss"]):
+        raise FloatingPointError(f"the loss became {now['loss']} in epoch {now['epoch']}; {remedy}")
+    warm = [r["fvu"] > limit for r in records if r["epoch"] >= config.warmup * config.epochs]
+    lasting = len(warm) >= 3 and all(warm[-3:]) or now["epoch"] == config.epochs and now["fvu"] > limit
+    if lasting or any(warm[-1:]) and now["fvu"] > 100 * limit:
         raise FloatingPointError(
-            f"training diverges: FVU {fvu:.3g} in epoch {epoch}, {first_fvu:.3g} in the first step; {remedy}"
+            f"training diverges: FVU {now['fvu']:.3g} in epoch {now['epoch']}, {first_fvu:.3g} in the first step; "
+            f"{remedy}"
+        )
+    if now["epoch"] == config.epochs and now["fvu"] >= 1 and now["dead_fraction"] > 0.5:
+        log.warning(
+            "the SAE explains nothing (FVU %.3f, %.0f %% dead): lr %g may be too high",
+            now["fvu"],
+            100 * now["dead_fraction"],
+            lr,
         )

@@ -225,7 +225,7 @@ def _train_together(
 
             records = [{"epoch": epoch} | step.read() for step in steps]  # the epoch's only wait for the device
             for record, step, course in zip(records, steps, courses, strict=True):
-                check_progress(record, course.first_fvu, step.config, done >= step.config.warmup * n_steps)
+                check_progress([*course.records, record], course.first_fvu, step.config)
                 if held is not None:
                     record["held_out_fvu"] = _held_out_fvu(step, held)
             seconds = time.perf_counter() - began
