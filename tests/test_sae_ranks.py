@@ -101,6 +101,8 @@ def test_sharded_alone_is_plain_training():
     x, config = planted(300), SAEConfig(latents=40, k=3, epochs=2, batch_size=50, lr=1e-2)
     (a, _), (b, _) = (train_sae(x, config, "cpu", progress=False, compiled=False, sharded=s) for s in (False, True))
     assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+    with pytest.raises(ValueError, match="aux_rows is 0.5: sharded"):
+        train_sae(x, SAEConfig(latents=40, k=3, aux_rows=0.5), "cpu", progress=False, sharded=True)
 
 
 @pytest.mark.slow

@@ -127,6 +127,8 @@ def train_saes(
         raise ValueError(f"keep is {keep!r}; 'last' or 'best' would do")
     if keep == "best" and held_out is None:
         raise ValueError("keep='best' chooses the epoch by held-out FVU: give held_out, or keep='last'")
+    if sharded and (shares := [c.aux_rows for c in configs if c.aux_rows < 1]):
+        raise ValueError(f"aux_rows is {shares[0]}: sharded training, whose batches lie on several ranks, knows only 1")
     x = checked(x, sharded, at_least=2, name="x")
     if held_out is not None:
         held_out = checked(held_out, sharded, at_least=2, name="held_out", d=x.shape[1])
