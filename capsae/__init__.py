@@ -21,6 +21,7 @@ _PUBLIC = {
     "SAEConfig": "sae",
     "SparseCodes": "sae",
     "TopKSAE": "sae",
+    "compare": "evaluate",
     "energy_profile_divergence": "caps",
     "evaluate": "evaluate",
     "load_features": "pipeline",

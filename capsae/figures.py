@@ -286,7 +286,8 @@ def results_heatmap(data: pd.DataFrame, metric: str = "fpr95_ood_pos", intervals
         100 * rows.pivot(index="method", columns="column", values=name).loc[methods, columns].to_numpy(float)
         for name in ("value", "lo", "hi")
     )
-    figure, axes = _figure(1.6 + 0.8 * len(columns), 2.2 + (0.42 if intervals else 0.3) * len(methods))
+    # At most 8 inches wide, or it would scroll sideways on a page.
+    figure, axes = _figure(min(8.0, 3.2 + 0.7 * len(columns)), 2.2 + (0.36 if intervals else 0.225) * len(methods))
     ax = axes[0, 0]
     good_is_low = metric.startswith("fpr")
     limits = (0, max(50, np.nanmax(value))) if good_is_low else (min(50, np.nanmin(value)), 100)
@@ -295,11 +296,12 @@ def results_heatmap(data: pd.DataFrame, metric: str = "fpr95_ood_pos", intervals
     for (i, j), v in np.ndenumerate(value):
         bright = image.cmap(image.norm(v))
         ink = "#111111" if 0.299 * bright[0] + 0.587 * bright[1] + 0.114 * bright[2] > 0.5 else "#ffffff"
-        ax.text(j, i - 0.16 * intervals, f"{v:.1f}", ha="center", va="center", color=ink, fontsize=10.5)
+        ax.text(j, i - 0.16 * intervals, f"{v:.1f}", ha="center", va="center", color=ink, fontsize=9.5)
         if intervals and np.isfinite([lo[i, j], hi[i, j]]).all():
-            ax.text(j, i + 0.25, f"{lo[i, j]:.1f}–{hi[i, j]:.1f}", ha="center", va="center", color=ink, fontsize=7.5)
+            ax.text(j, i + 0.25, f"{lo[i, j]:.1f}–{hi[i, j]:.1f}", ha="center", va="center", color=ink, fontsize=6.8)
     ax.set_xticks(range(len(columns)), columns, rotation=35, ha="left", rotation_mode="anchor")
-    ax.set_yticks(range(len(methods)), methods)
+    ax.set_yticks(range(len(methods)), methods, fontsize=10)
+    ax.tick_params(axis="x", labelsize=10)
     ax.xaxis.tick_top()
     ax.grid(visible=False)
     figure.colorbar(image, ax=ax, label=f"{METRICS.get(metric, metric)}, %", location="bottom", shrink=0.6, aspect=40)

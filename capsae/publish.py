@@ -52,8 +52,12 @@ STAGES = {
     "04_score_ood": ("features", "sae", "caps", "table"),
     "05_ablation": ("features", "sae", "caps", "table"),
     "06_sweep": (),
+    "07_tuning": ("features", "sae", "table"),
 }
-DRAWN_BY = ("capsae.figures", "capsae.display", "capsae.tidy", "capsae.galleries", "capsae.explain", "capsae.caps")
+DRAWN_BY = (
+    *("capsae.figures", "capsae.display", "capsae.tidy", "capsae.galleries", "capsae.explain", "capsae.caps"),
+    *("capsae.comparisons", "capsae.comparison_figures", "capsae.evaluate", "capsae.stats", "capsae.tuning"),
+)
 
 
 class PublishError(RuntimeError):

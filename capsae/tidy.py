@@ -271,7 +271,7 @@ def results(table: pd.DataFrame, groups: Iterable[str]) -> pd.DataFrame:
     """The results table with titles for names, cut to detectors of ``groups``, best first by the mean over all sets."""
     from .detectors import info
 
-    rows = table[table["method"] != "head"].copy()
+    rows = table[(table["method"] != "head") & table["group"].isin(["near", "far", "all"])].copy()
     known = {name: info(name) for name in rows["method"].unique()}
     rows = rows[rows["method"].map(lambda name: known[name]["group"] in set(groups))]
     means = rows[(rows["metric"] == "fpr95_ood_pos") & (rows["set"] == "mean") & (rows["group"] == "all")]
@@ -297,6 +297,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
     rows = []
     means = table[(table["set"] == "mean") & table["metric"].isin(METRIC_PANELS)]
+    means = means[means["group"].isin(["near", "far", "all"])]  # not the full spectrum
     for (name, group), part in means.groupby(["method", "group"], sort=False):
         about, cells = info(name), part.set_index("metric")
         row = {"name": name, "method": about["title"], "kind": about["group"], "group": group}

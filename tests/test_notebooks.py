@@ -31,6 +31,7 @@ def _code(path):
 def test_the_chapters_are_there():
     assert [path.stem for path in NOTEBOOKS] == [
         "01_features", "02_train_sae", "03_discover_caps", "04_score_ood", "05_ablation", "06_sweep",
+        "07_tuning",
     ]  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def test_notebooks_hold_no_outputs_and_keep_to_the_house_rules(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_what_a_notebook_calls_exists(path):
-    modules = "figures|tidy|galleries|plan|publish|detectors"
+    modules = "figures|tidy|galleries|plan|publish|detectors|comparisons|comparison_figures|tuning"
     for module, name in set(re.findall(rf"\b({modules})\.([a-z_A-Z]+)", _code(path))):
         assert hasattr(importlib.import_module(f"capsae.{module}"), name), f"{module}.{name}"
 
