@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .plan import BOOK_PROFILES, root
-from .publish import path_of, results
+from .plan import BOOK_PROFILES, read_notebook, root
+from .publish import path_of, results, template_digest
 
 NOT_RUN = "not run here yet"
 SELECTION = Path("benchmarks/results/rpd_selection.csv")
@@ -38,7 +38,12 @@ def write_pages() -> list[Path]:
 
 
 def _published(page: str) -> Mapping[str, Any]:
-    return results(page) if path_of(page).is_file() else {}
+    """What a page recorded; nothing where it is not published, or was executed from another text of its notebook."""
+    if not path_of(page).is_file():
+        return {}
+    stamped = read_notebook(path_of(page))["metadata"]["capsae"]
+    template = read_notebook(root() / "notebooks" / f"{stamped['notebook']}.ipynb")
+    return results(page) if stamped["inputs"]["notebook"] == template_digest(template) else {}
 
 
 def read_claims(path: Path) -> dict[str, Any]:
