@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 # One place for all results; `make clean` removes it.
 export CAPSAE_HOME ?= $(CURDIR)/.capsae
 
@@ -17,9 +18,19 @@ test: env
 book: env  ## render the committed runs only
 	$(BIN)/jupyter-book build -W -n --keep-going book/
 
-bench: env
-	$(BIN)/python -m benchmarks.sae_training
+bench: env $(BENCH)/.installed  ## the SAE trainers of other libraries stand beside ours, in an environment of their own
+	$(BENCH)/bin/python -m benchmarks.sae_training
 	$(BIN)/python -m benchmarks.extraction
+
+# A library that does not install must not keep the others out: then each by itself; the benchmark names who is missing.
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(BENCH)
+	grep -E '^(torch|numba|numpy)==' constraints.txt > $(BENCH)/constraints.txt
+	$(BENCH)/bin/pip install -c $(BENCH)/constraints.txt -e . --config-settings editable_mode=compat
+	$(BENCH)/bin/pip install -c $(BENCH)/constraints.txt -r benchmarks/requirements-peers.txt \
+	  || sed 's/#.*//' benchmarks/requirements-peers.txt | xargs -n 1 $(BENCH)/bin/pip install -c $(BENCH)/constraints.txt \
+	  || true
+	touch $@
 
 lint: env
 	$(BIN)/ruff check .

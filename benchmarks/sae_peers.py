@@ -273,13 +273,15 @@ LIBRARIES = {
 }
 
 
-def available() -> tuple[dict[str, str], dict[str, str]]:
-    """Versions of the peers that import, and the reason of each that does not, by trainer."""
+def available(*names: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Versions of the peers (or of the named) that import, and the reason of each that does not, by trainer."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # before the libraries import tqdm
     if not torch.cuda.is_available():
         os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     versions, missing = {}, {}
     for name, (distribution, module) in LIBRARIES.items():
+        if names and name not in names:
+            continue
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 importlib.import_module(module)

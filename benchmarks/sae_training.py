@@ -1,13 +1,22 @@
-"""Training rate of the Top-k SAE against the plain loop, in one run, at the same learning rate.
+"""Training rate of Top-k SAE trainers in one run: ours, the plain loop, and the libraries of `sae_peers`.
 
-Blocks alternate between the trainers, each block a whole short training from the start, and the median rate counts:
-another program on the machine then disturbs all of them alike (and with `--threads 1` the rows per CPU second, which
-include the set-up, hardly at all). The FVU on rows that were not trained on stands beside
-the rate, because a quick step that learns less is no gain.
+Blocks alternate between the trainers, each block a whole short training from the start, and medians count: another
+program on the machine then disturbs all of them alike. AuxK is on where a trainer has it by default, and in ours. The
+rows per CPU second, which include the set-up, are disturbed least. The FVU on rows that were not trained on stands
+beside the rate, because a quick step that learns less is no gain; at equal learning rates and so few steps it says no
+more than that (`sae_quality` compares quality).
 
-    python benchmarks/sae_training.py                   # table; writes benchmarks/results/<machine>-sae.json
+    python -m benchmarks.sae_training                # tables; writes benchmarks/results/<machine>-sae.json
+    python -m benchmarks.sae_training --parts rates  # leaves the other parts of the file as they are
 
-A peer is one function, `(x, config) -> (seconds of its loop, reconstruct)`, and one line in TRAINERS.
+The file: machine, threads, lr, versions, missing (peers that do not import, and why), and the parts, each with the load
+of the machine before and after:
+
+- rates: a row for each shape and trainer: rate (rows/s, median of `rates`), of_fastest_peer (the median over blocks of
+  its rate to that of the fastest library), of_plain, rate_per_cpu_second, fvu, dead_fraction.
+- memory: peak_mb of a process that imports one trainer and makes two epochs of a shape.
+- scan: our rate and the floor's against the number of latents and against k.
+- floor: milliseconds for a batch: of our step, of the bfloat16 product alone, and of reading its result once.
 """
 
 from __future__ import annotations
@@ -17,21 +26,22 @@ import json
 import os
 import platform
 import re
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from capsae.sae import SAEConfig, TopKSAE, train_sae
-from capsae.sae.train import schedule
-
-Reconstruct = Callable[[torch.Tensor], torch.Tensor]
+from benchmarks.sae_peers import LIBRARIES, TRAINERS, available, quality
+from capsae.sae import SAEConfig, TopKSAE, select
 
 
 @dataclass(frozen=True)
@@ -48,87 +58,119 @@ class Shape:
 
 
 SHAPES = (
-    Shape(192, 1920, 32, 4096, batches=4, epochs=12, blocks=5),
-    Shape(192, 1920, 32, 1024, batches=8, epochs=12, blocks=5),
-    Shape(768, 7680, 128, 4096, batches=2, epochs=4, blocks=3),  # the paper's
+    Shape(192, 1920, 32, 4096, batches=2, epochs=6, blocks=5),
+    Shape(192, 1920, 32, 1024, batches=8, epochs=6, blocks=5),
+    Shape(768, 7680, 128, 4096, batches=1, epochs=2, blocks=3),  # the paper's
 )
+PARTS = ("rates", "memory", "floor", "scan")
+SCAN_LATENTS = (480, 960, 1920, 3840, 7680)
+SCAN_K = (8, 16, 32, 64, 128, 256)
+SCAN_BASE = Shape(192, 1920, 32, 4096, batches=2, epochs=6, blocks=3)
 
 
 def features(shape: Shape, n: int) -> torch.Tensor:
     """Sums of k/2 of 2 d unit atoms and noise, (n, d): something to learn, without a file."""
     dice = torch.Generator().manual_seed(0)
     atoms = F.normalize(torch.randn(2 * shape.d, shape.d, generator=dice), dim=1)
-    used = torch.randint(len(atoms), (n, shape.k // 2), generator=dice)
-    strength = torch.rand(n, shape.k // 2, generator=dice) + 0.5
+    used = torch.randint(len(atoms), (n, max(1, shape.k // 2)), generator=dice)
+    strength = torch.rand(n, max(1, shape.k // 2), generator=dice) + 0.5
     clean = F.embedding_bag(used, atoms, per_sample_weights=strength, mode="sum")
     return clean + 0.1 * torch.randn(n, shape.d, generator=dice)
 
 
-def ours(x: torch.Tensor, config: SAEConfig) -> tuple[float, Reconstruct]:
-    """capsae.train_sae as everybody calls it."""
-    sae, history = train_sae(x, config, device="cpu", progress=False)
-    return history.seconds.sum(), lambda rows: reconstruct(sae, sae.normalize(rows))
+def config_of(shape: Shape, lr: float) -> SAEConfig:
+    """The settings of a shape's trainings."""
+    return SAEConfig(latents=shape.latents, k=shape.k, epochs=shape.epochs, batch_size=shape.batch, lr=lr)
 
 
-def plain(x: torch.Tensor, config: SAEConfig) -> tuple[float, Reconstruct]:
-    """The loop that one writes first: float32, torch.topk, embedding_bag, autograd, Adam; unit decoder rows."""
-    torch.manual_seed(config.seed)
-    sae = TopKSAE.untrained(x.shape[1], config)
-    x = sae.normalize(x)
-    sae.pre_bias.data = x.mean(0)
-    variance = (x - x.mean(0)).square().sum(1).mean()
-    adam = torch.optim.Adam(sae.parameters(), lr=config.peak_lr)
-    steps, n_steps = 0, config.epochs * -(-len(x) // config.batch_size)
-    began = time.perf_counter()
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(x)).split(config.batch_size):
-            adam.param_groups[0]["lr"] = config.peak_lr * schedule(steps, n_steps, config.warmup, config.decay)
-            batch = x[rows]
-            loss = (batch - reconstruct(sae, batch)).square().sum(1).mean() / variance
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            sae.decoder.data = F.normalize(sae.decoder.data, dim=1)
-            steps += 1
-    return time.perf_counter() - began, lambda rows: reconstruct(sae, sae.normalize(rows))
+def normalised(shape: Shape, n: int, config: SAEConfig) -> torch.Tensor:
+    """The rows that every trainer gets, as ours normalises them."""
+    return TopKSAE.untrained(shape.d, config).normalize(features(shape, n))
 
 
-def reconstruct(sae: TopKSAE, normalized: torch.Tensor) -> torch.Tensor:
-    """x_hat of normalised rows by torch.topk and embedding_bag, differentiable."""
-    values, indices = torch.topk(sae.preactivations(normalized).relu(), sae.config.k, dim=1)
-    return F.embedding_bag(indices, sae.decoder, per_sample_weights=values, mode="sum") + sae.pre_bias
-
-
-TRAINERS: dict[str, Callable[[torch.Tensor, SAEConfig], tuple[float, Reconstruct]]] = {"capsae": ours, "plain": plain}
-
-
-def measure(shape: Shape, lr: float) -> list[dict]:
+def rates(shape: Shape, lr: float, names: list[str]) -> list[dict]:
     """Alternating blocks of all trainers: one row each."""
-    n = shape.batch * shape.batches
-    rows = features(shape, n + 4096)
+    config, n = config_of(shape, lr), shape.batch * shape.batches
+    rows = normalised(shape, n + 2048, config)
     train, held_out = rows[:n], rows[n:]
-    config = SAEConfig(latents=shape.latents, k=shape.k, epochs=shape.epochs, batch_size=shape.batch, lr=lr)
-    target = TopKSAE.untrained(shape.d, config).normalize(held_out).double()
-    variance = (target - target.mean(0)).square().sum()
-    rates, cpu_rates, fvu = {name: [] for name in TRAINERS}, {name: [] for name in TRAINERS}, {}
+    walls, cpus, good = {t: [] for t in names}, {t: [] for t in names}, {}
     for block in range(shape.blocks + 1):
-        for name, trainer in TRAINERS.items():
-            warm_up = SAEConfig(**asdict(config) | {"epochs": 1})
-            cpu_began = time.process_time()
-            seconds, predict = trainer(train, config if block else warm_up)
-            cpu_seconds = time.process_time() - cpu_began
+        for name in names:
+            began = time.process_time()
+            trained = TRAINERS[name](train, config if block else replace(config, epochs=1))
+            cpu_seconds = time.process_time() - began
             if block:  # the first one compiles and fills caches
-                rates[name].append(n * shape.epochs / seconds)
-                cpu_rates[name].append(n * shape.epochs / cpu_seconds)
-                with torch.no_grad():
-                    fvu[name] = ((target - predict(held_out)).square().sum() / variance).item()
+                walls[name].append(n * shape.epochs / trained.seconds)
+                cpus[name].append(n * shape.epochs / cpu_seconds)
+            if block == shape.blocks:
+                good[name] = quality(trained, held_out, train)
+    libraries = [name for name in names if name in LIBRARIES]
+    fastest = max(libraries, key=lambda name: median(walls[name]), default=None)
+
+    def ratio(name: str, to: str | None) -> float | None:
+        return median(a / b for a, b in zip(walls[name], walls[to], strict=True)) if to else None
+
     return [
         asdict(shape)
-        | {"trainer": name, "rate": median(rates[name]), "rates": rates[name], "fvu": fvu[name]}
-        | {"speedup": median(a / b for a, b in zip(rates[name], rates["plain"], strict=True))}
-        | {"rate_per_cpu_second": median(cpu_rates[name])}
-        for name in TRAINERS
+        | {"trainer": name, "rate": median(walls[name]), "rates": walls[name], "fastest_peer": fastest}
+        | {"of_fastest_peer": ratio(name, fastest), "of_plain": ratio(name, "plain" if "plain" in names else None)}
+        | {"rate_per_cpu_second": median(cpus[name]), "fvu": good[name][0], "dead_fraction": good[name][1]}
+        for name in names
     ]
+
+
+def peak_memory(shape: Shape, name: str) -> float | None:
+    """Peak memory (MB) of a process that imports this trainer alone and makes two epochs; None where it fails."""
+    command = [sys.executable, "-m", "benchmarks.sae_training", "--peak-memory-of", name, "--shape"]
+    done = subprocess.run([*command, json.dumps(asdict(shape))], capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def print_peak_memory(name: str, shape: Shape) -> None:
+    """What the process of `peak_memory` does."""
+    available(name)
+    config = config_of(replace(shape, epochs=2), 4e-3)
+    TRAINERS[name](normalised(shape, shape.batch * shape.batches, config), config)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1000) / 1.024)
+
+
+def milliseconds(task: Callable[[], object], times: int) -> float:
+    """Median time of a task."""
+    task()
+    spent = []
+    for _ in range(times):
+        began = time.perf_counter()
+        task()
+        spent.append(time.perf_counter() - began)
+    return 1e3 * median(spent)
+
+
+def floor(shape: Shape, lr: float, times: int = 7) -> dict:
+    """A batch's time: our step's, and what it cannot do without: the product and one read of what comes out."""
+    x = normalised(shape, shape.batch, config_of(shape, lr)).bfloat16()
+    encoder, z = torch.randn(shape.latents, shape.d).bfloat16(), torch.empty(256, shape.latents, dtype=torch.bfloat16)
+    keys = torch.randn(256, shape.latents).bfloat16().view(torch.int16)
+    blocks, torch_threads = -(-shape.batch // 256), torch.get_num_threads()
+
+    def product() -> None:
+        for part in x.split(256):
+            torch.mm(part, encoder.t(), out=z[: len(part)])
+
+    read = milliseconds(lambda: keys.amax(1), times) * blocks
+    row = asdict(shape) | {"product_ms": milliseconds(product, times), "read_ms": read, "threads": torch_threads}
+    trained = [
+        TRAINERS["capsae"](normalised(shape, shape.batch * shape.batches, c), c).seconds
+        for c in [config_of(shape, lr)] * (shape.blocks + 1)
+    ][1:]
+    step = median(trained) / shape.epochs / shape.batches
+    return row | {"step_ms": 1e3 * step, "rate": shape.batch / step}
+
+
+def scan(lr: float) -> list[dict]:
+    """Our rate against the number of latents and against k, beside the floor."""
+    shapes = [replace(SCAN_BASE, latents=latents) for latents in SCAN_LATENTS]
+    shapes += [replace(SCAN_BASE, k=k) for k in SCAN_K if k != SCAN_BASE.k]
+    return [floor(shape, lr, times=3) for shape in shapes]
 
 
 def machine() -> str:
@@ -139,33 +181,92 @@ def machine() -> str:
     return f"{found[1].strip() if found else platform.processor() or platform.machine()}, {cores} cores"
 
 
+def load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def show_rates(rows: list[dict]) -> None:
+    print("   d      M    k     B  trainer                 rows/s  x fastest peer  x plain     FVU    dead  rows/CPU s")
+    for row in rows:
+        shape = f"{row['d']:4} {row['latents']:6} {row['k']:4} {row['batch']:5}"
+        print(
+            f"{shape}  {row['trainer']:20} {row['rate']:9,.0f} {row['of_fastest_peer'] or 0:15.2f}"
+            f" {row['of_plain'] or 0:8.2f} {row['fvu']:7.4f} {row['dead_fraction']:7.4f}"
+            f" {row['rate_per_cpu_second']:11,.0f}"
+        )
+
+
+def show_memory(rows: list[dict]) -> None:
+    print("   d      M    k     B  trainer               peak MB")
+    for row in rows:
+        shape = f"{row['d']:4} {row['latents']:6} {row['k']:4} {row['batch']:5}"
+        print(f"{shape}  {row['trainer']:20} {row['peak_mb'] or 0:8,.0f}")
+
+
+def show_floor(rows: list[dict]) -> None:
+    print("   d      M    k     B   ms a step   product   one read   rows/s")
+    for row in rows:
+        shape = f"{row['d']:4} {row['latents']:6} {row['k']:4} {row['batch']:5}"
+        print(f"{shape} {row['step_ms']:11.2f} {row['product_ms']:9.2f} {row['read_ms']:10.2f} {row['rate']:8,.0f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many shapes")
-    parser.add_argument("--quick", action="store_true", help="a third of the epochs, three blocks: for a busy machine")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--shapes", nargs="+", type=int, default=range(len(SHAPES)), help="of SHAPES, by number")
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
+    parser.add_argument("--blocks", type=int, help="instead of those of the shapes, for a busy machine")
+    parser.add_argument("--epochs", type=int, help="instead of those of the shapes, for a busy machine")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>-sae.json")
+    parser.add_argument("--peak-memory-of", choices=list(TRAINERS), help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.peak_memory_of:
+        print_peak_memory(args.peak_memory_of, Shape(**args.shape))
+        return
     torch.set_num_threads(args.threads)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    results = []
-    print("   d      M    k     B  trainer      rows/s  x plain     FVU  rows per CPU second")
-    for shape in SHAPES[: args.shapes]:
-        shape = replace(shape, epochs=-(-shape.epochs // 3), blocks=3) if args.quick else shape
-        for row in measure(shape, args.lr):
-            print(
-                f"{row['d']:4} {row['latents']:6} {row['k']:4} {row['batch']:5}  {row['trainer']:8}"
-                f" {row['rate']:10,.0f} {row['speedup']:8.2f} {row['fvu']:7.4f} {row['rate_per_cpu_second']:10,.0f}"
-            )
-            results.append(row)
-    versions = {m.__name__: m.__version__ for m in (torch, numba, np)} | {"python": platform.python_version()}
-    threads = torch.get_num_threads()
-    header = {"machine": machine(), "threads": threads, "load_before": load, "versions": versions, "lr": args.lr}
-    slug = re.sub(r"[^a-z0-9]+", "-", header["machine"].lower()).strip("-")
+    versions, missing = available()
+    for name, reason in missing.items():
+        print(f"{name} is left out: {reason}")
+    if select.compiled() is None:
+        print("numba is missing: ours is the plain step")
+    names = [name for name in args.trainers if name not in missing]
+    measure = {
+        "rates": lambda shape: rates(shape, args.lr, names),
+        "memory": lambda shape: [asdict(shape) | {"trainer": n, "peak_mb": peak_memory(shape, n)} for n in names],
+        "floor": lambda shape: [floor(shape, args.lr)],
+        "scan": lambda _: scan(args.lr),
+    }
+    show = {"rates": show_rates, "memory": show_memory, "floor": show_floor, "scan": show_floor}
+    slug = re.sub(r"[^a-z0-9]+", "-", machine().lower()).strip("-")
     out = args.out or Path(__file__).parent / "results" / f"{slug}-sae.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(header | {"results": results}, indent=1) + "\n")
+    table = json.loads(out.read_text()) if out.exists() else {}
+    if not set(table) >= set(PARTS):
+        table = {part: [] for part in PARTS}
+    shapes = [replace(s, blocks=args.blocks or s.blocks, epochs=args.epochs or s.epochs) for s in SHAPES]
+    shapes = [shapes[i] for i in args.shapes]
+    for part in args.parts:
+        before, rows = load(), []
+        for shape in shapes if part != "scan" else [None]:
+            new = measure[part](shape)
+            show[part](new)
+            rows += new
+        loads = [before, load()]
+        for row in rows:
+            row.setdefault("load", loads)
+        if part != "scan":  # shapes that were not measured now stay
+            rows += [r for r in table[part] if all((r["d"], r["batch"]) != (s.d, s.batch) for s in shapes)]
+            rows.sort(key=lambda r: (r["d"], -r["batch"]))
+        table[part] = rows
+        own = {m.__name__: m.__version__ for m in (torch, np)} | {"python": platform.python_version()}
+        if select.compiled() is not None:
+            own["numba"] = version("numba")
+        header = {"machine": machine(), "threads": args.threads, "lr": args.lr, "versions": own | versions}
+        table = header | {"missing": missing} | {p: table[p] for p in PARTS}
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":
