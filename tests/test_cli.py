@@ -59,10 +59,11 @@ def test_help_leads_through_every_command(capsae_):
     status, out, _ = capsae_("--help")
     assert status == 0
     order = [
-        out.index(f"  capsae {word}") for word in ("profiles", "extract", "train", "score", "explain", "reproduce")
+        out.index(f"  capsae {word}")
+        for word in ("profiles", "extract", "train", "score", "explain", "evaluate", "reproduce")
     ]
     assert order == sorted(order)
-    for word in ("profiles", "extract", "train", "score", "explain", "detectors", "reproduce"):
+    for word in ("profiles", "extract", "train", "score", "explain", "evaluate", "detectors", "reproduce"):
         status, out, _ = capsae_(word, "--help")
         assert status == 0 and "usage" in out
 
@@ -180,6 +181,10 @@ def test_extract_makes_a_pack_again_from_the_profiles_images(capsae_, monkeypatc
     status, out, _ = capsae_("extract", profile, "--out", tmp_path / "new")
     assert status == 0 and made["out"] == tmp_path / "new" and "--set pack=" in out
     assert {name: len(source) for name, source in made["sources"].items()} == dict.fromkeys(sets, 8)
+    monkeypatch.setattr(capsae.scoring, "load_weights", lambda run: pytest.fail("pixels need no backbone"))
+    monkeypatch.setattr(capsae.packs, "add_pixels", lambda name, sources, out: made.update(pixels=sorted(sources)))
+    status, out, _ = capsae_("extract", profile, "--pixels", "--out", tmp_path / "new")
+    assert status == 0 and made["pixels"] == sorted(sets) and "pixel statistics new" in out
     (tmp_path / "noise").rename(tmp_path / "gone")
     status, _, err = capsae_("extract", profile, "--out", tmp_path / "new")
     assert status == 2 and "ood.far/noise.path" in err

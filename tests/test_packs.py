@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capsae import packs
+from capsae import Observations, detectors, metrics, packs
 from capsae.data import open_source
 from capsae.features import extract, fit_linear_probe, load_backbone, load_pack, make_pack, pack_sets
 from capsae.featureset import FeatureSet
@@ -84,6 +84,24 @@ def test_probe_on_imagenet20_is_as_good_as_measured_elsewhere():
     train, test = load_pack("imagenet20", "train"), load_pack("imagenet20", "test")
     head = fit_linear_probe(train.cls, train.labels, 20, strengths=(0.01,))
     assert (head.logits(test.cls).argmax(axis=1) == test.labels).mean() >= 0.89
+
+
+@pytest.mark.parametrize(
+    ("pack", "name", "control"),
+    [
+        ("imagenet20", "far/blood_cells", "sharpness"),
+        ("imagenet20", "far/emoji", "pixel_statistics"),
+        ("imagenet20", "far/textures", "pixel_statistics"),
+        ("imagenet20", "near/imagenet980", "pixel_statistics"),
+        ("mini80", "near/mini20", "pixel_statistics"),
+    ],
+)
+def test_what_the_limits_say_of_pixel_statistics(pack, name, control):
+    sets = [load_pack(pack, which) for which in ("train", "test", name)]
+    train, test, ood = (Observations(one.cls, pixels=one.pixels) for one in sets)
+    detector = detectors.create(control).fit(train)
+    text = (Path(__file__).resolve().parents[1] / "book" / "limits.md").read_text()
+    assert f"{metrics.auroc(detector.score(test), detector.score(ood)):.3f}" in text
 
 
 def test_unknown_pack_or_set():
