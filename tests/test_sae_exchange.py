@@ -309,6 +309,16 @@ def test_no_sae_is_overwritten_by_another_layout(trained, tmp_path):
     exchange.save_saelens(trained["none"], tmp_path / "theirs")  # one's own kind may be replaced
 
 
+def test_only_a_top_k_sae_is_written(trained, tmp_path):
+    class Variant(TopKSAE):
+        """Whatever else a subclass does."""
+
+    for save in (exchange.save_saelens, exchange.save_sparsify):
+        with pytest.raises(TypeError, match="a Variant was given"):
+            save(Variant(D, trained["none"].config), tmp_path / "variant")
+    assert not (tmp_path / "variant").exists()
+
+
 def test_the_books_page_runs(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "book" / "exchange.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

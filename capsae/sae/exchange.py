@@ -269,6 +269,8 @@ def _scaled(weights: _Weights, s: float) -> _Weights:
 
 def _exported(sae: TopKSAE) -> tuple[_Weights, str, dict[str, Any]]:
     """Weights (float64) with "dataset" folded in, the normalisation that is left to the library, and our own key."""
+    if type(sae) is not TopKSAE:  # a variant selects in another way, which these folders cannot say
+        raise TypeError(f"a {type(sae).__name__} was given; the libraries' top-k folders hold what a TopKSAE is")
     parts = (sae.encoder, sae.encoder_bias, sae.decoder, sae.pre_bias)
     encoder, bias, decoder, b = (each.detach().cpu().double() for each in parts)
     own: dict[str, Any] = {"schema": OWN_SCHEMA, "config": asdict(sae.config)}
