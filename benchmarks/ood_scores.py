@@ -2,10 +2,10 @@
 
     python -m benchmarks.ood_scores      # table; writes benchmarks/results/<machine>-ood-scores.json
 
-Both get the same float32 arrays, and the logits where they take them. Blocks alternate between the two, each a fit and a
-score, and the median counts. Where pytorch-ood is slow or large it scores the first rows alone, and its time is scaled to
-all of them (`rows` says from how many; its fit is measured whole). Peak memory is what a fresh process's resident set
-grows by, for one fit and score of all rows, or of pytorch-ood's `rows`.
+Both get the same float32 arrays, and the logits where they take them. Blocks alternate between the two, each a fit and
+a score, and the median counts. Where pytorch-ood is slow or large it scores the first rows alone, and its time is
+scaled to all of them (`rows` says from how many; its fit is measured whole). Peak memory is what the resident set rises
+by during a fit and a score of that many rows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
-import resource
-import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +22,8 @@ from statistics import median
 import numpy as np
 import torch
 
-from benchmarks.parity import _float64, _linear, _po, _tensor, _weights
+from benchmarks.parity import _linear, _po, _tensor, _weights
+from benchmarks.sae_training import machine
 from capsae import Observations, detectors
 from capsae.featureset import LinearHead
 
@@ -37,11 +34,11 @@ def world(n_test: int = TEST):
     """(train, test) with logits made: they are part of a set of features, not of a score."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((CLASSES, D), np.float32)
-    head = LinearHead(centres / 12, np.zeros(CLASSES, np.float32))
+    head = LinearHead((np.abs(centres) - 0.8) / 12, np.zeros(CLASSES, np.float32))
 
     def observations(n):
         labels = np.arange(n) % CLASSES
-        cls = np.abs(centres[labels] + 1.5 * rng.standard_normal((n, D), np.float32))
+        cls = np.abs(centres[labels] + 0.7 * rng.standard_normal((n, D), np.float32))
         return Observations(cls, logits=cls @ head.weight.T, labels=labels, head=head)
 
     return observations(TRAIN), observations(n_test)
@@ -90,23 +87,23 @@ PEERS = {
     "entropy": (logits(lambda train: _po().Entropy(None)), TEST),
     "gen": (logits(lambda train: _po().GEN(None, M=100)), TEST),
     "klm": (logits(lambda train: _po().KLMatching(None)), TEST),
-    "mds": (features(lambda train: _po().Mahalanobis(None)), 500),
-    "rmds": (features(lambda train: _po().RMD(None)), 500),
-    "knn": (features(lambda train: _po().KNN(None, k=50)), 5000),
+    "mds": (features(lambda train: _po().Mahalanobis(None)), 100),
+    "rmds": (features(lambda train: _po().RMD(None)), 100),
+    "knn": (features(lambda train: _po().KNN(None, k=50)), 1000),
     "vim": (features(lambda train: _po().ViM(None, 512, **_weights(train))), TEST),
     "react": (maps(lambda train: _po().ReAct(None, head_of(train))), TEST),
     "ash_b": (maps(lambda train: _po().ASH(None, head_of(train), variant="ash-b", percentile=0.9)), TEST),
     "ash_p": (maps(lambda train: _po().ASH(None, head_of(train), variant="ash-p", percentile=0.9)), TEST),
     "ash_s": (maps(lambda train: _po().ASH(None, head_of(train), variant="ash-s", percentile=0.65)), TEST),
     "scale": (maps(lambda train: _po().SCALE(None, head_of(train), percentile=0.85)), TEST),
-    "dice": (features(lambda train: _po().DICE(None, **_weights(train), p=0.9)), 500),
+    "dice": (features(lambda train: _po().DICE(None, **_weights(train), p=0.9)), 100),
     "she": (features(lambda train: _po().SHE(None, _linear(train))), TEST),
-    "nnguide": (features(lambda train: _po().NNGuide(None, _linear(train), k=10)), 5000),
+    "nnguide": (features(lambda train: _po().NNGuide(None, _linear(train), k=10)), 1000),
     "fdbd": (features(lambda train: _po().fDBD(None, _linear(train))), TEST),
     "nci": (features(lambda train: _po().NCI(None, _linear(train), alpha=1e-4)), TEST),
-    "gradnorm": ((gradnorm, lambda found, test: found.predict(_tensor(test.cls))), 500),
+    "gradnorm": ((gradnorm, lambda found, test: found.predict(_tensor(test.cls))), 200),
 }
-SAME_FRACTION = {"knn", "nnguide"}  # ours is scored on as few rows, too: the search takes all the time
+SAME_ROWS = {"knn", "nnguide"}  # ours is scored on as few rows, too: the search takes all the time
 
 
 def one(name: str, who: str, train: Observations, test: Observations) -> tuple[float, float]:
@@ -127,42 +124,62 @@ def fresh(obs: Observations, rows: int) -> Observations:
     return Observations(obs.cls[:rows], logits=obs.logits[:rows], labels=obs.labels[:rows], head=obs.head)
 
 
+def peak_of(work) -> float | None:
+    """MiB by which the resident set rises above what it is before ``work()``; None where /proc does not tell."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        work()
+        return None
+
+    def kib(field):
+        return int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
+
+    reset.write_text("5")  # the peak so far is forgotten
+    before = kib("VmRSS")
+    work()
+    return (kib("VmHWM") - before) / 1024
+
+
 def measure(name: str, train: Observations, test: Observations, blocks: int) -> dict:
-    rows = {"pytorch-ood": PEERS[name][1], "capsae": PEERS[name][1] if name in SAME_FRACTION else TEST}
-    times = {who: [] for who in rows}
+    rows = {"pytorch-ood": PEERS[name][1], "capsae": PEERS[name][1] if name in SAME_ROWS else TEST}
+    times, peaks = ({who: [] for who in rows} for _ in range(2))
     for _ in range(blocks):
         for who, n in rows.items():
-            times[who].append(one(name, who, fresh(train, TRAIN), fresh(test, n)))
+            seen, unseen = fresh(train, TRAIN), fresh(test, n)
+            peaks[who].append(peak_of(lambda: times[who].append(one(name, who, seen, unseen))))  # noqa: B023
     row = {"method": name}
     for who, n in rows.items():
         fit, score = (median(t[i] for t in times[who]) for i in (0, 1))
-        row[who] = {"rows": n, "fit_s": fit, "score_s": score * TEST / n, "peak_mb": peak(name, who, n)}
+        peak = None if None in peaks[who] else round(max(peaks[who]))
+        row[who] = {"rows": n, "fit_s": round(fit, 4), "score_s": round(score * TEST / n, 4), "peak_mb": peak}
     ours, theirs = row["capsae"], row["pytorch-ood"]
-    row["score_ratio"] = theirs["score_s"] / ours["score_s"]
-    row["ratio"] = (theirs["fit_s"] + theirs["score_s"]) / (ours["fit_s"] + ours["score_s"])
+    row["score_ratio"] = round(theirs["score_s"] / ours["score_s"], 2)
+    row["ratio"] = round((theirs["fit_s"] + theirs["score_s"]) / (ours["fit_s"] + ours["score_s"]), 2)
     return row
-
-
-def peak(name: str, who: str, rows: int) -> float | None:
-    """MiB that a process grows by; None where it fails, as for want of memory."""
-    command = [sys.executable, "-m", "benchmarks.ood_scores", "--peak", name, who, str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else None
-
-
-def print_peak(name: str, who: str, rows: int) -> None:
-    train, test = world(rows)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    one(name, who, train, test)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=list(PEERS))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>-ood-scores.json")
     args = parser.parse_args()
-    if args.peak:
-        return print_peak(args.peak[0], args.peak[1], int(args.peak[2]))
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    train, test = world()
+    versions = {name: version(name) for name in ("pytorch-ood", "torch", "numpy", "scipy", "scikit-learn")}
+    header = {"machine": machine(), "threads": torch.get_num_threads(), "load_before": load, "versions": versions}
+    header |= {"train": TRAIN, "test": TEST, "d": D, "classes": CLASSES, "blocks": args.blocks}
+    slug = re.sub(r"[^a-z0-9]+", "-", header["machine"].lower()).strip("-")
+    out = args.out or Path(__file__).parent / "results" / f"{slug}-ood-scores.json"
+    results = []
+    for name in args.methods:
+        row = measure(name, train, test, args.blocks)
+        results.append(row)
+        cells = [f"{row[who][key]:9.3f}" for who in ("pytorch-ood", "capsae") for key in ("fit_s", "score_s")]
+        peaks = [f"{row[who]['peak_mb']} MiB" for who in ("pytorch-ood", "capsae")]
+        print(f"{name:10}", *cells, f"{row['ratio']:8.1f}x", *peaks, flush=True)
+        out.write_text(json.dumps(header | {"results": results}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

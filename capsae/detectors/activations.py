@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .base import Detector, Observations, register
-from .maths import free_energy, keep_largest, mean_row
+from .maths import both, free_energy, keep_largest, mean_row
 
 _LARGEST_RATIO = 50.0
 
@@ -174,11 +174,12 @@ class DICE(Detector):
             raise ValueError(f"percentile is {self.percentile}: use a number in [0, 100), or no weight is left")
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
-        weight, self._bias = obs.require_head()
+        weight, bias = obs.require_head()
+        self._bias = both(bias)
         contribution = weight * mean_row(obs, lambda block: block.cls64)
-        self._weight = np.where(contribution > np.percentile(contribution, self.percentile), weight, 0)
+        self._weight = both(np.where(contribution > np.percentile(contribution, self.percentile), weight, 0))
         return self
 
     def _score(self, obs: Observations) -> np.ndarray:
-        weight, bias = (a.astype(obs.cls.dtype, copy=False) for a in (self._weight, self._bias))
-        return free_energy(obs.cls @ weight.T + bias)
+        kind = obs.cls.dtype
+        return free_energy(obs.cls @ self._weight[kind].T + self._bias[kind])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .base import Detector, Observations, register
-from .maths import class_means, largest_products, mean_row
+from .maths import both, class_means, largest_products, mean_row
 
 _NEAR_ZERO = 1e-8
 
@@ -34,8 +34,8 @@ class SHE(Detector):
         labels = obs.require_labels(n_classes)
         hit = obs.predicted == labels
         missed = np.bincount(labels[hit], minlength=n_classes) == 0
-        rows = hit | missed[labels]
-        self._patterns = class_means(obs.take(rows), labels[rows], n_classes, lambda block: block.cls64)
+        keep = hit | missed[labels]
+        self._patterns = class_means(obs, labels, n_classes, lambda block: block.cls64, keep)
         return self
 
     def _score(self, obs: Observations) -> np.ndarray:
@@ -115,16 +115,15 @@ class FDBD(Detector):
         squared = squares[:, None] + squares - 2 * weight @ weight.T
         apart = squared > 1e-12 * squares.max()
         np.fill_diagonal(apart, False)
-        self._inverse = np.where(apart, 1 / np.sqrt(np.where(apart, squared, 1)), 0)
-        if self.average:
-            self._inverse /= max(1, len(weight) - 1)
+        inverse = np.where(apart, 1 / np.sqrt(np.where(apart, squared, 1)), 0)
+        self._inverse = both(inverse / max(1, len(weight) - 1) if self.average else inverse)
         self._mean = mean_row(obs, lambda block: block.cls64) if self.centre else 0.0
         return self
 
     def _score(self, obs: Observations) -> np.ndarray:
         gaps = obs.logits - np.take_along_axis(obs.logits, obs.predicted[:, None], axis=1)
         np.abs(gaps, out=gaps)
-        gaps *= self._inverse.astype(gaps.dtype)[obs.predicted]
+        gaps *= self._inverse[gaps.dtype][obs.predicted]
         away = np.linalg.norm(obs.cls64 - self._mean, axis=1) if self.centre else obs.norms
         return -gaps.sum(axis=1, dtype=np.float64) / np.maximum(away, _NEAR_ZERO)
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from .base import Detector, Observations, register
-from .maths import class_sums, free_energy
+from .maths import both, class_sums, free_energy
 
 _LOG_ZERO = float(np.log(np.nextafter(0, 1)))  # stands for log 0: the smallest logarithm of a float64
 _TEMPERATURES = (0.05, 20.0)
@@ -216,10 +216,10 @@ class KLMatching(Detector):
             total = total + class_sums(p / p.sum(axis=1, keepdims=True), predicted, n_classes)
             counts = counts + np.bincount(predicted, minlength=n_classes)
         typical = total[counts > 0] / counts[counts > 0, None]
-        self._log_typical = np.log(typical, out=np.full_like(typical, _LOG_ZERO), where=typical > 0).T.copy()
+        self._log_typical = both(np.log(typical, out=np.full_like(typical, _LOG_ZERO), where=typical > 0).T)
         return self
 
     def _score(self, obs: Observations) -> np.ndarray:
         p = obs.softmax
-        cross = -(p @ self._log_typical.astype(p.dtype)).max(axis=1).astype(np.float64)
+        cross = -(p @ self._log_typical[p.dtype]).max(axis=1).astype(np.float64)
         return np.maximum(cross - softmax_entropy(obs), 0)

@@ -16,10 +16,16 @@ _BANK = 65_536
 Features = Callable[[Observations], np.ndarray]  # rows of a block -> (n, d) float64
 
 
+def both(array: np.ndarray) -> dict[np.dtype, np.ndarray]:
+    """An array in float32 and in float64, by dtype: what a fit keeps for products with features of either precision."""
+    return {np.dtype(kind): np.ascontiguousarray(array, kind) for kind in (np.float32, np.float64)}
+
+
 def free_energy(logits: np.ndarray) -> np.ndarray:
     """-logsumexp over the classes of logits (N, C), float64; exponentials in the logits' precision, sums float64."""
     largest = logits.max(axis=1, keepdims=True)
-    total = np.exp(logits - largest).sum(axis=1, dtype=np.float64)
+    exp = logits - largest
+    total = np.exp(exp, out=exp).sum(axis=1, dtype=np.float64)
     return -(largest[:, 0].astype(np.float64) + np.log(total))
 
 
@@ -29,15 +35,19 @@ def class_sums(x: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
     return onehot @ x
 
 
-def class_means(obs: Observations, labels: np.ndarray, n_classes: int, features: Features) -> np.ndarray:
-    """Mean (C, d) of ``features`` of the rows of each class; ValueError where a class has none."""
-    counts = np.bincount(labels, minlength=n_classes)
+def class_means(
+    obs: Observations, labels: np.ndarray, n_classes: int, features: Features, keep: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean (C, d) of ``features`` of the rows of each class (those in the mask ``keep``); ValueError without any."""
+    keep = np.ones(len(labels), bool) if keep is None else keep
+    counts = np.bincount(labels[keep], minlength=n_classes)
     if (counts == 0).any():
         raise ValueError(f"class {int((counts == 0).argmax())} has no training row: give every class at least one")
     total, start = 0.0, 0
     for block in obs.blocks():
-        total = total + class_sums(features(block), labels[start : start + len(block)], n_classes)
-        start += len(block)
+        rows = slice(start, start + len(block))
+        total = total + class_sums(features(block)[keep[rows]], labels[rows][keep[rows]], n_classes)
+        start = rows.stop
     return total / counts[:, None]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..caps import as_numpy, check_labels
 
-CELLS = 2**21  # rows x classes (or x dimensions) held at a time
+CELLS = 2**19  # rows x classes (or x dimensions) held at a time
 
 
 class Observations:
@@ -90,7 +90,8 @@ class Observations:
         Sums are float64, so that a probability of 1 - 1e-12 is told from 1 even where logits are float32.
         """
         largest = self.logits.max(axis=1, keepdims=True)
-        exp = np.exp(self.logits - largest)
+        exp = self.logits - largest
+        np.exp(exp, out=exp)
         return largest[:, 0].astype(np.float64), exp, exp.sum(axis=1, dtype=np.float64)
 
     @cached_property
