@@ -21,6 +21,7 @@ book: env  ## render the committed runs only
 bench: env $(BENCH)/.installed  ## the SAE trainers of other libraries stand beside ours, in an environment of their own
 	$(BENCH)/bin/python -m benchmarks.sae_training
 	$(BIN)/python -m benchmarks.extraction
+	$(BIN)/python -m benchmarks.ood_scores
 
 # A library that does not install must not keep the others out: then each by itself; the benchmark names who is missing.
 $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements-peers.txt

@@ -3,9 +3,9 @@
     python -m benchmarks.ood_scores      # table; writes benchmarks/results/<machine>-ood-scores.json
 
 Both get the same float32 arrays, and the logits where they take them. Blocks alternate between the two, each a fit and
-a score, and the median of the CPU seconds (of all threads: the machine may be busy) counts. Where pytorch-ood is slow or large it scores the first rows alone, and its time is
-scaled to all of them (`rows` says from how many; its fit is measured whole). Peak memory is what the resident set rises
-by during a fit and a score of that many rows.
+a score. The median of the CPU seconds of all threads counts, since other programs may run beside. Where pytorch-ood is
+slow or large it scores the first rows alone, and its time is scaled to all of them (`rows` says from how many; its fit
+is measured whole). Peak memory is what the resident set rises by during a fit and a score of that many rows.
 """
 
 from __future__ import annotations
