@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def start() -> None:
     gpus = torch.cuda.is_available() and torch.cuda.device_count() > local
     if gpus:
         torch.cuda.set_device(local)  # "cuda" means this rank's own from here on
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    # Long: a rank may wait while another one waits for what a third process is making.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=12))
     atexit.register(_leave)
 
 
@@ -77,7 +79,10 @@ def barrier() -> None:
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """Replace a tensor, on every rank and in place, by the sum ("min", "max") over the ranks; returns it."""
     if world_size() > 1:
-        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op.upper()))
+        meeting = tensor.to(meeting_place()) if tensor.device.type == "cpu" else tensor
+        dist.all_reduce(meeting, op=getattr(dist.ReduceOp, op.upper()))
+        if meeting is not tensor:
+            tensor.copy_(meeting)
     return tensor
 
 

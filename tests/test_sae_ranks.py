@@ -97,6 +97,38 @@ def test_an_error_of_one_rank_is_raised_on_all():
         assert line.startswith("rank 1: x has NaN or infinity in 1 of 50 rows, first in row 7")
 
 
+def test_ranks_go_on_from_a_checkpoint(tmp_path):
+    code = """if True:
+        import sys
+        import numpy as np, torch
+        from capsae import distributed
+        from capsae.sae import SAEConfig, train_sae
+        from capsae.sae.steps import Step
+        distributed.start()
+        x = np.random.default_rng(distributed.rank()).normal(size=(120, 8)).astype(np.float32)
+        config = SAEConfig(latents=60, k=2, lr=3e-2, epochs=4, batch_size=24)
+        train = lambda path: train_sae(x, config, "cpu", None, "last", False, None, path, 0, True)
+        whole, history = train(None)
+        together, steps = Step.together, []
+        def stop(batches, lrs, take):
+            steps.append(1)
+            if len(steps) == 17:
+                raise KeyboardInterrupt
+            take(batches, lrs)
+        Step.together = lambda all_steps: lambda *what, take=together(all_steps): stop(*what, take)
+        try:
+            train(sys.argv[1])
+        except KeyboardInterrupt:
+            distributed.barrier()
+        again, resumed = train(sys.argv[1])
+        assert len(steps) == 17 + 40 - 16, len(steps)
+        assert all(torch.equal(v, again.state_dict()[n]) for n, v in whole.state_dict().items())
+        assert history.drop(columns="seconds").equals(resumed.drop(columns="seconds"))
+    """
+    ranks.run(code, tmp_path)
+    assert not os.listdir(tmp_path)
+
+
 def test_sharded_alone_is_plain_training():
     x, config = planted(300), SAEConfig(latents=40, k=3, epochs=2, batch_size=50, lr=1e-2)
     (a, _), (b, _) = (train_sae(x, config, "cpu", progress=False, compiled=False, sharded=s) for s in (False, True))

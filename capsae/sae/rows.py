@@ -80,7 +80,8 @@ def starts(
 @torch.no_grad()
 def prepare(x: torch.Tensor, sae: TopKSAE, device: torch.device, sharded: bool = False, name: str = "x") -> Rows:
     """Rows normalised as an SAE does it, on the device, with their variance."""
-    if sae.config.normalize == "none" and x.dtype == torch.float32 and x.device.type == device.type:
+    there = torch.empty(0, device=device).device  # "cuda" is some one of them
+    if sae.config.normalize == "none" and x.dtype == torch.float32 and x.device == there:
         own = x
     else:
         own = torch.empty(x.shape, device=device)
