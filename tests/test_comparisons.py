@@ -167,3 +167,17 @@ def test_the_pixel_verdict_of_a_published_page_holds_against_its_table(profile):
     told = found["pixels"]
     assert told.startswith("This benchmark is broken") == wins
     assert wins or told.startswith(("No pixel control wins", "The features of"))
+
+
+@pytest.mark.parametrize("profile", plan.TUNED)
+def test_what_a_published_page_says_of_tuning_holds_against_its_numbers(profile):
+    page = f"{profile}/07_tuning"
+    if not publish.path_of(page).is_file():
+        pytest.skip("this page is not executed yet")
+    found = publish.results(page)
+    assert found["verdicts"] == [comparisons.tuned_text(row, profile) for row in found["gap"]]
+    assert {row["other"] for row in found["gap"]} | {"epd"} <= set(found["frozen"])
+    for row in found["gap"]:
+        clear = row["p_holm"] < 0.05
+        assert row["verdict"] == (("better" if row["value"] < 0 else "worse") if clear else "undecided")
+    assert all(row["peeking"] <= min(row["value"], row["default"]) + 1e-12 for row in found["left_out"])
