@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from capsae.sae import SAEConfig, TopKSAE, progress, rows, select, train_sae, train_saes
 from capsae.sae.cpu_step import CompiledStep
 from capsae.sae.steps import PlainStep, Step, auxk_loss
-from capsae.sae.train import geometric_median, schedule
+from capsae.sae.train import geometric_median, schedule, start
 
 needs_numba = pytest.mark.skipif(select.compiled() is None, reason="numba is not installed")
 STEPS = [PlainStep, pytest.param(CompiledStep, marks=needs_numba)]
@@ -396,6 +396,20 @@ def test_geometric_median_resists_outliers():
     rng = np.random.default_rng(0)
     x = torch.from_numpy(np.vstack([rng.normal(size=(900, 5)), np.full((99, 5), 100.0)])).float()
     assert geometric_median(x).norm() < 1 < x.mean(0).norm()
+
+
+@pytest.mark.parametrize("d", [24, 48])
+def test_fitted_start_reconstructs_best(d):
+    x, _ = planted(500, d)
+    fvu = {}
+    for init in ("transpose", "fitted"):
+        sae, _ = start(torch.from_numpy(x), small(init=init, latents=300, k=12), torch.device("cpu"))
+        fvu[init] = sae.fvu(x)
+        torch.testing.assert_close(F.normalize(sae.encoder, dim=1), sae.decoder)
+    assert fvu["fitted"] < fvu["transpose"]
+    with torch.no_grad():
+        sae.encoder *= 1.1
+    assert sae.fvu(x) > fvu["fitted"]
 
 
 def test_schedule_rises_stays_and_falls():

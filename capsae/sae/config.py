@@ -10,7 +10,7 @@ _OPTIONS = {
     "normalize": ("sample", "l2", "dataset", "none"),
     "relu": ("before", "after"),
     "pre_bias": ("geometric_median", "mean", "zero"),
-    "init": ("transpose", "random"),
+    "init": ("transpose", "fitted", "random"),
     "products": ("auto", "bf16", "float32"),
 }
 
@@ -51,8 +51,10 @@ class SAEConfig:
         Fractions of all steps in which the learning rate rises from and falls to 0, linearly.
     pre_bias : {"geometric_median", "mean", "zero"}
         Start of the bias that is taken off the input and added to the output.
-    init : {"transpose", "random"}
-        Encoder = decoder^T at the start, or independent of it.
+    init : {"transpose", "fitted", "random"}
+        Encoder = decoder^T at the start; the same times the number that fits the first reconstructions best (least
+        squares; plain transposes reconstruct too much, and at a high learning rate the steps that take that back let
+        latents die: benchmarks/sae_quality.py); or independent of it.
     products : {"auto", "bf16", "float32"}
         Precision of the training's encoder product; parameters, optimiser and everything else are float32.
     ema : float or None

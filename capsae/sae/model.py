@@ -199,7 +199,7 @@ class TopKSAE(SparseCoder):
         dice = torch.Generator().manual_seed(config.seed)
         with torch.no_grad():
             sae.decoder.copy_(F.normalize(torch.randn(config.latents, d, generator=dice), dim=1))
-            if config.init == "transpose":
+            if config.init != "random":
                 sae.encoder.copy_(sae.decoder)
             else:
                 sae.encoder.copy_(F.normalize(torch.randn(config.latents, d, generator=dice), dim=1))

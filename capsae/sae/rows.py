@@ -10,9 +10,11 @@ import torch
 from .. import distributed
 from .config import SAEConfig
 from .model import TopKSAE, check_rows
+from .select import topk
 
 CHUNK = 65_536  # rows normalised or summed at a time: what is held beside the one copy
 MEDIAN_ROWS = 32_768
+FITTED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,16 @@ def starts(
             sae.pre_bias.copy_(_sum(_chunks(rows.own), sharded) / rows.total)
         elif sae.config.pre_bias == "geometric_median":
             sae.pre_bias.copy_(geometric_median(_sample(rows, sae.config.seed)))
+        if sae.config.init == "fitted":
+            sae.encoder *= fitted_scale(sae, _sample(rows, sae.config.seed)[:FITTED_ROWS])
     return saes, rows
+
+
+def fitted_scale(sae: TopKSAE, x: torch.Tensor) -> float:
+    """The number by which the encoder must be multiplied to reconstruct x (n, d) best, its bias being 0."""
+    values, indices = topk(sae.preactivations(x), sae.config.k)
+    x_hat = sae.weighted_rows(values, indices)
+    return ((x - sae.pre_bias) * x_hat).sum().item() / max(x_hat.square().sum().item(), 1e-12)
 
 
 @torch.no_grad()
