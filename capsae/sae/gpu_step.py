@@ -6,6 +6,7 @@ at each epoch's `read`, and the learning rate lies in device memory. So a step i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import logging
@@ -79,10 +80,11 @@ class TritonStep(Step):
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, lr: float) -> None:
-        self.prepare(x, lr)
-        if not self.replay(len(x)):
-            self.run(x, lr)
-        self.finish()
+        with current(self.device):
+            self.prepare(x, lr)
+            if not self.replay(len(x)):
+                self.run(x, lr)
+            self.finish()
 
     def prepare(self, x: torch.Tensor, lr: float) -> None:
         """The part of a step that changes from call to call, and the memory it needs."""
@@ -271,13 +273,14 @@ class TritonStep(Step):
         if sae is not self.sae:
             copies = [p.detach().to(self.half) for p in (sae.encoder, sae.decoder, sae.encoder_bias)]
         for block in x.split(self.batch.n if self.batch else self.config.batch_size):
-            if self.batch is None:
-                self.make_room(block)
-            n = len(block)
-            torch.sub(block, sae.pre_bias, out=self.batch.centred[:n])
-            self.batch.select(n, copies[0], copies[2])
-            self.batch.decode(n, copies[1], self.fired, 1.0, gradient=False)
-            total += self.batch.row_error[:n].sum(dtype=torch.float64)
+            with current(self.device):
+                if self.batch is None:
+                    self.make_room(block)
+                n = len(block)
+                torch.sub(block, sae.pre_bias, out=self.batch.centred[:n])
+                self.batch.select(n, copies[0], copies[2])
+                self.batch.decode(n, copies[1], self.fired, 1.0, gradient=False)
+                total += self.batch.row_error[:n].sum(dtype=torch.float64)
         return total.item() / len(x)
 
     @classmethod
@@ -301,14 +304,14 @@ class StepGroup:
 
     @torch.no_grad()
     def __call__(self, batches: list[torch.Tensor], lrs: list[float]) -> None:
-        sizes = [len(x) for x in batches]
-        for step, x, lr in zip(self.steps, batches, lrs, strict=True):
-            step.prepare(x, lr)
-        if not self.replay(sizes):
+        with current(self.steps[0].device):
             for step, x, lr in zip(self.steps, batches, lrs, strict=True):
-                step.run(x, lr)
-        for step in self.steps:
-            step.finish()
+                step.prepare(x, lr)
+            if not self.replay([len(x) for x in batches]):
+                for step, x, lr in zip(self.steps, batches, lrs, strict=True):
+                    step.run(x, lr)
+            for step in self.steps:
+                step.finish()
 
     def replay(self, sizes: list[int]) -> bool:
         if not all(step.use_graphs for step in self.steps):
@@ -330,22 +333,26 @@ class StepGroup:
         return True
 
 
+def current(device: torch.device):
+    """Triton launches on the current GPU, wherever the tensors are: make it theirs."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def record(steps: list[TritonStep], sizes: list[int], pool) -> torch.cuda.CUDAGraph | None:
     """The steps as one graph, side by side. Recording runs nothing, so the training is as it was; None: it failed."""
     graph, device = torch.cuda.CUDAGraph(), steps[0].device
     collecting = gc.isenabled()
     gc.disable()  # what it would free meanwhile could spoil the recording
     try:
-        with torch.cuda.device(device):
-            outer = torch.cuda.Stream(device)
-            outer.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(outer):
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    side_by_side(steps, sizes, outer)
-                finally:
-                    graph.capture_end()
-            torch.cuda.current_stream(device).wait_stream(outer)
+        outer = torch.cuda.Stream(device)
+        outer.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(outer):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                side_by_side(steps, sizes, outer)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(device).wait_stream(outer)
     except RuntimeError as error:
         log.warning("the step could not be recorded as a CUDA graph (%s): it runs kernel by kernel, more slowly", error)
         torch.cuda.synchronize(device)

@@ -191,11 +191,12 @@ class PlainStep(Step):
             half = torch.bfloat16
             z = F.linear((x - sae.pre_bias).to(half), sae.encoder.to(half), sae.encoder_bias.to(half))
         values, indices = topk_plain(z, self.config.k, self.config.relu)
-        return values.float(), indices
+        return values.to(x.dtype), indices
 
     def fired(self, active: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """How often each latent fired in the batch, (M,)."""
-        return torch.zeros_like(self.sae.encoder_bias).index_add_(0, indices.ravel(), active.ravel().float())
+        none = torch.zeros_like(self.sae.encoder_bias)
+        return none.index_add_(0, indices.ravel(), active.ravel().to(none))
 
     def share(self, *tensors: torch.Tensor) -> None:
         """Sum tensors and gradients over the ranks, in place and in one message."""
