@@ -337,6 +337,69 @@ def test_out_of_memory_means_smaller_chunks_and_then_a_clear_error(monkeypatch, 
         take_steps(TritonStep, sizes=(13,))
 
 
+class Recorded:
+    """Stands in for a CUDA graph."""
+
+    made = []
+
+    def __init__(self, sizes):
+        self.sizes, self.replays = sizes, 0
+        Recorded.made.append(self)
+
+    def replay(self):
+        self.replays += 1
+
+
+@inside
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_recorded_when(monkeypatch, several):
+    """Two steps of a size run kernel by kernel, the third is recorded; other dead or other memory: again."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(gpu_step, "record", lambda steps, sizes, pool: Recorded(sizes))
+    monkeypatch.setattr(Recorded, "made", [])
+    monkeypatch.setattr(TritonStep, "forward", lambda self, n: ran.append(n))
+    monkeypatch.setattr(TritonStep, "update", lambda self, n: None)
+    made = [take_steps(TritonStep, sizes=()) for _ in range(2 if several else 1)]
+    for step in made:
+        step.use_graphs = True
+    group, ran = TritonStep.together(made), []
+
+    def take(n):
+        x = torch.randn(n, 11, device=DEVICE)
+        group([x] * len(made), [1e-3] * len(made)) if several else made[0](x, 1e-3)
+
+    for n in (9, 8, 9, 8, 9, 8, 9):
+        take(n)
+    assert len(ran) == 4 * len(made) and [graph.replays for graph in Recorded.made] == [2, 1]
+    made[0].idle[5:8] = 50
+    made[0].find_dead()
+    for _ in range(3):
+        take(9)
+    assert len(Recorded.made) == 3 and Recorded.made[2].replays == 1
+    made[0].idle[5] = 0
+    made[0].find_dead()  # fewer dead, the same number of places
+    take(9)
+    assert len(Recorded.made) == 3 and made[0].revival.listed.sum() == 2
+    take(12)  # a larger batch: other memory, and now places for two
+    for _ in range(3):
+        take(9)
+    assert len(Recorded.made) == 4 and Recorded.made[2].replays == 2
+    assert all(step.steps == 15 for step in made)
+
+
+@inside
+def test_a_step_that_cannot_be_recorded_runs_kernel_by_kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(gpu_step, "record", lambda steps, sizes, pool: None)
+    monkeypatch.setattr(TritonStep, "forward", lambda self, n: ran.append(n))
+    monkeypatch.setattr(TritonStep, "update", lambda self, n: None)
+    step, ran = take_steps(TritonStep, sizes=()), []
+    step.use_graphs = True
+    for _ in range(4):
+        step(torch.randn(9, 11, device=DEVICE), 1e-3)
+    assert ran == [9] * 4 and not step.use_graphs
+
+
 @inside
 def test_settings(monkeypatch):
     wishes = ("", None), ("none", set()), ("decode", {"decode"}), ("weights, decode", {"weights", "decode"})
