@@ -196,7 +196,9 @@ def detectors(options) -> int:
         info = detectors.info(name)
         defaults = ", ".join(f"{key}={value!r}" for key, value in info["defaults"].items()) or "none"
         sys.stdout.write(f"{name}  ({info['title']}, {info['group']}; {info['source']})\n")
-        sys.stdout.write(f"  {info['formula']}\n  options: {defaults}\n\n")
+        openood = info["presets"].get("openood", info["defaults"])
+        others = ", ".join(f"{key}={value!r}" for key, value in openood.items() if value != info["defaults"][key])
+        sys.stdout.write(f"  {info['formula']}\n  options: {defaults}{others and f' (OpenOOD: {others})'}\n\n")
     return 0
 
 

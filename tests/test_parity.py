@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import parity
+from benchmarks import ood_scores, parity
 from benchmarks.closed_forms import CLOSED_FORMS
 from capsae import detectors, pages
 
@@ -69,9 +69,18 @@ def test_what_is_published_covers_every_baseline_and_keeps_the_bar():
 
 
 def test_the_page_is_in_step_with_what_was_measured():
-    text = pages.parity_page(ROOT / pages.PARITY)
+    text = pages.parity_page(ROOT / pages.PARITY, ROOT / pages.SPEED)
     assert (ROOT / "book" / "parity.md").read_text() == text, "run python -m capsae.publish pages"
     assert text.count("pytorch-ood | 0.4.0") == len(parity.PYTORCH_OOD)
+
+
+def test_the_published_benchmark_compares_every_score_on_the_stated_shape():
+    found = json.loads((ROOT / pages.SPEED).read_text())
+    assert (found["train"], found["test"], found["d"], found["classes"]) == (50_000, 50_000, 768, 1000)
+    ratios = {row["method"]: row["ratio"] for row in found["results"]}
+    assert set(ratios) == set(ood_scores.PEERS)
+    assert all(ratios[name] > 20 for name in ("mds", "rmds", "fdbd")) and min(ratios.values()) >= 1
+    assert all(row["capsae"]["peak_mb"] < 1024 for row in found["results"])  # never C x C x d
 
 
 # --- presets
