@@ -289,8 +289,8 @@ def _check_pack_stands(label: str, pack: str | None, changes: Mapping[str, Any])
 
 
 def _put(raw: dict, key: str, value: Any, label: str) -> None:
-    """Set a dotted key in nested dicts."""
-    *parents, last = key.split(".")
+    """Set a dotted key in nested dicts; a part may be quoted, as `capsae profiles NAME` and TOML write it."""
+    *parents, last = [quoted or bare for quoted, bare in re.findall(r'"([^"]+)"|([^.]+)', key)] or [key]
     at = raw
     for i, part in enumerate(parents):
         at = at.setdefault(part, {})

@@ -126,6 +126,8 @@ def test_every_printed_key_can_be_set():
         key, _, value = line.partition(" = ")
         assert load_profile("digits", {key: json.loads(value)}) == profile
     assert Profile.model_validate_json(json.dumps(profile.to_dict())) == profile
+    for key in ("ood.near/letters.limit", 'ood."near/letters".limit'):
+        assert load_profile("digits", {key: 7}).ood["near/letters"].limit == 7
 
 
 def own_profile(folder: Path, **changes: str) -> Path:
