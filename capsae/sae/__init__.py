@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import dictionaries, io, measures
+from . import dictionaries, io, measures, variants, variants_batch, variants_rows  # noqa: F401 (they register)
 from .model import SAEConfig, SparseCodes, TopKSAE
 from .train import train_sae, train_saes
 
-__all__ = ["SAEConfig", "SparseCodes", "TopKSAE", "dictionaries", "load", "measures", "train_sae", "train_saes"]
+__all__ = [
+    "SAEConfig", "SparseCodes", "TopKSAE", "dictionaries", "load", "measures", "train_sae", "train_saes", "variants",
+]  # fmt: skip
 
 
 def load(folder: str | Path, device: str = "cpu") -> TopKSAE | dictionaries.Dictionary:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 _OPTIONS = {
     "normalize": ("sample", "l2", "dataset", "none"),
@@ -61,6 +61,10 @@ class SAEConfig:
         Decay of an average of the weights over the steps (such as .999), which then is what is returned.
     seed : int
         Of the initialisation and the order of the rows.
+    variant : str
+        "topk", or another of `variants.REGISTRY`, each with formula and source; trained in plain PyTorch.
+    options : dict
+        Hyper-parameters of the variant, by name; `variants.info` lists them with their defaults.
 
     Raises
     ------
@@ -88,6 +92,8 @@ class SAEConfig:
     products: str = "auto"
     ema: float | None = None
     seed: int = 0
+    variant: str = "topk"
+    options: dict[str, bool | int | float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for key in ("latents", "k", "epochs", "batch_size"):
@@ -111,6 +117,10 @@ class SAEConfig:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} are over 1 together")
         if self.ema is not None:
             _need_number("ema", self.ema, lambda v: 0 < v < 1, "a number between 0 and 1, such as .999, or None")
+        if self.variant != "topk" or self.options:
+            from . import variants  # which need this module
+
+            variants.model(self)
 
     @property
     def peak_lr(self) -> float:

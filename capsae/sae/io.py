@@ -29,10 +29,10 @@ def save(folder: str | Path, state: dict[str, torch.Tensor], config, kind: str =
 
 
 def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], SAEConfig]:
-    """Read what `save` wrote of a Top-k SAE. Errors are those of `read`."""
+    """Read what `save` wrote of an SAE of any variant. Errors are those of `read`."""
     state, cfg = read(folder)
-    if cfg.get("kind") != "topk":
-        raise ValueError(f"{folder} holds a {cfg.get('kind')!r}, not a Top-k SAE; capsae.sae.load would do")
+    if cfg.get("kind") != cfg["config"].get("variant", "topk"):
+        raise ValueError(f"{folder} holds a {cfg.get('kind')!r}, not an SAE; capsae.sae.load would do")
     return state, SAEConfig.from_dict(cfg["config"])
 
 

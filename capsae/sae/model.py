@@ -215,20 +215,22 @@ class TopKSAE(SparseCoder):
 
     def save(self, folder: str | Path) -> Path:
         """Write `sae.safetensors` and `cfg.json` into a folder, atomically."""
-        return io.save(folder, self.state_dict(), self.config)
+        return io.save(folder, self.state_dict(), self.config, kind=self.config.variant)
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> TopKSAE:
         """Read a folder written by `save`, or a top-k SAE of SAELens, sparsify or dictionary_learning (`exchange`).
 
-        Pickles, unknown schemas and SAEs that are no top-k SAE are refused (ValueError).
+        The settings' variant decides on the class. Pickles, unknown schemas and foreign SAEs that are no top-k SAE are
+        refused (ValueError).
         """
+        from . import variants
         from .exchange import load as load_foreign
 
         if (foreign := load_foreign(folder, device)) is not None:
             return foreign
         state, config = io.load(folder)
-        sae = cls(state["pre_bias"].shape[0] if "pre_bias" in state else 0, config)
+        sae = variants.model(config)(state["pre_bias"].shape[0] if "pre_bias" in state else 0, config)
         try:
             sae.load_state_dict(state)
         except RuntimeError as error:

@@ -6,6 +6,8 @@ deterministic: of equal candidates the lower index is taken.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 SPAN = 1e-3  # an atom whose part outside the span of those chosen is shorter adds nothing but noise
@@ -87,9 +89,10 @@ def kmeans(x: torch.Tensor, n: int, steps: int = 30, seed: int = 0, block: int =
         raise ValueError(f"k-means of {n} centroids needs as many rows, found {len(x)}")
     dice = torch.Generator().manual_seed(seed)
     chosen = [int(torch.randint(len(x), (1,), generator=dice))]
-    distance = torch.full((len(x),), torch.inf, device=x.device)
+    distance, squares = torch.full((len(x),), torch.inf, device=x.device), x.square().sum(1)
     for _ in range(n - 1):
-        distance = torch.minimum(distance, (x - x[chosen[-1]]).square().sum(1))
+        new = squares + squares[chosen[-1]] - 2 * (x @ x[chosen[-1]])
+        distance = torch.minimum(distance, new.clamp_min(0))
         distance[chosen[-1]] = 0
         total = distance.double().cumsum(0)
         # Where all that is left are copies of chosen rows, any row that is not chosen yet will do.
@@ -115,3 +118,62 @@ def kmeans(x: torch.Tensor, n: int, steps: int = 30, seed: int = 0, block: int =
             far = torch.cat([d[:, 0] for d, _ in parts]).argsort(descending=True, stable=True)
             centroids[empty] = x[far[: len(empty)]]
     return centroids
+
+
+def mp_select(x: torch.Tensor, atoms: torch.Tensor, k: int, tolerance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The choices of non-negative matching pursuit, through the Gram matrix: z <- z - c_j G[i_j], without the rows.
+
+    Parameters
+    ----------
+    x : (N, d)
+    atoms : (M, d) unit rows
+    k : steps
+    tolerance : a step whose product is not over this share of |x| is not active, and none after it
+
+    Returns
+    -------
+    indices (N, k) int64 in the order of choice, maybe repeated; active (N, k) bool
+    """
+    kernel = _mp_kernel() if x.device.type == "cpu" else None
+    z, gram, least = x @ atoms.T, atoms @ atoms.T, tolerance * x.norm(dim=1)
+    indices = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
+    active = torch.zeros(len(x), k, dtype=torch.bool, device=x.device)
+    if kernel is not None:
+        kernel(z.numpy(), gram.numpy(), least.numpy(), indices.numpy(), active.numpy())
+        return indices, active
+    going = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for j in range(k):
+        largest, chosen = z.max(1)
+        going = going & (largest > least)
+        indices[:, j], active[:, j] = chosen, going
+        z -= (largest * going)[:, None] * gram[chosen]
+    return indices, active
+
+
+@functools.cache
+def _mp_kernel():
+    """All steps of a row while its products lie in cache; None without numba."""
+    from .select import compiled
+
+    if compiled() is None:
+        return None
+    from .cpu_topk import compile_kernel
+
+    @compile_kernel
+    def run(z, gram, least, indices, active):
+        for r in range(len(z)):
+            row = z[r]
+            for j in range(indices.shape[1]):
+                best, value = 0, row[0]
+                for i in range(1, len(row)):
+                    if row[i] > value:
+                        best, value = i, row[i]
+                indices[r, j] = best
+                if not value > least[r]:
+                    break
+                active[r, j] = True
+                own = gram[best]
+                for i in range(len(row)):
+                    row[i] -= value * own[i]
+
+    return run

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import distributed
+from . import variants
 from .config import SAEConfig
 from .model import TopKSAE, check_rows
 from .select import topk
@@ -64,7 +65,7 @@ def starts(
     Beside x itself, wherever it lies, one float32 copy of the rows is made, on the device (none if x is already what
     is wanted: float32, there, and ``normalize="none"``).
     """
-    saes = [TopKSAE.untrained(x.shape[1], config).to(device) for config in configs]
+    saes = [variants.model(config).untrained(x.shape[1], config).to(device) for config in configs]
     if configs[0].normalize == "dataset":
         mean, std = _column_statistics(x, sharded)
         for sae in saes:
@@ -75,9 +76,9 @@ def starts(
         if sae.config.pre_bias == "mean":
             sae.pre_bias.copy_(_sum(_chunks(rows.own), sharded) / rows.total)
         elif sae.config.pre_bias == "geometric_median":
-            sae.pre_bias.copy_(geometric_median(_sample(rows, sae.config.seed)))
+            sae.pre_bias.copy_(geometric_median(sample(rows, sae.config.seed)))
         if sae.config.init == "fitted":
-            sae.encoder *= fitted_scale(sae, _sample(rows, sae.config.seed)[:FITTED_ROWS])
+            sae.encoder *= fitted_scale(sae, sample(rows, sae.config.seed)[:FITTED_ROWS])
     return saes, rows
 
 
@@ -134,7 +135,7 @@ def geometric_median(x: torch.Tensor, steps: int = 100, tolerance: float = 1e-6)
     return median
 
 
-def _sample(rows: Rows, seed: int) -> torch.Tensor:
+def sample(rows: Rows, seed: int) -> torch.Tensor:
     """Up to MEDIAN_ROWS of the rows of all, the same ones in the same order on every rank."""
     places = torch.randperm(rows.total, generator=torch.Generator().manual_seed(seed))[:MEDIAN_ROWS]
     if not rows.sharded:

@@ -32,9 +32,11 @@ from .gpu_step import available as triton_kernels
 from .memory import explain_out_of_memory, room
 from .model import TopKSAE
 from .progress import Bar, check_progress
-from .rows import Rows, checked, geometric_median, prepare, start, starts
+from .rows import Rows, checked, geometric_median, prepare, sample, start, starts
 from .select import compiled as numba_kernels
 from .steps import PlainStep, Step
+from .variant_step import VariantStep
+from .variants import Variant
 
 __all__ = ["geometric_median", "schedule", "start", "train_sae", "train_saes"]
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ def train_sae(
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     sharded: bool = False,
+    head=None,
 ) -> tuple[TopKSAE, pd.DataFrame]:
     """Train a Top-k SAE on features (arXiv 2604.26409; Gao et al. 2406.04093 for what that leaves open).
 
@@ -79,6 +82,8 @@ def train_sae(
         Data-parallel training: every rank of the torch.distributed group (`capsae.distributed.start`) calls this with
         rows of its own, `x` and `held_out`. Trained is on all of them, in the order of the ranks, as one process would;
         all ranks return the same SAE. Plain steps.
+    head : LinearHead or None
+        On the normalised rows, for the variant "gsae" alone.
 
     Returns
     -------
@@ -98,7 +103,7 @@ def train_sae(
     MemoryError
         The GPU's memory is not enough; the message says for what it would be.
     """
-    options = device, held_out, keep, progress, compiled, checkpoint, checkpoint_seconds, sharded
+    options = device, held_out, keep, progress, compiled, checkpoint, checkpoint_seconds, sharded, head
     return train_saes(x, [config], *options)[0]
 
 
@@ -113,6 +118,7 @@ def train_saes(
     checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     sharded: bool = False,
+    head=None,
 ) -> list[tuple[TopKSAE, pd.DataFrame]]:
     """Train several SAEs on the same features: other seeds, k, learning rates, sizes.
 
@@ -134,10 +140,13 @@ def train_saes(
         held_out = checked(held_out, sharded, at_least=2, name="held_out", d=x.shape[1])
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = PlainStep if sharded else _step_kind(compiled, device)
+    others = [c.variant for c in configs if c.variant != "topk"]
+    if others and (sharded or compiled):
+        raise ValueError(f"sharded and compiled training are for variant='topk', found {others[0]!r}; neither would do")
 
     parts: dict[tuple, list[int]] = {}
     for i, c in enumerate(configs):
-        parts.setdefault((c.normalize, c.epochs, c.batch_size), []).append(i)
+        parts.setdefault((c.normalize, c.epochs, c.batch_size, c.variant == "topk"), []).append(i)
     paths = [path_of(checkpoint, number) for number in range(len(parts))]
     n_all = sum(distributed.all_gather(len(x))) if sharded else len(x)
     results = {}
@@ -146,7 +155,8 @@ def train_saes(
             own = [configs[i] for i in members]
             saving = path, checkpoint_seconds, len(parts) > 1
             try:
-                trained = _train_together(x, own, device, held_out, keep, kind, bar, sharded, *saving)
+                own_kind = kind if own[0].variant == "topk" else VariantStep
+                trained = _train_together(x, own, device, held_out, keep, own_kind, bar, sharded, *saving, head)
             except torch.cuda.OutOfMemoryError as error:
                 n_held_out = 0 if held_out is None else len(held_out)
                 raise MemoryError(explain_out_of_memory(len(x), x.shape[1], own, n_held_out, room(device))) from error
@@ -186,6 +196,7 @@ def _train_together(
     path: Path | None,
     checkpoint_seconds: float,
     save_result: bool,
+    head=None,
 ) -> list[tuple[TopKSAE, pd.DataFrame]]:
     """Train SAEs whose normalisation, epochs and batches are the same, each step of all in one call."""
     saes, rows = starts(x, configs, device, sharded)
@@ -194,6 +205,9 @@ def _train_together(
     n_steps = configs[0].epochs * n_batches
     dice = {c.seed: torch.Generator(device).manual_seed(c.seed) for c in configs}
     courses = [Course() for _ in configs]
+    for sae in saes:
+        if isinstance(sae, Variant):
+            sae.begin(sample(rows, sae.config.seed), rows.variance, n_steps, head)
 
     with contextlib.ExitStack() as stack:
         steps: list[Step] = []

@@ -1,0 +1,408 @@
+"""Variants of the SAE: gradients against finite differences, what is saved, what each claims on planted data."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from capsae import sae as zoo
+from capsae.featureset import LinearHead
+from capsae.sae import SAEConfig, TopKSAE, measures, train_sae, variants
+from capsae.sae.pursuit import mp_select
+from capsae.sae.variants_rows import head_gradient
+
+D, M, K = 24, 32, 3
+NAMES = [name for name in variants.REGISTRY if name != "topk"]
+SMALL = {"archetypal": {"centroids": 128}}  # options that small data need
+
+
+def planted(n: int, seed: int, active: int = K, signed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (n, D), sums of `active` unit atoms with little noise; the atoms (M, D), the same for all seeds."""
+    w = np.random.default_rng(99).normal(size=(M, D))
+    w /= np.linalg.norm(w, axis=1, keepdims=True)
+    rng = np.random.default_rng(seed)
+    a = np.zeros((n, M))
+    for row in a:
+        row[rng.permutation(M)[:active]] = rng.uniform(1, 2, active) * (rng.choice([-1, 1], active) if signed else 1)
+    return (a @ w + 0.01 * rng.normal(size=(n, D))).astype(np.float32), w
+
+
+def head(seed: int = 0) -> LinearHead:
+    rng = np.random.default_rng(seed)
+    return LinearHead(rng.normal(size=(5, D)).astype(np.float32), rng.normal(size=5).astype(np.float32))
+
+
+def config(name: str, options: dict | None = None, **settings) -> SAEConfig:
+    settings = {"latents": 48, "k": K, "epochs": 60, "batch_size": 250, "lr": 5e-3, "normalize": "none"} | settings
+    return SAEConfig(variant=name, options=SMALL.get(name, {}) | (options or {}), **settings)
+
+
+def train(x, settings: SAEConfig, **arguments):
+    own_head = head() if settings.variant == "gsae" else None
+    return train_sae(x, settings, progress=False, device="cpu", head=own_head, **arguments)
+
+
+@functools.cache
+def trained(name: str, signed: bool = False):
+    return train(planted(2000, 0, signed=signed)[0], config(name))
+
+
+@functools.cache
+def short(name: str, **options):
+    return train(planted(300, 0)[0], config(name, options, epochs=3, batch_size=100, dead_after_epochs=0.3))[0]
+
+
+def test_metadata_is_complete():
+    assert len(NAMES) == 16
+    for name in variants.REGISTRY:
+        info = variants.info(name)
+        assert info["title"] and info["formula"] and info["description"] and "[" in info["source"]
+        assert all(isinstance(value, bool | int | float) for value in info["defaults"].values())
+
+
+# --- the same interface for all
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_gives_the_same_codes(name, tmp_path):
+    model, unseen = short(name), planted(600, 1)[0]
+    codes = model.encode(unseen)
+    assert type(model) is variants.REGISTRY[name]
+    assert (codes.values >= 0).all() and (np.diff(codes.values, axis=1) <= 0).all()
+    assert codes.n_latents == model.n_latents and codes.indices.max() < codes.n_latents
+    used = [indices[values > 0] for values, indices in zip(codes.values, codes.indices, strict=True)]
+    assert all(len(set(row)) == len(row) for row in used)
+    np.testing.assert_allclose(model.decoder.detach().norm(dim=1), 1, atol=1e-5)
+    folder = model.save(tmp_path)
+    assert json.loads((folder / "cfg.json").read_text())["kind"] == name
+    for load in (zoo.load, TopKSAE.load):
+        again = load(folder)
+        assert type(again) is type(model) and again.config == model.config
+        found = again.encode(unseen)
+        np.testing.assert_array_equal(found.values, codes.values)
+        np.testing.assert_array_equal(found.indices, codes.indices)
+        np.testing.assert_array_equal(again.reconstruct(unseen), model.reconstruct(unseen))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_code_is_what_activate_says(name):
+    model, x = short(name), torch.from_numpy(planted(50, 1)[0])
+    codes = model.encode(x)
+    with torch.no_grad():
+        a = model.activate(x)
+    if name == "abs_topk":
+        a = torch.cat([a.relu(), (-a).relu()], 1)
+    if name == "archetypal":
+        a = a * model.lengths
+    torch.testing.assert_close(codes.dense(), a, atol=1e-5, rtol=1e-4)
+    dense = a[:, :48] - a[:, 48:] if name == "abs_topk" else a
+    torch.testing.assert_close(model.decode(codes), dense @ model.decoder.detach() + model.pre_bias.detach())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_deterministic_and_goes_on_from_a_checkpoint(name, tmp_path, monkeypatch):
+    x = planted(300, 0)[0]
+    settings = config(name, epochs=3, batch_size=100, dead_after_epochs=0.3, ema=0.9)
+    whole = train(x, settings)[0]
+    step = variants.REGISTRY[name].after_step
+    calls = []
+
+    def killed(self, *arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    monkeypatch.setattr(variants.REGISTRY[name], "after_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(x, settings, checkpoint=tmp_path, checkpoint_seconds=0)
+    monkeypatch.setattr(variants.REGISTRY[name], "after_step", step)
+    resumed = train(x, settings, checkpoint=tmp_path, checkpoint_seconds=0)[0]
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[key]), key
+
+
+def test_topk_is_untouched_by_the_others():
+    x = planted(300, 0)[0]
+    alone = train_sae(x, config("topk", epochs=3), progress=False, device="cpu")
+    both = zoo.train_saes(x, [config("relu", epochs=3), config("topk", epochs=3)], "cpu", progress=False)
+    for key, tensor in alone[0].state_dict().items():
+        assert torch.equal(tensor, both[1][0].state_dict()[key]), key
+    assert type(alone[0]) is TopKSAE and alone[1].attrs["step"] != "VariantStep" == both[0][1].attrs["step"]
+
+
+OTHER = {  # for each option a value under which something else must come out
+    "relu": {"l1": 0.5, "l1_start": 0.5, "l1_rate": 0.2, "l1_warmup": 0.9},
+    "gated": {"l1": 0.5, "l1_start": 0.5, "l1_rate": 0.2, "l1_warmup": 0.9},
+    "jumprelu": {"bandwidth": 0.2, "weight": 0.1},
+    "gba": {"rate": 0.2, "density_ema": 0.1, "groups": 2},
+    "top_afa": {"coefficient": 1.0},
+    "batch_topk": {"threshold_ema": 0.01},
+    "matryoshka": {"threshold_ema": 0.01, "random_prefixes": 4},
+    "mutual_choice": {"threshold_ema": 0.01, "tau": 2.0, "shift": 10.0, "density_ema": 0.01},
+    "feature_choice": {"threshold_ema": 0.01, "tau": 2.0, "shift": 10.0, "density_ema": 0.01},
+    "gsae": {"beta": 5.0},
+    "vsae": {"beta": 0.5, "sigma": 2.0, "sample": False},
+    "mp": {"tolerance": 0.5},
+    "archetypal": {"centroids": 64, "delta": 0.01, "start": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_option_changes_something(name):
+    assert set(OTHER.get(name, {})) | {"pareto"} >= set(variants.REGISTRY[name].defaults)
+    x = planted(200, 1)[0]
+    base = {"tau": 0.9} if "tau" in variants.REGISTRY[name].defaults else {}  # so that AuxK has something to do
+    reference = short(name, **base).reconstruct(x)
+    for key, value in OTHER.get(name, {}).items():
+        assert not np.array_equal(short(name, **(base | {key: value})).reconstruct(x), reference), key
+    if name == "matryoshka":
+        few, many = (short(name, random_prefixes=4, pareto=p).reconstruct(x) for p in (0.2, 2.0))
+        assert not np.array_equal(few, many)
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="variant is 'top_q'; one of topk, relu"):
+        SAEConfig(8, 2, variant="top_q")
+    with pytest.raises(ValueError, match="'jumprelu' has no option 'l1'; it has bandwidth, weight"):
+        SAEConfig(8, 2, variant="jumprelu", options={"l1": 1})
+    with pytest.raises(ValueError, match="'topk' has no option 'l1'; it has none"):
+        SAEConfig(8, 2, options={"l1": 1})
+    with pytest.raises(TypeError, match="option 'weight' of 'jumprelu' is 'big'"):
+        SAEConfig(8, 2, variant="jumprelu", options={"weight": "big"})
+    x = planted(100, 0)[0]
+    with pytest.raises(ValueError, match="'gsae' needs head"):
+        train_sae(x, config("gsae"), progress=False)
+    with pytest.raises(ValueError, match="'relu' takes no head"):
+        train_sae(x, config("relu"), progress=False, head=head())
+    with pytest.raises(ValueError, match="variant='topk', found 'relu'"):
+        train_sae(x, config("relu"), progress=False, compiled=True)
+    with pytest.raises(ValueError, match="'relu' trains in float32"):
+        train_sae(x, config("relu", products="bf16"), progress=False)
+    with pytest.raises(ValueError, match="'centroids' is 128, but there are 100 rows"):
+        train_sae(x, config("archetypal"), progress=False)
+    from capsae.sae.exchange import save_saelens
+
+    with pytest.raises(TypeError, match="a ReLU was given"):
+        save_saelens(short("relu"), tmp_path)
+
+
+# --- gradients
+
+
+def ready(name: str, **options) -> tuple[variants.Variant, torch.Tensor]:
+    """A model of float64 after a few steps, and a batch."""
+    model = variants.model(config(name, options))(D, config(name, options))
+    model.load_state_dict(short(name, **options).state_dict())
+    model.double()
+    model.variance, model.n_steps = 3.0, 9
+    if name == "gsae":
+        model.head = tuple(torch.from_numpy(t).double() for t in (head().weight, head().bias))
+    return model, torch.from_numpy(planted(7, 3)[0]).double()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_equal_finite_differences(name):
+    """In float64, along random directions of each parameter; thresholds of JumpReLU have a rule of their own."""
+    model, x = ready(name)
+    model.forward_loss(x, 5).loss.backward()
+    dice = torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        if key == "log_threshold":
+            continue
+        direction = torch.randn(parameter.shape, generator=dice, dtype=torch.float64)
+        step, values = 1e-7, []
+        for side in (1, -1):
+            with torch.no_grad():
+                parameter.add_(side * step * direction)
+                if name == "gated":  # its auxiliary term freezes the decoder: x_hat there is a constant to b and W_dec
+                    values.append(gated_loss(model, x, key, side * step * direction))
+                else:
+                    values.append(model.forward_loss(x, 5).loss.item())
+                parameter.sub_(side * step * direction)
+        numeric = (values[0] - values[1]) / (2 * step)
+        analytic = 0.0 if parameter.grad is None else (parameter.grad * direction).sum().item()
+        assert analytic == pytest.approx(numeric, rel=2e-4, abs=2e-4), key
+
+
+def gated_loss(model, x, key, moved) -> float:
+    """The gated loss by hand, with the frozen copies where they were before `moved` was added."""
+    b, w = model.pre_bias, model.decoder
+    frozen_b, frozen_w = (b - moved if key == "pre_bias" else b), (w - moved if key == "decoder" else w)
+    product = (x - b) @ model.encoder.T
+    gate = product + model.gate_bias
+    a = (product * model.log_gain.exp() + model.encoder_bias).clamp_min(0) * (gate > 0)
+    error = (x - b - a @ w).square().sum() + (x - frozen_b - gate.clamp_min(0) @ frozen_w).square().sum()
+    return (error + model.weight(5) * gate.clamp_min(0).sum()).item()
+
+
+def test_thresholds_of_jumprelu_follow_the_published_rule():
+    model, x = ready("jumprelu", bandwidth=0.5, weight=0.7)
+    model.forward_loss(x, 0).loss.backward()
+    z, theta = model.preactivations(x).detach(), model.log_threshold.detach().exp()
+    width = 0.5 * 3.0**0.5
+    a = z * (z > theta)
+    residual = x - model.pre_bias - a @ model.decoder
+    gradient_a = (-2 * residual @ model.decoder.T).detach()
+    l0 = (z > theta).sum() / len(x)
+    expected = torch.zeros(48, dtype=torch.float64)
+    for row, g in zip(z, gradient_a, strict=True):
+        for i in range(48):
+            inside = 1.0 if abs((row[i] - theta[i]) / width) < 0.5 else 0.0
+            expected[i] += -theta[i] / width * inside * g[i]
+            expected[i] += 0.7 * 3.0 * len(x) * 2 * (l0 / K - 1) / K * (-1 / width * inside) / len(x)
+    torch.testing.assert_close(model.log_threshold.grad, expected * theta)
+    assert (expected != 0).any()
+
+
+def test_head_gradient_is_autograds():
+    x = torch.from_numpy(planted(9, 0)[0]).double().requires_grad_()
+    weight, bias = (torch.from_numpy(t).double() for t in (head().weight, head().bias))
+    logits = x @ weight.T + bias
+    F.cross_entropy(logits, logits.argmax(1), reduction="sum").backward()
+    torch.testing.assert_close(head_gradient(x.detach(), weight, bias), x.grad)
+
+
+def test_gsae_chooses_by_influence():
+    model, x = ready("gsae", beta=2.0)
+    with torch.no_grad():
+        z = model.preactivations(x).relu()
+        influence = (head_gradient(x, *model.head) @ model.decoder.T).abs()
+        influence /= influence.square().mean(1, keepdim=True).sqrt()
+        chosen = (z + 2.0 * z * influence).topk(K, dim=1).indices
+        a = model.train_activate(x, 0)
+    assert (a.gather(1, chosen) == z.gather(1, chosen)).all() and ((a > 0).sum(1) <= K).all()
+    assert not torch.equal(a, model.activate(x))  # TopK would have chosen others
+
+
+# --- selection rules, by hand
+
+
+def test_batch_topk_keeps_k_times_the_batch():
+    model, x = ready("batch_topk")
+    with torch.no_grad():
+        a, z = model.train_activate(x, 0), model.preactivations(x).relu()
+    assert (a > 0).sum() == K * len(x) and a[a > 0].min() >= z[a == 0].max() - 1e-12
+
+
+def test_thresholds_are_running_means():
+    model, x = ready("batch_topk", threshold_ema=0.25)
+    model.threshold.fill_(7.0)
+    with torch.no_grad():
+        forward = model.forward_loss(x, 1000)
+        smallest = model.train_activate(x, 0)
+        model.after_step(x, forward, 1000)
+    assert model.threshold.item() == pytest.approx(0.25 * 7 + 0.75 * smallest[smallest > 0].min().item())
+
+
+def test_feature_choice_gives_each_latent_its_share():
+    model, x = ready("feature_choice")
+    x = torch.from_numpy(planted(400, 3)[0]).double()
+    with torch.no_grad():
+        a, z = model.train_activate(x, 5), model.preactivations(x)
+    rank = model.drive.argsort(descending=True, stable=True).argsort()
+    m = (model.zipf()[rank] * 400).round().clamp(min=1)
+    positive = (z > 0).sum(0)
+    assert torch.equal((a > 0).sum(0).double(), torch.minimum(m, positive.double()))
+    assert model.zipf().sum() == pytest.approx(K) and (model.zipf().diff() < 0).all()
+    for i in range(48):
+        kept = a[:, i] > 0
+        if kept.any() and not kept.all():
+            assert z[kept, i].min() >= z[~kept, i].max()
+
+
+def test_top_afa_is_nearest_in_length():
+    model, x = ready("top_afa")
+    with torch.no_grad():
+        a, z = model.activate(x), model.preactivations(x).relu()
+    for own, row, target in zip(a, z, (x - model.pre_bias).norm(dim=1), strict=True):
+        lengths = [row.sort(descending=True).values[:j].norm().item() for j in range(1, 49)]
+        best = min(abs(length - target.item()) for length in lengths)
+        assert abs(own.norm() - target).item() == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_matching_pursuit_by_its_gram_matrix_equals_the_residual_form(numba, monkeypatch):
+    from capsae.sae import pursuit
+
+    if not numba:
+        monkeypatch.setattr(pursuit, "_mp_kernel", lambda: None)
+    x, w = (torch.from_numpy(t).float() for t in planted(40, 0))
+    indices, active = mp_select(x, w, 5, 1e-6)
+    for row, chosen, going in zip(x, indices, active, strict=True):
+        residual = row.clone()
+        for i, on in zip(chosen.tolist(), going.tolist(), strict=True):
+            product = w @ residual
+            assert on and product[i] >= product.max() - 1e-5
+            residual -= product[i] * w[i]
+    _, active = mp_select(torch.stack([w[3], -w.sum(0) * 0]), w, 5, 1e-3)
+    assert active.tolist() == [[True] + [False] * 4, [False] * 5]
+
+
+def test_hierarchical_topk_scores_every_prefix():
+    model, x = ready("hierarchical_topk")
+    with torch.no_grad():
+        values, indices = model.code(x)
+        by_hand = sum(
+            (x - model.pre_bias - model.weighted_rows(values[:, :j].contiguous(), indices[:, :j].contiguous()))
+            .square()
+            .sum()
+            for j in range(1, K + 1)
+        )
+        assert model.forward_loss(x, 0).loss.item() == pytest.approx(by_hand.item() / K)
+
+
+def test_matryoshka_scores_every_group():
+    model, x = ready("matryoshka")
+    assert model.prefixes(0) == [3, 9, 21, 48]
+    with torch.no_grad():
+        a = model.train_activate(x, 0)
+        by_hand = sum((x - model.pre_bias - a[:, :m] @ model.decoder[:m]).square().sum() for m in (3, 9, 21, 48))
+        assert model.forward_loss(x, 0).loss.item() == pytest.approx(by_hand.item())
+
+
+def test_archetypal_rows_lie_near_the_hull():
+    model = short("archetypal")
+    assert (model.mixture >= 0).all() and model.mixture.sum(1).detach().numpy() == pytest.approx(1, abs=1e-5)
+    assert model.relaxation.norm(dim=1).max() <= 1 + 1e-5
+    rows = (model.mixture @ model.points + model.relaxation) * model.log_scale.exp()
+    torch.testing.assert_close(rows.detach(), (model.decoder * model.lengths[:, None]).detach())
+
+
+# --- what they claim, on planted dictionaries (unseen rows)
+
+FOUND = {  # mean cosine of a planted atom with the nearest learned one, at least
+    "relu": 0.9, "gated": 0.9, "jumprelu": 0.9, "batch_topk": 0.9, "mutual_choice": 0.9, "feature_choice": 0.9,
+    "hierarchical_topk": 0.9, "gsae": 0.9, "vsae": 0.9, "mp": 0.9, "vl_sae": 0.9, "archetypal": 0.9,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUND)
+def test_planted_dictionary_is_recovered(name):
+    model, atoms = trained(name)[0], planted(1, 0)[1]
+    assert measures.max_cosines(atoms, model.decoder).mean() > FOUND[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "top_afa"])  # which has no target
+def test_l0_is_at_its_target_on_unseen_rows(name):
+    found = measures.l0(trained(name)[0].encode(planted(2000, 5)[0]))
+    assert found == pytest.approx(K, rel=0.05)
+
+
+@pytest.mark.slow
+def test_only_signed_codes_join_a_direction_and_its_opposite():
+    """Features with both signs: TopK needs a latent for each end; AbsTopK has one atom for both."""
+    atoms, unseen = planted(1, 0)[1], planted(1000, 5, signed=True)[0]
+    both = trained("abs_topk", signed=True)[0]
+    assert measures.max_cosines(atoms, both.decoder, signed=False).mean() > 0.9
+    one = trained("topk", signed=True)[0]
+    assert measures.fvu(both, unseen) < measures.fvu(one, unseen) / 2
+    ends = [measures.max_cosines(sign * atoms, one.decoder) > 0.8 for sign in (1, -1)]
+    assert (ends[0] & ends[1]).mean() < 0.75  # 48 latents cannot hold 2 x 32 ends
