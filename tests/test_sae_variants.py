@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from capsae import sae as zoo
 from capsae.featureset import LinearHead
 from capsae.sae import SAEConfig, TopKSAE, measures, train_sae, variants
-from capsae.sae.pursuit import mp_select
+from capsae.sae.pursuit import matching_pursuit
 from capsae.sae.variants_rows import head_gradient
 
 D, M, K = 24, 32, 3
@@ -333,15 +333,17 @@ def test_matching_pursuit_by_its_gram_matrix_equals_the_residual_form(numba, mon
     if not numba:
         monkeypatch.setattr(pursuit, "_mp_kernel", lambda: None)
     x, w = (torch.from_numpy(t).float() for t in planted(40, 0))
-    indices, active = mp_select(x, w, 5, 1e-6)
-    for row, chosen, going in zip(x, indices, active, strict=True):
+    values, indices = matching_pursuit(x, w, 5, 1e-6)
+    for row, strengths, chosen in zip(x, values, indices, strict=True):
         residual = row.clone()
-        for i, on in zip(chosen.tolist(), going.tolist(), strict=True):
+        for value, i in zip(strengths.tolist(), chosen.tolist(), strict=True):
             product = w @ residual
-            assert on and product[i] >= product.max() - 1e-5
+            assert product[i] >= product.max() - 1e-5 and product[i] == pytest.approx(value, abs=1e-5)
             residual -= product[i] * w[i]
-    _, active = mp_select(torch.stack([w[3], -w.sum(0) * 0]), w, 5, 1e-3)
-    assert active.tolist() == [[True] + [False] * 4, [False] * 5]
+        left = row.square().sum() - strengths.square().sum()
+        assert residual.square().sum().item() == pytest.approx(left.item(), abs=1e-4)
+    values, _ = matching_pursuit(torch.stack([w[3], -w.sum(0) * 0]), w, 5, 1e-3)
+    assert (values > 0).tolist() == [[True] + [False] * 4, [False] * 5]
 
 
 def test_hierarchical_topk_scores_every_prefix():

@@ -120,34 +120,37 @@ def kmeans(x: torch.Tensor, n: int, steps: int = 30, seed: int = 0, block: int =
     return centroids
 
 
-def mp_select(x: torch.Tensor, atoms: torch.Tensor, k: int, tolerance: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The choices of non-negative matching pursuit, through the Gram matrix: z <- z - c_j G[i_j], without the rows.
+def matching_pursuit(
+    x: torch.Tensor, atoms: torch.Tensor, k: int, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matching pursuit with values >= 0, through the Gram matrix: z <- z - c_j G[i_j], without touching the rows.
 
     Parameters
     ----------
     x : (N, d)
     atoms : (M, d) unit rows
     k : steps
-    tolerance : a step whose product is not over this share of |x| is not active, and none after it
+    tolerance : the pursuit of a row ends where no product is over this share of |x|
 
     Returns
     -------
-    indices (N, k) int64 in the order of choice, maybe repeated; active (N, k) bool
+    values (N, k), in the order of choice, 0 after the end; what is left has |r|^2 = |x|^2 - sum of their squares
+    indices (N, k) int64, maybe repeated
     """
     kernel = _mp_kernel() if x.device.type == "cpu" else None
     z, gram, least = x @ atoms.T, atoms @ atoms.T, tolerance * x.norm(dim=1)
     indices = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
-    active = torch.zeros(len(x), k, dtype=torch.bool, device=x.device)
+    values = torch.zeros(len(x), k, dtype=x.dtype, device=x.device)
     if kernel is not None:
-        kernel(z.numpy(), gram.numpy(), least.numpy(), indices.numpy(), active.numpy())
-        return indices, active
+        kernel(z.numpy(), gram.numpy(), least.numpy(), indices.numpy(), values.numpy())
+        return values, indices
     going = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for j in range(k):
         largest, chosen = z.max(1)
         going = going & (largest > least)
-        indices[:, j], active[:, j] = chosen, going
-        z -= (largest * going)[:, None] * gram[chosen]
-    return indices, active
+        values[:, j], indices[:, j] = largest * going, chosen
+        z -= values[:, j, None] * gram[chosen]
+    return values, indices
 
 
 @functools.cache
@@ -160,7 +163,7 @@ def _mp_kernel():
     from .cpu_topk import compile_kernel
 
     @compile_kernel
-    def run(z, gram, least, indices, active):
+    def run(z, gram, least, indices, values):
         for r in range(len(z)):
             row = z[r]
             for j in range(indices.shape[1]):
@@ -171,7 +174,7 @@ def _mp_kernel():
                 indices[r, j] = best
                 if not value > least[r]:
                     break
-                active[r, j] = True
+                values[r, j] = value
                 own = gram[best]
                 for i in range(len(row)):
                     row[i] -= value * own[i]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .pursuit import kmeans, mp_select
+from .pursuit import kmeans, matching_pursuit
 from .select import topk
 from .variants import Forward, Variant, keep, register
 
@@ -124,11 +124,11 @@ class MatchingPursuit(Variant):
         """Values (B, k) and indices in the order of choice, residual (B, d); differentiable."""
         residual = x - self.pre_bias
         with torch.no_grad():
-            indices, active = mp_select(residual, self.decoder, self.config.k, self.options["tolerance"])
-        rows, values = self.decoder[indices], []
+            found, indices = matching_pursuit(residual, self.decoder, self.config.k, self.options["tolerance"])
+        rows, values = self.decoder[indices].unbind(1), []  # one gradient for all, not a whole one for each slice
         for j in range(indices.shape[1]):
-            values.append((residual * rows[:, j]).sum(1) * active[:, j])
-            residual = residual - values[-1][:, None] * rows[:, j]
+            values.append((residual * rows[j]).sum(1) * (found[:, j] > 0))
+            residual = residual - values[-1][:, None] * rows[j]
         return torch.stack(values, 1), indices, residual
 
     def activate(self, x):
