@@ -71,7 +71,9 @@ def render_png(figure: Figure, colours: int = 32) -> bytes:
 
 
 def provenance_line(run, stage: str = "table") -> str:
-    """Profile, backbone, data and digest of a run, as the text that stands under each figure."""
+    """Profile, backbone, data and digest of a run, as the text that stands under each figure; a text is itself."""
+    if isinstance(run, str):
+        return run
     profile = run.profile
     data = f"embedded pack {profile.pack}" if getattr(profile, "pack", None) else "computed from its images"
     backbone, digest = profile.backbone.model, run.digest(stage)[:12]

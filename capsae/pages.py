@@ -9,11 +9,12 @@ from typing import Any
 
 from .plan import BOOK_PROFILES, read_notebook, root
 from .publish import path_of, results, template_digest
+from .speed_page import speed_page
 
 NOT_RUN = "not run here yet"
+RESULTS = Path("benchmarks/results")
 SELECTION = Path("benchmarks/results/rpd_selection.csv")
 PARITY = Path("benchmarks/results/parity.json")
-SPEED = Path("benchmarks/results/amd-epyc-2-cores-ood-scores.json")
 # Metrics in which a difference is tested, and the sign that is better.
 DIFFERENCES = {
     "fpr95_ood_pos": ("FPR95, OOD positive", -1),
@@ -25,13 +26,14 @@ Results = Callable[[str], Mapping[str, Any]]
 
 
 def write_pages() -> list[Path]:
-    """Write the pages of claims, detectors, parity and RPD into book/; return their paths."""
+    """Write the pages of claims, detectors, parity, RPD and speed into book/; return their paths."""
     book = root() / "book"
     made = {
         "claims.md": claims_page(read_claims(book / "claims.yml"), _published),
         "detectors.md": detectors_page(),
-        "parity.md": parity_page(root() / PARITY, root() / SPEED),
+        "parity.md": parity_page(root() / PARITY),
         "rpd.md": rpd_page(root() / SELECTION),
+        "speed.md": speed_page(root() / RESULTS),
     }
     for name, text in made.items():
         (book / name).write_text(text, encoding="utf-8")
@@ -247,8 +249,8 @@ def _options(options: Mapping[str, Any]) -> str:
     return ", ".join(f"`{key}={value!r}`" for key, value in options.items()) or "none"
 
 
-def parity_page(measured: Path, timed: Path) -> str:
-    """The Markdown of parity.md, from what benchmarks/parity.py and benchmarks/ood_scores.py measured."""
+def parity_page(measured: Path) -> str:
+    """The Markdown of parity.md, from what benchmarks/parity.py measured."""
     import json
 
     from .detectors import info
@@ -279,38 +281,10 @@ def parity_page(measured: Path, timed: Path) -> str:
         "",
         "MDS++, RMDS++, Residual and NECO are not in pytorch-ood. TempScale is compared at the temperature that "
         "pytorch-ood's 50 steps reach, and at the optimum with the closed form. OpenOOD's own code needs a network and "
-        "its data loaders; its defaults are the preset `openood`.",
+        "its data loaders; its defaults are the preset `openood`. How long both take is in {doc}`speed`.",
         "",
-        *_speed(json.loads(timed.read_text(encoding="utf-8"))),
     ]
     return "\n".join(lines)
-
-
-def _speed(found: Mapping[str, Any]) -> list[str]:
-    from .detectors import info
-
-    lines = [
-        "## Speed",
-        "",
-        f"Both libraries on {found['train']:,} training and {found['test']:,} test rows of {found['d']} dimensions and "
-        f"{found['classes']:,} classes, alternately in one run (`benchmarks/ood_scores.py`; {found['machine']}, "
-        f"{found['threads']} thread, {found['blocks']} block, pytorch-ood {found['versions']['pytorch-ood']}). Seconds "
-        "are CPU seconds of a fit and a score, since other programs ran beside. A time with a star was measured on few "
-        "rows and scaled to all. Memory is what a fit and a score add to the resident set, for the rows that were "
-        "scored; what the process had freed and kept is used again and not counted, so that it is a lower bound.",
-        "",
-        "| method | pytorch-ood: fit, score (s) | ours: fit, score (s) | times as fast | pytorch-ood, ours (MiB) |",
-        "|---|---|---|---|---|",
-    ]
-    for row in found["results"]:
-        theirs, ours = row["pytorch-ood"], row["capsae"]
-        cells = []
-        for side in (theirs, ours):
-            star = f"* ({side['rows']:,} rows)" if side["rows"] < found["test"] else ""
-            cells.append(f"{side['fit_s']:.2f}, {side['score_s']:.2f}{star}")
-        memory = f"{theirs['peak_mb']:,}, {ours['peak_mb']:,}"
-        lines.append(f"| {info(row['method'])['title']} | {cells[0]} | {cells[1]} | {row['ratio']:.1f} | {memory} |")
-    return [*lines, ""]
 
 
 def rpd_page(grid: Path) -> str:

@@ -37,7 +37,7 @@ def test_every_requirement_is_pinned_inside_its_range(requirement):
 def test_environment_yml_and_make_install_the_same_under_the_same_constraints():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
-    install = re.search(r"pip install .*", (ROOT / "Makefile").read_text()).group()
+    install = re.search(r"\$\(BIN\)/pip install .*", (ROOT / "Makefile").read_text()).group()
     assert pip == ["-c constraints.txt", "-e .[book,test] --config-settings editable_mode=compat"]
     assert all(part in install.replace("'", "") for part in pip)
     python = next(entry for entry in conda if isinstance(entry, str) and entry.startswith("python="))
