@@ -229,8 +229,8 @@ def _quality(runs: pd.DataFrame) -> list[str]:
     lines = ["(speed-quality)=", "## What each learns in the same time of training", ""]
     lines += [
         "Embedded imagenet20 features (d = 192), D = 1,920, k = 32, batch 4,096, 60 epochs. Each trainer has its "
-        "learning rate chosen on validation rows, at no more than 1 % dead latents where it reaches that; the FVU below is of "
-        "test rows that chose nothing, its mean and standard deviation over seeds. A low FVU can be bought with dead "
+        "learning rate chosen on validation rows, at no more than 1 % dead latents where it reaches that; the FVU "
+        "below is of test rows that chose nothing, its mean and standard deviation over seeds. A low FVU can be bought with dead "
         "latents, so the share of latents that fire for no training row stands beside it.",
         "",
     ]
