@@ -292,7 +292,7 @@ def _scores(found: dict) -> list[str]:
             times.append(f"{side['fit_s']:.2f}, {side['score_s']:.2f}{star}")
         memory = f"{sides[0]['peak_mb']:,}, {sides[1]['peak_mb']:,}"
         rows.append((info(row["method"])["title"], *times, f"{row['ratio']:.1f}", memory))
-    heads = ["method", "pytorch-ood: fit, score (s)", "ours: fit, score (s)", "times as fast", "pytorch-ood, ours (MiB)"]
+    heads = ["method", "pytorch-ood: fit, score (s)", "ours: fit, score (s)", "times as fast", "MiB: pytorch-ood, ours"]
     return lines + _table(heads, rows)
 
 
