@@ -58,14 +58,14 @@ class Shape:
 
 
 SHAPES = (
-    Shape(192, 1920, 32, 4096, batches=2, epochs=6, blocks=5),
-    Shape(192, 1920, 32, 1024, batches=8, epochs=6, blocks=5),
-    Shape(768, 7680, 128, 4096, batches=1, epochs=2, blocks=3),  # the paper's
+    Shape(192, 1920, 32, 4096, batches=2, epochs=15, blocks=3),
+    Shape(192, 1920, 32, 1024, batches=8, epochs=15, blocks=3),
+    Shape(768, 7680, 128, 4096, batches=1, epochs=4, blocks=3),  # the paper's
 )
 PARTS = ("rates", "memory", "floor", "scan")
 SCAN_LATENTS = (480, 960, 1920, 3840, 7680)
 SCAN_K = (8, 16, 32, 64, 128, 256)
-SCAN_BASE = Shape(192, 1920, 32, 4096, batches=2, epochs=6, blocks=3)
+SCAN_BASE = Shape(192, 1920, 32, 4096, batches=2, epochs=8, blocks=3)
 
 
 def features(shape: Shape, n: int) -> torch.Tensor:

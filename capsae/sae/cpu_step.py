@@ -85,6 +85,7 @@ class CompiledStep(Step):
         self.dtype = torch.bfloat16 if self.products == "bf16" else torch.float32
         self.stored, self.stored_of = self.store(sae), _versions(sae)
         self.first = np.zeros(self.config.latents + 1, np.int64)
+        self.batch: torch.Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, lr: float) -> None:
@@ -102,6 +103,19 @@ class CompiledStep(Step):
         self.update(pairs, gradient, bias_gradient, dead, lr)
         self.stored_of = _versions(self.sae)
         self.update_average()
+
+    def take(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """A batch, gathered by all threads; good until the next one is."""
+        if self.batch is None or len(self.batch) < len(rows):
+            self.batch = x.new_empty(len(rows), x.shape[1])
+        out = self.batch[: len(rows)]
+
+        def block(b: int) -> None:
+            part = slice(b * ROWS, (b + 1) * ROWS)
+            torch.index_select(x, 0, rows[part], out=out[part])
+
+        self.workers.each(block, -(-len(rows) // ROWS))
+        return out
 
     def stored_form(self) -> tuple[int, type]:
         """Width and dtype of stored rows."""

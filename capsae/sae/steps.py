@@ -74,6 +74,10 @@ class Step:
                 if name not in ("steps", "dead"):
                     tensor.copy_(state[name])
 
+    def take(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """A batch: rows of x by their numbers."""
+        return x[rows]
+
     @classmethod
     def together(cls, steps: list[Step]) -> Callable[[list[torch.Tensor], list[float]], None]:
         """One call for a step of each: f(batches, learning rates). A kind that gains by it does more than this."""

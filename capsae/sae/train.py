@@ -216,6 +216,7 @@ def _train_together(
             steps.append(stack.enter_context(contextlib.closing(kind(sae, rows.variance, window))))
             steps[-1].sharded = sharded
         step_all = kind.together(steps)
+        takers = {step.config.seed: step for step in steps}  # SAEs of one seed share their batches
 
         checkpoint = Checkpoint(path, checkpoint_seconds, _identity(rows, held, keep, steps) if path else {})
         found = checkpoint.load()
@@ -228,7 +229,7 @@ def _train_together(
             before = {seed: d.get_state() for seed, d in dice.items()}
             orders = {seed: rows.order(d, n_batches) for seed, d in dice.items()}
             for at in range(position, n_batches):
-                batches = {seed: rows.own[order[at]] for seed, order in orders.items()}
+                batches = {seed: takers[seed].take(rows.own, order[at]) for seed, order in orders.items()}
                 lrs = [c.peak_lr * schedule(done, n_steps, c.warmup, c.decay) for c in configs]
                 step_all([batches[c.seed] for c in configs], lrs)
                 done += 1
