@@ -20,6 +20,7 @@ book: env  ## render the committed runs only
 
 bench: env $(BENCH)/.installed  ## the SAE trainers of other libraries stand beside ours, in an environment of their own
 	$(BENCH)/bin/python -m benchmarks.sae_training
+	! $(BENCH)/bin/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || $(BENCH)/bin/python -m benchmarks.sae_gpu
 	$(BIN)/python -m benchmarks.extraction
 	$(BIN)/python -m benchmarks.ood_scores
 

@@ -20,6 +20,7 @@ GPU_TARGETS = (
     ("eight seeds of that in one call", "at most 8.2 times one seed", "seeds"),
     ("the same two against the libraries, fed from a GPU tensor", "at least 5 times the fastest", "peers"),
 )
+KEYS = ("d", "latents", "k", "batch")
 CPU_TARGET = 8  # times the fastest library
 
 
@@ -154,10 +155,12 @@ def _training(found: dict) -> list[str]:
         "machine slows all of a round alike, so that the ratio is steadier than the rate.",
         "",
     ]
+    peaks = {(*(row[key] for key in KEYS), row["trainer"]): row["peak_mb"] for row in found["memory"]}
     rows = []
     for row in found["rates"]:
         times = f"{row['of_fastest_peer']:.2f}" if row["of_fastest_peer"] else "–"
-        peak = f"{row['peak_mb']:,.0f}" if row["peak_mb"] else "–"
+        peak = peaks.get((*(row[key] for key in KEYS), row["trainer"]))
+        peak = f"{peak:,.0f}" if peak else "–"
         fvu, dead = f"{row['fvu']:.3f}", f"{100 * row['dead_fraction']:.1f}"
         rows.append(
             (shape_text(row), row["trainer"], f"{row['rate']:,.0f}", times, fvu, dead, peak, _load(row.get("load")))
@@ -230,8 +233,8 @@ def _quality(runs: pd.DataFrame) -> list[str]:
     lines += [
         "Embedded imagenet20 features (d = 192), D = 1,920, k = 32, batch 4,096, 60 epochs. Each trainer has its "
         "learning rate chosen on validation rows, at no more than 1 % dead latents where it reaches that; the FVU "
-        "below is of test rows that chose nothing, its mean and standard deviation over seeds. A low FVU can be bought with dead "
-        "latents, so the share of latents that fire for no training row stands beside it.",
+        "below is of test rows that chose nothing, its mean and standard deviation over seeds. A low "
+        "FVU can be bought with dead latents, so the share of latents that fire for no training row stands beside it.",
         "",
     ]
     rows = []

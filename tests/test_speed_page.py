@@ -15,12 +15,13 @@ SHAPE = {"d": 192, "latents": 1920, "k": 32, "batch": 4096}
 
 def rate(trainer: str, vectors: float, ratio: float) -> dict:
     numbers = {"trainer": trainer, "rate": vectors, "fastest_peer": "theirs", "of_fastest_peer": ratio}
-    return SHAPE | numbers | {"fvu": 0.2, "dead_fraction": 0.0, "peak_mb": 500.0, "load": [0.1, 0.2]}
+    return SHAPE | numbers | {"fvu": 0.2, "dead_fraction": 0.0, "load": [0.1, 0.2]}
 
 
 def write(folder, ratio: float, gpu: bool = False) -> None:
     step = SHAPE | {"step_ms": 20.0, "product_ms": 8.0, "read_ms": 1.0, "load": [0.1, 0.2]}
     table = {"machine": "A, 2 cores", "threads": 2, "lr": 0.004, "versions": {"torch": "2"}, "missing": {"x": "broken"}}
+    table |= {"memory": [SHAPE | {"trainer": "theirs", "peak_mb": 512.0}]}
     table |= {"rates": [rate("capsae", 1e5 * ratio, ratio), rate("theirs", 1e5, 1.0)], "floor": [step], "scan": [step]}
     (folder / "a-sae.json").write_text(json.dumps(table))
     if gpu:
@@ -38,6 +39,7 @@ def test_a_target_is_met_or_not(tmp_path, ratio, verdict):
 def test_what_was_not_measured_says_so(tmp_path):
     write(tmp_path, 8.0)
     page = speed_page(tmp_path)
+    assert "| 512 |" in page
     assert page.count("**not measured**") == 4 and "has not run on a GPU" in page and "x was left out: broken" in page
     write(tmp_path, 8.0, gpu=True)
     page = speed_page(tmp_path)
