@@ -300,7 +300,7 @@ def test_what_is_refused(tmp_path):
         x[7, 2] = np.nan
         dictionaries.create("pca", 3, 2).fit(x)
     folder = make("pca", planted()[0]).save(tmp_path / "pca")
-    with pytest.raises(ValueError, match="holds a 'pca', not a Top-k SAE; capsae.sae.load would do"):
+    with pytest.raises(ValueError, match="holds a 'pca', not an SAE; capsae.sae.load would do"):
         TopKSAE.load(folder)
     topk = TopKSAE.untrained(D, SAEConfig(latents=M, k=2)).save(tmp_path / "topk")
     assert isinstance(zoo.load(topk), TopKSAE)
