@@ -21,7 +21,8 @@ GPU_TARGETS = (
     ("the same two against the libraries, fed from a GPU tensor", "at least 5 times the fastest", "peers"),
 )
 KEYS = ("d", "latents", "k", "batch")
-CPU_TARGET = 8  # times the fastest library
+CPU_TARGET, CPU_BATCH = 8, 4096  # times the fastest library
+MAX_DEAD = 0.01
 
 
 def read_results(folder: Path) -> dict[str, list[dict]]:
@@ -47,7 +48,7 @@ def speed_page(folder: Path) -> str:
         "and takes medians. A row says which machine it is from; what nobody has measured yet says so. To add a "
         "machine: run `make bench` there and commit the file that it writes under `benchmarks/results/`.",
         "",
-        *_targets(kinds),
+        *_targets(kinds, pd.read_csv(quality) if quality.exists() else None),
     ]
     for found in kinds["sae"]:
         lines += _training(found)
@@ -77,15 +78,22 @@ def _load(loads: Any) -> str:
     return " to ".join(known) if known else "unknown"
 
 
-def _targets(kinds: dict[str, list[dict]]) -> list[str]:
-    rows = []
+def _targets(kinds: dict[str, list[dict]], quality: pd.DataFrame | None) -> list[str]:
+    rows, why = [], []
     for found in kinds["sae"]:
         for row in found["rates"]:
-            if row["trainer"] == "capsae" and row["of_fastest_peer"]:
-                ratio = f"{row['of_fastest_peer']:.1f} times {row['fastest_peer']}"
-                met = "met" if row["of_fastest_peer"] >= CPU_TARGET else "not met"
-                wanted = f"at least {CPU_TARGET} times the fastest library"
-                rows.append((f"{found['machine']}: {shape_text(row)}", wanted, ratio, met))
+            if row["trainer"] != "capsae" or not row["of_fastest_peer"] or row["batch"] != CPU_BATCH:
+                continue
+            ratio = f"{row['of_fastest_peer']:.1f} times {row['fastest_peer']}"
+            met = row["of_fastest_peer"] >= CPU_TARGET
+            wanted = f"at least {CPU_TARGET} times the fastest library"
+            rows.append((f"{found['machine']}: {shape_text(row)}", wanted, ratio, "met" if met else "not met"))
+            floors = [one for one in found["floor"] if all(one[key] == row[key] for key in KEYS)]
+            if not met and floors:
+                share = floors[0]["product_ms"] / floors[0]["step_ms"]
+                why.append(f"{shape_text(row)}: the encoder's bfloat16 product alone is {share:.0%} of our step there")
+    if quality is not None:
+        rows.append(_quality_target(summary(quality)))
     measured = {row["part"]: row for found in kinds["sae-gpu"] for row in found["results"]}
     said = {
         "paper": lambda r: (f"{r['seconds']:.1f} s", r["seconds"] <= 25),
@@ -100,6 +108,7 @@ def _targets(kinds: dict[str, list[dict]]) -> list[str]:
             rows.append((f"GPU: {what}", target, UNMEASURED if part not in measured else "see below", "open"))
     lines = ["## What the trainer is held to", ""]
     lines += _table(["where and what", "target", "measured", ""], rows)
+    lines += ["Where the ratio is missed: " + "; ".join(why) + ".", ""] if why else []
     if not kinds["sae-gpu"]:
         lines += [
             "The GPU's step (Triton kernels, one CUDA graph a step) exists and is tested against the plain PyTorch "
@@ -108,6 +117,33 @@ def _targets(kinds: dict[str, list[dict]]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _quality_target(found: pd.DataFrame) -> tuple:
+    """The row that compares our FVU with that of the best library whose dead latents are few enough."""
+    own = found[found.trainer == "capsae"]
+    libraries = found[~found.trainer.str.startswith(("capsae", "plain")) & (found.dead <= MAX_DEAD)]
+    what = "FVU of test rows after 60 epochs on imagenet20, at most 1 % dead latents"
+    if not len(own) or not len(libraries):
+        return what, "no worse than the best library's", "**not measured**", "open"
+    ours, best = own.iloc[0], libraries.loc[libraries.fvu.idxmin()]
+    met = ours.fvu <= best.fvu and ours.dead <= MAX_DEAD
+    text = f"{ours.fvu:.4f}, {best.trainer} {best.fvu:.4f}"
+    return what, "no worse than the best library's", text, "met" if met else "not met"
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """Quality by trainer: the learning rate that validation rows choose, FVU on test rows and dead share at it."""
+    rows = []
+    for trainer, mine in runs.groupby("trainer", sort=False):
+        first = mine[mine.seed == mine.seed.min()]
+        alive = first[first.dead_fraction <= MAX_DEAD]
+        lr = alive.loc[alive.val_fvu.idxmin(), "lr"] if len(alive) else first.loc[first.dead_fraction.idxmin(), "lr"]
+        own = mine[mine.lr == lr]
+        numbers = {"fvu": own.test_fvu.mean(), "std": own.test_fvu.std(), "dead": own.dead_fraction.mean()}
+        counts = {"tried": mine.lr.nunique(), "seeds": len(own), "eligible": bool(len(alive))}
+        rows.append({"trainer": trainer, "library": own.library.iloc[0], "lr": lr} | numbers | counts)
+    return pd.DataFrame(rows).sort_values("fvu")
 
 
 def rate_bars(data: pd.DataFrame) -> Figure:
@@ -146,7 +182,9 @@ def time_curves(data: pd.DataFrame) -> Figure:
 
 
 def _training(found: dict) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    libraries = sorted({v for v in found["versions"].values() if " " in v})
+    own = [f"{name} {version}" for name, version in found["versions"].items() if " " not in version]
+    versions = ", ".join(own + libraries)
     lines = [f"## Training on a CPU: {found['machine']}", ""]
     lines += [
         f"{found['threads']} threads; {versions}. All trainers get the same rows on the same device, the same batch "
@@ -229,29 +267,24 @@ def _training(found: dict) -> list[str]:
 
 
 def _quality(runs: pd.DataFrame) -> list[str]:
-    lines = ["(speed-quality)=", "## What each learns in the same time of training", ""]
+    lines = ["(speed-quality)=", "## What each learns in as many epochs", ""]
     lines += [
         "Embedded imagenet20 features (d = 192), D = 1,920, k = 32, batch 4,096, 60 epochs. Each trainer has its "
         "learning rate chosen on validation rows, at no more than 1 % dead latents where it reaches that; the FVU "
-        "below is of test rows that chose nothing, its mean and standard deviation over seeds. A low "
-        "FVU can be bought with dead latents, so the share of latents that fire for no training row stands beside it.",
+        "below is of test rows that chose nothing, its mean and standard deviation over seeds. A low FVU can be bought "
+        "with dead latents, so the share of latents that fire for no training row stands beside it. The rates of the "
+        "libraries were tried around what is known of them, one after the other as far as time went: the table says "
+        "how many. More went into ours: some ten settings of rate, decay, AuxK and the encoder's scale were looked at "
+        'on the validation rows before `init="fitted"` was settled; `capsae-transpose` is the default start.',
         "",
     ]
     rows = []
-    for trainer, mine in runs.groupby("trainer", sort=False):
-        first = mine[mine.seed == mine.seed.min()]
-        alive = first[first.dead_fraction <= 0.01]
-        lr = alive.loc[alive.val_fvu.idxmin(), "lr"] if len(alive) else first.loc[first.dead_fraction.idxmin(), "lr"]
-        own = mine[mine.lr == lr]
-        spread = f" ± {own.test_fvu.std():.4f}" if len(own) > 1 else ""
-        dead = f"{100 * own.dead_fraction.mean():.1f}" + ("" if len(alive) else " (never at most 1)")
-        rows.append(
-            (own.test_fvu.mean(), trainer, f"{lr:g}", mine.lr.nunique(), len(own), spread, dead, own.library.iloc[0])
-        )
-    rows = [
-        (trainer, library, lr, tried, seeds, f"{fvu:.4f}{spread}", dead)
-        for fvu, trainer, lr, tried, seeds, spread, dead, library in sorted(rows)
-    ]
+    for row in summary(runs).to_dict("records"):
+        spread = f" ± {row['std']:.4f}" if row["seeds"] > 1 else ""
+        dead = f"{100 * row['dead']:.1f}" + ("" if row["eligible"] else " (over 1 at every rate)")
+        version = row["library"].removeprefix("capsae") or "this project"
+        cells = (f"{row['lr']:g}", row["tried"], row["seeds"], f"{row['fvu']:.4f}{spread}", dead)
+        rows.append((row["trainer"], version, *cells))
     heads = ["trainer", "version", "learning rate", "rates tried", "seeds", "FVU of test rows", "dead, %"]
     return lines + _table(heads, rows)
 
