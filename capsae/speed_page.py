@@ -75,7 +75,7 @@ def _table(heads: list[str], rows: list[tuple]) -> list[str]:
 def _load(loads: Any) -> str:
     loads = loads if isinstance(loads, list) else [loads]
     known = [f"{one:.1f}" for one in loads if one is not None]
-    return " to ".join(known) if known else "unknown"
+    return " to ".join(dict.fromkeys(known)) if known else "unknown"
 
 
 def _targets(kinds: dict[str, list[dict]], quality: pd.DataFrame | None) -> list[str]:
@@ -194,17 +194,16 @@ def _training(found: dict) -> list[str]:
         "",
     ]
     peaks = {(*(row[key] for key in KEYS), row["trainer"]): row["peak_mb"] for row in found["memory"]}
-    rows = []
-    for row in found["rates"]:
-        times = f"{row['of_fastest_peer']:.2f}" if row["of_fastest_peer"] else "–"
-        peak = peaks.get((*(row[key] for key in KEYS), row["trainer"]))
-        peak = f"{peak:,.0f}" if peak else "–"
-        fvu, dead = f"{row['fvu']:.3f}", f"{100 * row['dead_fraction']:.1f}"
-        rows.append(
-            (shape_text(row), row["trainer"], f"{row['rate']:,.0f}", times, fvu, dead, peak, _load(row.get("load")))
-        )
-    heads = ["shape", "trainer", "vectors/s", "times the fastest library", "FVU", "dead, %", "peak memory, MB", "load"]
-    lines += _table(heads, rows)
+    heads = ["trainer", "vectors/s", "times the fastest library", "FVU", "dead, %", "peak memory, MB"]
+    for shape in dict.fromkeys(shape_text(row) for row in found["rates"]):
+        rows = []
+        for row in (one for one in found["rates"] if shape_text(one) == shape):
+            times = f"{row['of_fastest_peer']:.2f}" if row["of_fastest_peer"] else "–"
+            peak = peaks.get((*(row[key] for key in KEYS), row["trainer"]))
+            dead = f"{100 * row['dead_fraction']:.1f}"
+            cells = (f"{row['rate']:,.0f}", times, f"{row['fvu']:.3f}", dead, f"{peak:,.0f}" if peak else "–")
+            rows.append((row["trainer"], *cells))
+        lines += [f"**{shape}** (load {_load(row.get('load'))})", "", *_table(heads, rows)]
     for name, reason in found.get("missing", {}).items():
         lines += [f"{name} was left out: {reason}.", ""]
     bars = pd.DataFrame(
