@@ -12,12 +12,12 @@ import pandas as pd
 
 from . import metrics
 from .detectors import info
-from .detectors.pixels import pixel_controls_verdict
+from .detectors.pixels import PIXEL_CONTROLS, pixel_controls_verdict
 from .stats import critical_difference, spread, win_tie_loss
 from .tidy import METRIC_PANELS
 
 HEADLINE = "fpr95_ood_pos"  # the metric of verdicts: OpenOOD's FPR95, and so presumably the paper's
-RANKED = ("epd", "rpd", "mds++", "rmds", "knn", "vim", "energy", "msp")  # named before the sets were ranked
+RANKED = ("epd", "rpd", "mds++", "rmds", "knn", "vim", "energy", "msp")  # a few: ranks of all would mean nothing
 SEEDS = (0, 1, 2, 3, 4)
 _NAMES = {"fpr95_ood_pos": "FPR95 (OOD positive)", "fpr95_id_pos": "FPR95 (ID positive)", "auroc": "AUROC"}
 
@@ -28,9 +28,14 @@ def title(name: str) -> str:
     return f"{info(plain)['title']} {rest}".strip()
 
 
-def p_text(p: float) -> str:
-    """``p = 0.012``, ``p < 0.001``."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+def p_text(p: float, at_most: bool = False) -> str:
+    """``p = 0.012``, ``p < 0.001``; ``p ≤ 0.012`` where a bootstrap could not tell it from less."""
+    return "p < 0.001" if p < 0.001 else f"p {'≤' if at_most else '='} {p:.3f}"
+
+
+def corrected(row: Mapping) -> str:
+    """The corrected p of a row of :func:`capsae.evaluate.compare`, in words."""
+    return p_text(row["p_holm"], bool(row.get("p_at_most", False)))
 
 
 def verdict(row: Mapping, where: str) -> str:
@@ -38,8 +43,8 @@ def verdict(row: Mapping, where: str) -> str:
 
     >>> verdict({"method": "epd", "other": "msp", "metric": "auroc", "set": "mean", "value": .02, "lo": .01, "hi": .03,
     ...          "p_holm": .004, "verdict": "better"}, "digits")
-    'EPD is better than MSP on digits: difference in mean AUROC +2.0 points (+1.0 to +3.0), p = 0.004 (Holm).'
-    """
+    'EPD is better than MSP on digits: difference in mean AUROC +2.0 points (+1.0 to +3.0 uncorrected), p = 0.004 (Holm).'
+    """  # noqa: E501
     told = {
         "better": "is better than {} on {}",
         "worse": "is not better than {} on {}, it is worse",
@@ -47,8 +52,8 @@ def verdict(row: Mapping, where: str) -> str:
     }[row["verdict"]].format(title(row["other"]), where)
     mean = "mean " if row["set"] == "mean" else ""
     value, lo, hi = (f"{100 * row[key]:+.1f}" for key in ("value", "lo", "hi"))
-    difference = f"difference in {mean}{_NAMES.get(row['metric'], row['metric'])} {value} points ({lo} to {hi})"
-    return f"{title(row['method'])} {told}: {difference}, {p_text(row['p_holm'])} (Holm)."
+    difference = f"difference in {mean}{_NAMES.get(row['metric'], row['metric'])} {value} points"
+    return f"{title(row['method'])} {told}: {difference} ({lo} to {hi} uncorrected), {corrected(row)} (Holm)."
 
 
 def of_means(compared: pd.DataFrame, method: str, metric: str = HEADLINE) -> pd.DataFrame:
@@ -61,12 +66,13 @@ def of_means(compared: pd.DataFrame, method: str, metric: str = HEADLINE) -> pd.
 
 
 def tally(compared: pd.DataFrame, method: str, where: str, metric: str = HEADLINE) -> str:
-    """How many others a method beats in the mean over all sets, in one sentence."""
+    """How many baselines a method beats in the mean over all sets, in one sentence; controls would swell the count."""
     rows = of_means(compared, method, metric)
+    rows = rows[rows["other"].map(lambda name: info(name)["group"] == "baseline")]
     better, worse, open_ = ((rows["verdict"] == word).sum() for word in ("better", "worse", "undecided"))
     return (
-        f"On {where}, by mean {_NAMES[metric]}, {title(method)} is better than {better} of the {len(rows)} other "
-        f"detectors, worse than {worse}, and {open_} comparisons are undecided (Holm, level 0.05)."
+        f"On {where}, by mean {_NAMES[metric]}, {title(method)} is better than {better} of the {len(rows)} "
+        f"baselines, worse than {worse}, and {open_} comparisons are undecided (Holm, level 0.05)."
     )
 
 
@@ -202,7 +208,7 @@ def pixel_verdict(table: pd.DataFrame, where: str) -> str:
     found = pd.concat([pixel_controls_verdict(table, metric) for metric in METRIC_PANELS], ignore_index=True)
     if found.empty:
         return f"The features of {where} come without pixel statistics, so no pixel control could be tried."
-    broken = found[found["broken"]]
+    beside, broken = _beside_epd(table), found[found["broken"]]
     if len(broken):
         names = {}
         for row in broken.itertuples():
@@ -210,14 +216,23 @@ def pixel_verdict(table: pd.DataFrame, where: str) -> str:
             names.setdefault(place, []).append(title(row.control))
         places = ", ".join(f"{place} ({', '.join(dict.fromkeys(of))})" for place, of in names.items())
         means = "" if (broken["set"] == "mean").any() else " In the means over sets none wins."
-        return f"This benchmark is broken on {where} where a pixel control wins: {places}.{means}"
+        return f"This benchmark is broken on {where} where a pixel control wins: {places}.{means}{beside}"
     best = pixel_controls_verdict(table, "auroc")
     best = best[(best["set"] == "mean") & (best["group"] == "all")].iloc[0]
     return (
         f"No pixel control wins on {where}, on any set, in any mean, by FPR95 or AUROC: the best in mean AUROC "
         f"is {title(best['control'])} with {100 * best['control_value']:.1f} %, against "
-        f"{100 * best['method_value']:.1f} % of {title(best['method'])}."
+        f"{100 * best['method_value']:.1f} % of {title(best['method'])}.{beside}"
     )
+
+
+def _beside_epd(table: pd.DataFrame) -> str:
+    """A sentence on the sets on which a pixel control does better than EPD, by AUROC; none where there is none."""
+    alone = table[table["method"].isin((*PIXEL_CONTROLS, "epd"))]
+    found = pixel_controls_verdict(alone, "auroc")
+    ahead = found[found["broken"] & (found["set"] != "mean")]
+    told = [f"{row.set} ({title(row.control)} {100 * row.control_value:.1f} %)" for row in ahead.itertuples()]
+    return f" By AUROC a pixel control does better than EPD on {', '.join(told)}." if told else ""
 
 
 def tuned_text(row: Mapping, where: str) -> str:
@@ -228,4 +243,4 @@ def tuned_text(row: Mapping, where: str) -> str:
         "undecided": "Tuning makes no clear difference to {} on {}",
     }[row["verdict"]].format(title(row["other"]), where)
     value, lo, hi = (f"{100 * row[key]:+.1f}" for key in ("value", "lo", "hi"))
-    return f"{told}: mean {_NAMES[row['metric']]} {value} points ({lo} to {hi}), {p_text(row['p_holm'])} (Holm)."
+    return f"{told}: mean {_NAMES[row['metric']]} {value} points ({lo} to {hi} uncorrected), {corrected(row)} (Holm)."

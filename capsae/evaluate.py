@@ -10,10 +10,21 @@ import pandas as pd
 from .caps import as_numpy
 from .detectors import Detector, Observations
 from .metrics import HIGHER_IS_BETTER, OF_ERRORS, Thresholds, all_metrics, aurc, errors_flagged
-from .stats import FPR95, bootstrap, bootstrap_errors, bootstrap_p, delong_difference, holm, interval, placements
+from .stats import (
+    FPR95,
+    bootstrap,
+    bootstrap_errors,
+    bootstrap_p,
+    delong_difference,
+    exact_interval,
+    holm,
+    interval,
+    placements,
+)
 
 COLUMNS = ["method", "set", "group", "metric", "value", "lo", "hi"]
-COMPARED = ["method", "other", "set", "metric", "value", "lo", "hi", "p", "p_holm", "verdict"]
+NO_INTERVAL = ("autc",)  # the bootstrap of a largest value is not consistent
+COMPARED = ["method", "other", "set", "metric", "value", "lo", "hi", "p", "p_holm", "p_at_most", "verdict"]
 FULL_SPECTRUM = "full-spectrum"
 
 
@@ -86,9 +97,11 @@ def evaluate(
     -------
     DataFrame
         Columns method, set, group, metric, value, lo, hi. Metrics are shares in [0, 1] (see :mod:`capsae.metrics`),
-        ``lo`` and ``hi`` a 95 % percentile interval. Unweighted means over sets have ``set`` "mean" and ``group``
-        "near", "far" or "all". With ``shifted``, the same rows again with the groups "full-spectrum near",
-        "full-spectrum far", "full-spectrum all": ID is then the test set and all shifted sets in one heap.
+        ``lo`` and ``hi`` a 95 % percentile interval; where all replicates of an FPR95 or accuracy are equal,
+        Clopper and Pearson's; none for AUTC, which hangs on the largest score. Unweighted means over sets
+        have ``set`` "mean" and ``group`` "near", "far" or "all". With ``shifted``, the same rows again with the
+        groups "full-spectrum near", "full-spectrum far", "full-spectrum all": ID is then the test set and all
+        shifted sets in one heap.
 
         If labels of ``id_test`` are known, there are rows for OSCR and for the AUROC of correctly classified ID, and
         with ``set`` "test" and ``group`` "id" for each method's AURC and share of errors flagged, and, method "head",
@@ -105,11 +118,12 @@ def evaluate(
     groups = _check(detectors, id_test, ood, shifted)
     scores = _all_scores(detectors, {"id_test": id_test, **shifted, **ood})
     measured = _measure(scores, ["id_test"], list(ood), _correct([id_test]), n_boot, seed)
-    rows = _rows(measured, groups)
+    rows = _rows(measured, groups, len(id_test), ood)
     if shifted:
         known = _correct([id_test, *shifted.values()])
         measured = _measure(scores, ["id_test", *shifted], list(ood), known, n_boot, seed)
-        rows += _rows(measured, {where: f"{FULL_SPECTRUM} {group}" for where, group in groups.items()})
+        full = {where: f"{FULL_SPECTRUM} {group}" for where, group in groups.items()}
+        rows += _rows(measured, full, len(id_test) + sum(map(len, shifted.values())), ood)
     for where, obs in {"test": id_test, **shifted}.items():
         if obs.labels is not None:
             rows.append(_accuracy_row(where, obs, n_boot, seed))
@@ -124,7 +138,7 @@ def compare(
     ood: Mapping[str, Observations],
     against: str | Iterable[tuple[str, str]] = "epd",
     metrics: Sequence[str] = (*FPR95, "auroc"),
-    n_boot: int = 10_000,
+    n_boot: int = 20_000,
     seed: int = 0,
     alpha: float = 0.05,
 ) -> pd.DataFrame:
@@ -141,16 +155,18 @@ def compare(
         Every other detector is compared with this one, or the pairs are those given.
     metrics : names of :data:`capsae.metrics.METRICS`
     n_boot : int
-        Paired replicates; no p value can be below 2 / (n_boot + 1). AUROC is tested by DeLong's method instead.
+        Paired replicates. No p value can be below 2 / (n_boot + 1), and none of m comparisons is "better" unless m
+        times that is under alpha: take 20 m / alpha or more. AUROC is tested by DeLong's method instead.
     alpha : float
         Level of the verdict.
 
     Returns
     -------
     DataFrame
-        Columns method, other, set, metric, value, lo, hi, p, p_holm, verdict. ``value`` is the metric of ``method``
-        less that of ``other``, a share, with a 95 % interval that is not corrected for the number of comparisons.
-        ``p_holm`` is corrected by Holm over one column of the table: all pairs on one metric and one set (or "mean").
+        Columns method, other, set, metric, value, lo, hi, p, p_holm, p_at_most, verdict. ``value`` is the metric of
+        ``method`` less that of ``other``, a share, with a 95 % interval that is not corrected for how many there are.
+        ``p_holm`` is corrected by Holm over one column of the table: all pairs on one metric and one set (or "mean"),
+        a pair and its reverse counting once. ``p_at_most``: no replicate lay beyond zero, so p is an upper bound.
         ``verdict`` on ``method``: "better" or "worse" where p_holm < alpha, else "undecided".
     """
     detectors = _named(detectors)
@@ -183,7 +199,12 @@ def compare(
                     cell = {"value": value_a - value_b, "lo": lo, "hi": hi, "p": bootstrap_p(draws_a - draws_b)}
                 rows.append({"method": a, "other": b, "set": where, "metric": metric, **cell})
     table = pd.DataFrame(rows)
-    table["p_holm"] = table.groupby(["metric", "set"])["p"].transform(holm)
+    key = ["metric", "set", "pair"]
+    table["pair"] = [" / ".join(sorted(pair)) for pair in zip(table["method"], table["other"], strict=True)]
+    once = table.drop_duplicates(key)
+    once = once.assign(p_holm=once.groupby(["metric", "set"])["p"].transform(holm))
+    table["p_holm"] = table[key].merge(once[[*key, "p_holm"]], how="left")["p_holm"].to_numpy()
+    table["p_at_most"] = (table["metric"] != "auroc") & (table["p"] <= 2 / (1 + n_boot))
     good = table["value"] * np.where(table["metric"].map(HIGHER_IS_BETTER), 1, -1) > 0
     table["verdict"] = np.where(table["p_holm"] < alpha, np.where(good, "better", "worse"), "undecided")
     return table[COMPARED]
@@ -249,7 +270,7 @@ def _mean(measured: Mapping, name: str, metric: str, over: Sequence[str]) -> tup
     return float(np.mean(values)), np.mean(draws, axis=0)
 
 
-def _rows(measured: Mapping, groups: Mapping[str, str]) -> list[tuple]:
+def _rows(measured: Mapping, groups: Mapping[str, str], n_id: int, ood: Mapping[str, Observations]) -> list[tuple]:
     """Rows of the table: each set, then the means over each group and over all."""
     cells = [(where, group, [where]) for where, group in groups.items()]
     of_group = {group: [w for w in groups if groups[w] == group] for group in groups.values()}
@@ -261,14 +282,21 @@ def _rows(measured: Mapping, groups: Mapping[str, str]) -> list[tuple]:
         for metric in next(iter(sets.values())):
             for label, group, over in cells:
                 value, draws = _mean(measured, name, metric, over)
-                rows.append((name, label, group, metric, value, *interval(draws)))
+                lo, hi = interval(draws) if metric not in NO_INTERVAL else (np.nan, np.nan)
+                if lo == hi and metric in FPR95 and label != "mean":
+                    # No replicate saw what few samples cannot show; the share's exact interval does.
+                    lo, hi = exact_interval(value, n_id if metric == "fpr95_ood_pos" else len(ood[label]))
+                rows.append((name, label, group, metric, value, lo, hi))
     return rows
 
 
 def _accuracy_row(where: str, obs: Observations, n_boot: int, seed: int) -> tuple:
     hit = (obs.predicted == as_numpy(obs.labels)).astype(np.float64)
     draws = np.random.default_rng(seed).binomial(len(hit), hit.mean(), n_boot) / len(hit)
-    return ("head", where, "id", "accuracy", float(hit.mean()), *interval(draws))
+    lo, hi = interval(draws)
+    if lo == hi:
+        lo, hi = exact_interval(float(hit.mean()), len(hit))
+    return ("head", where, "id", "accuracy", float(hit.mean()), lo, hi)
 
 
 def _error_rows(scores: Mapping[str, np.ndarray], id_test: Observations, n_boot: int, seed: int) -> list[tuple]:

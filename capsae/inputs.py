@@ -11,6 +11,7 @@ import numpy as np
 from .featureset import FeatureSet, LinearHead
 from .profile_errors import ProfileError
 from .profiles import Holdout, Profile
+from .sealed import check_reach
 from .splits import check_classes, holdout_mask
 from .store import Store, artefact_digest, file_record
 
@@ -55,6 +56,7 @@ class Inputs:
 
     def features(self, set_name: str) -> FeatureSet:
         """Return features as extracted, after the split into train and val; logits are the backbone's or None."""
+        check_reach(set_name)
         if set_name not in self._parts:
             if self.holdout and set_name in ("train", "val"):
                 whole = self._whole("train")

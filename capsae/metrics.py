@@ -218,7 +218,8 @@ def autc(id_scores, ood_scores) -> float:
     at or above, and of OOD below, a threshold that runs from 0 to 1. The areas of these steps are the scaled scores'
     means, so AUTC = (1 + mean ID - mean OOD) / 2 exactly; the authors' program integrates by trapezoids between the
     distinct scores. It depends on the scale of the scores, not on their order alone: one outlier squeezes it towards
-    0.5, a monotonic transform changes it. Equal scores throughout give 0.5, an infinite one NaN.
+    0.5, a monotonic transform changes it, and of unbounded scores it depends on how many there are: compare it between
+    scores on one and the same set, not between sets. Equal scores throughout give 0.5, an infinite one NaN.
 
     Source: Humblot-Renaux, Escalera, Moeslund, "Beyond AUROC & co.", CVPR workshops 2023. Parameters and errors as
     :func:`auroc`.

@@ -92,6 +92,9 @@ def judge(test: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, list[
     """
     if "difference" in test:
         cell = value_at(found, test["difference"])
+        if "verdict" in cell:
+            words = {"better": "holds", "worse": "does not hold", "undecided": "undecided"}
+            return words[cell["verdict"]], [cell]
         ends = sorted((test["better"] * cell["lo"], test["better"] * cell["hi"]))
         return ("holds" if ends[0] > 0 else "does not hold" if ends[1] < 0 else "undecided"), [cell]
     if "show" in test:
@@ -137,8 +140,8 @@ def claims_page(claims: Mapping[str, Any], results_of: Results) -> str:
         "",
         "A statement of the paper is put as a test with a tolerance of ours, and the test is applied to each profile "
         "of this book. *Holds* means: in this run, at this scale, with one seed. Intervals in brackets are 95 % "
-        "bootstrap intervals. Differences of scores are paired: both scores see the same draws of samples, and a "
-        "difference whose interval holds zero is *undecided*.",
+        "bootstrap intervals. Differences of scores are paired: both see the same draws of samples. Their intervals "
+        "are uncorrected; the verdict is that of the scores chapter, from p values corrected for all its comparisons.",
         "",
     ]
     for entry in claims["statements"]:
@@ -199,9 +202,12 @@ _KIND_NOTES = {
     "control": "They read the same features, most of them also the same codes and profiles, and tell what in EPD does "
     "the work. The two on the code's flatness use neither class nor profile. The last ones never look at what an image "
     "shows: where one of them wins, it is the benchmark that is broken.",
-    "baseline": "With the parameters that our tables use. Where the defaults of OpenOOD v1.5 "
+    "baseline": "With the parameters that our tables use, none of them tuned on this book's data. Where the "
+    "defaults of OpenOOD v1.5 "
     '{cite:p}`zhang2023openood` are others, they stand in brackets, and `create(name, preset="openood")` takes them; '
-    "a score that OpenOOD does not have refuses that preset. {doc}`Parity <parity>` tells what each was compared with, "
+    "a score that OpenOOD does not have refuses that preset. These are where OpenOOD's search starts: its tables take, "
+    "for several scores, the parameters that did best on an OOD validation set, which the preset cannot know. "
+    "{doc}`Parity <parity>` tells what each was compared with, "
     "and {doc}`own_score` how to add another.",
 }
 
@@ -266,13 +272,14 @@ def parity_page(measured: Path) -> str:
         "{cite:p}`kirchheim2022pytorchood` wherever that has the same formula, and with the formula itself, written "
         "with loops in float64 (`benchmarks/closed_forms.py`). The difference is the largest over 300 rows, after the "
         f"constant, in standard deviations of the score; {found['bar']:.0e} is the bar, and a test holds it. MDS, RMDS "
-        "and KNN of pytorch-ood were given float64 arrays.",
+        "and KNN of pytorch-ood were given float64 arrays. Options are passed to both; *ours* are "
+        "those of {doc}`detectors`.",
         "",
         "| method | reference | version | options | constant | largest difference |",
         "|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
-        options = _options(row["options"]) if row["options"] else "defaults"
+        options = _options(row["options"]) if row["options"] else "ours"
         cells = (row["reference"], row["version"] or "–", options, row["constant"], f"{row['difference']:.1e}")
         lines.append(f"| {info(row['method'])['title']} | " + " | ".join(cells) + " |")
     lines += ["", "Not compared with pytorch-ood, because its score of that name is another one:", ""]

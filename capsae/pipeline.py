@@ -259,10 +259,17 @@ class Run:
         return self._stored("scores", make, _save_frame, _load_frame, names)
 
     def threshold(self, name: str, keep: float = 0.95) -> float:
-        """Return the score above which a sample is flagged: the lowest that keeps ``keep`` of the ID val rows."""
-        return float(
-            np.quantile(self.detectors([name])[name].score(self.observations("val")), keep, method="inverted_cdf")
-        )
+        """Return the score above which a sample is flagged: the lowest that keeps ``keep`` of the ID val rows.
+
+        A detector that is fitted on validation rows gets every other one for that, and the threshold the rest.
+        """
+        val, detector = self.observations("val"), self.detectors([name])[name]
+        if detector.fitted_on == "validation":
+            rows = np.arange(len(val))
+            fitted = _detectors.create(name, **self.detector_options(name))
+            detector = fitted.fit(self.observations("train"), val.take(rows[::2]))
+            val = val.take(rows[1::2])
+        return float(np.quantile(detector.score(val), keep, method="inverted_cdf"))
 
     # --- digests and provenance
 

@@ -2,7 +2,8 @@
 
 Python hides nothing from code that is out to cheat. What this does: :class:`Sealed` loads a test set only when it is
 opened, so that its arrays do not exist before; and while a criterion runs (:func:`tuning`), neither a seal nor
-``pipeline.Run`` hands out anything but ID training and validation rows. Reaching a test set by oversight is an error.
+``pipeline.Run`` hands out anything but ID training and validation rows, in any thread. Reaching a test set by oversight
+is an error.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 OPEN_SETS = ("train", "val")
-_tuned_now: ContextVar[str | None] = ContextVar("tuned_now", default=None)
+_tuned: list[str] = []  # what is being tuned; of the process, so that a criterion's threads are held by it, too
 
 
 class SealedError(RuntimeError):
@@ -26,19 +26,17 @@ class SealedError(RuntimeError):
 @contextmanager
 def tuning(name: str) -> Iterator[None]:
     """While inside, test sets are out of reach; ``name`` is what is being tuned."""
-    token = _tuned_now.set(name)
+    _tuned.append(name)
     try:
         yield
     finally:
-        _tuned_now.reset(token)
+        _tuned.remove(name)
 
 
 def check_reach(set_name: str) -> None:
     """Raise SealedError for a set other than ID train and val while something is being tuned."""
-    if _tuned_now.get() is not None and set_name not in OPEN_SETS:
-        raise SealedError(
-            f"{_tuned_now.get()} is being tuned: {set_name!r} is out of reach, use {' or '.join(OPEN_SETS)}"
-        )
+    if _tuned and set_name not in OPEN_SETS:
+        raise SealedError(f"{_tuned[-1]} is being tuned: {set_name!r} is out of reach, use {' or '.join(OPEN_SETS)}")
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class Frozen:
 
 def freeze(options: Mapping[str, Mapping[str, Any]]) -> Frozen:
     """Freeze the options {detector: {option: value}}; SealedError inside a criterion, which must not decide alone."""
-    if _tuned_now.get() is not None:
-        raise SealedError(f"{_tuned_now.get()} is being tuned: options are frozen when all tuning is done")
+    if _tuned:
+        raise SealedError(f"{_tuned[-1]} is being tuned: options are frozen when all tuning is done")
     return Frozen(json.dumps({name: dict(of) for name, of in options.items()}, sort_keys=True))
 
 
@@ -87,8 +85,8 @@ class Sealed:
         SealedError
             While something is being tuned; without frozen options; at the second time.
         """
-        if _tuned_now.get() is not None:
-            raise SealedError(f"{_tuned_now.get()} is being tuned: the test sets stay sealed")
+        if _tuned:
+            raise SealedError(f"{_tuned[-1]} is being tuned: the test sets stay sealed")
         if not isinstance(frozen, Frozen):
             raise SealedError(f"the test sets open for frozen options, found {type(frozen).__name__}: use freeze(...)")
         if self._opened_for is not None:

@@ -124,6 +124,18 @@ def interval(replicates: np.ndarray, level: float = 0.95) -> tuple[float, float]
     return float(lo), float(hi)
 
 
+def exact_interval(share: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's interval (lo, hi) of a share of n samples, for where a bootstrap sees no variation."""
+    from scipy.stats import beta
+
+    if not n or np.isnan(share):
+        return float("nan"), float("nan")
+    hits, tail = round(share * n), (1 - level) / 2
+    lo = beta.ppf(tail, hits, n - hits + 1) if hits else 0.0
+    hi = beta.ppf(1 - tail, hits + 1, n - hits) if hits < n else 1.0
+    return float(lo), float(hi)
+
+
 def bootstrap_p(differences: np.ndarray) -> float:
     """Two-sided p of "no difference" from paired replicates (n_boot,): twice the share beyond zero, at most 1.
 

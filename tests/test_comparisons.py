@@ -21,13 +21,14 @@ def _row(verdict, value, metric="fpr95_ood_pos", other="msp", where="mean", p=0.
 def test_a_verdict_says_what_its_row_says():
     better = comparisons.verdict(_row("better", -0.02), "digits")
     assert better == (
-        "EPD is better than MSP on digits: difference in mean FPR95 (OOD positive) -2.0 points (-3.0 to -1.0), "
-        "p = 0.004 (Holm)."
+        "EPD is better than MSP on digits: difference in mean FPR95 (OOD positive) -2.0 points "
+        "(-3.0 to -1.0 uncorrected), p = 0.004 (Holm)."
     )
     assert comparisons.verdict(_row("worse", 0.02), "x").startswith("EPD is not better than MSP on x, it is worse:")
     undecided = comparisons.verdict(_row("undecided", 0.001, "auroc", where="near/a", p=1e-5), "x")
     assert undecided.startswith("EPD is not better than MSP on x, nor clearly worse: difference in AUROC +0.1")
     assert "p < 0.001" in undecided
+    assert "p ≤ 0.004 (Holm)" in comparisons.verdict(_row("better", -0.02) | {"p_at_most": True}, "x")
     tuned = comparisons.tuned_text(_row("worse", 0.02, method="epd tuned", other="epd"), "x")
     assert tuned.startswith("Tuning hurts EPD on x: mean FPR95 (OOD positive) +2.0 points")
 
@@ -43,7 +44,7 @@ def compared():
 
 def test_tally_forest_and_wins(compared):
     told = comparisons.tally(compared, "epd", "digits")
-    assert "EPD is better than 1 of the 3 other detectors, worse than 1, and 1 comparisons are undecided" in told
+    assert "EPD is better than 1 of the 3 baselines, worse than 1, and 1 comparisons are undecided" in told
     assert comparisons.forest(compared, "epd")["label"].tolist() == ["MSP", "KNN", "ViM"]
     assert comparisons.of_means(compared, "epd", "auroc")["other"].tolist() == ["msp"]
     counted = comparisons.wins(compared, "epd", ["knn"])

@@ -39,6 +39,8 @@ def test_table_is_tidy_and_true(world):
     assert cell["mean", "far", "auroc"] == pytest.approx(np.mean(far))
     assert cell["mean", "near", "auroc"] == cell["near/a", "near", "auroc"]
     assert cell["test", "id", "accuracy"] == pytest.approx(0.75)
+    assert table[table.metric == "autc"][["lo", "hi"]].isna().all(axis=None)  # no bootstrap of a largest value
+    table = table[table.metric != "autc"]
     assert ((table.lo <= table.value) & (table.value <= table.hi)).mean() > 0.9
     assert (table.hi - table.lo).gt(0).mean() > 0.9
 
@@ -138,9 +140,38 @@ def test_paired_differences_are_those_of_shared_draws(world):
     for row in found[(found.other == "b") & (found.set == "mean")].itertuples():
         expected = means.loc[("a", row.metric), "value"] - means.loc[("b", row.metric), "value"]
         assert row.value == pytest.approx(expected) and row.lo <= row.value <= row.hi
+        if row.metric == "autc":
+            continue
         wide = means.loc[("a", row.metric), "hi"] - means.loc[("a", row.metric), "lo"]
         wide += means.loc[("b", row.metric), "hi"] - means.loc[("b", row.metric), "lo"]
         assert row.hi - row.lo < wide
+
+
+def test_a_share_without_variation_has_an_exact_interval(world):
+    id_test, ood = world
+
+    class Perfect:
+        def score(self, obs):
+            return np.full(len(obs), 0.0 if obs is id_test else 1.0)
+
+    cell = capsae.evaluate({"it": Perfect()}, id_test, ood, n_boot=50).set_index(["set", "metric"])
+    n = len(ood["near/a"])
+    lo, hi = cell.loc[("near/a", "fpr95_id_pos"), ["lo", "hi"]]
+    assert lo == 0 and hi == pytest.approx(1 - 0.025 ** (1 / n))  # Clopper and Pearson's for 0 of n
+
+
+def test_a_pair_and_its_reverse_are_one_hypothesis(world):
+    id_test, ood = world
+
+    class Other:
+        def score(self, obs):
+            return obs.cls[:, 1] + obs.cls[:, 0]
+
+    methods = {"a": Column(), "b": Other()}
+    once = compare(methods, id_test, ood, [("a", "b")], n_boot=200)
+    both = compare(methods, id_test, ood, [("a", "b"), ("b", "a")], n_boot=200)
+    np.testing.assert_allclose(both[both.method == "a"].p_holm, once.p_holm)
+    assert (once.p_at_most == ((once.metric != "auroc") & (once.p <= 2 / 201))).all()
 
 
 def test_scores_table(world):

@@ -178,3 +178,14 @@ def test_the_grids_vary_options_that_their_detectors_have():
     for name, grid in known.items():
         assert set(grid) <= set(info(name)["defaults"]), name
         assert all(len(set(values)) == len(values) > 1 for values in grid.values()), name
+
+
+def test_threads_of_a_criterion_are_held_by_the_seal_too():
+    from concurrent.futures import ThreadPoolExecutor
+
+    from capsae.sealed import SealedError, check_reach, tuning
+
+    with tuning("knn"), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(SealedError, match="knn is being tuned: 'test' is out of reach"):
+            pool.submit(check_reach, "test").result()
+    check_reach("test")

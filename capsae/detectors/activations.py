@@ -50,7 +50,7 @@ class _Shaped(Detector):
     """What ASH and SCALE share: the k = d - round(d percentile / 100) largest entries of a feature.
 
     s1 is the sum of a feature's entries, s2 that of its k largest. s1 / s2 is held within +-50, which the features of
-    a ReLU network never reach; for others a sum near zero would else give infinite scores.
+    a ReLU network hardly reach; for others a sum near zero would else give infinite scores.
     """
 
     group: ClassVar[str] = "baseline"
@@ -118,7 +118,7 @@ class ASHS(_Shaped):
     """Energy after the smallest activations are set to 0 and the k others multiplied by exp(s1 / s2).
 
     s1 is the sum of all activations, s2 that of the k kept; the ratio is held within +-50, which features of a ReLU
-    network never reach.
+    network hardly reach.
     """
 
     title: ClassVar[str] = "ASH-S"
@@ -138,7 +138,7 @@ class SCALE(_Shaped):
     """Energy of the feature multiplied by exp(s1 / s2); nothing is pruned.
 
     s1 is the sum of all activations, s2 that of the k = d - round(d percentile / 100) largest; the ratio is held
-    within +-50, which features of a ReLU network never reach.
+    within +-50, which features of a ReLU network hardly reach.
     """
 
     title: ClassVar[str] = "SCALE"

@@ -222,7 +222,7 @@ def pixel_controls_verdict(table: pd.DataFrame, metric: str = "auroc") -> pd.Dat
     -------
     DataFrame
         A row a set, and a row for each mean over sets: set, group, control, control_value (the best pixel control),
-        method, method_value (the best of all others), broken (True where the control does at least as well), and words,
+        method, method_value (the best of all others), broken (True where the control does better), and words,
         a sentence. Empty where the table holds no pixel control.
 
     Raises
@@ -241,7 +241,7 @@ def pixel_controls_verdict(table: pd.DataFrame, metric: str = "auroc") -> pd.Dat
         if is_control.all():
             raise ValueError(f"{where}: the table holds pixel controls alone, so there is nothing to compare them with")
         best = [each.loc[(sign * each["value"]).idxmax()] for each in (part[is_control], part[~is_control])]
-        broken = bool(sign * best[0]["value"] >= sign * best[1]["value"])
+        broken = bool(sign * best[0]["value"] > sign * best[1]["value"])
         name = where if where != "mean" else f"mean of {group} sets"
         told = f"{best[0]['method']} {best[0]['value']:.3f}, {best[1]['method']} {best[1]['value']:.3f}"
         words = f"{name}: {'broken, pixel statistics win' if broken else 'no pixel control wins'} ({metric}: {told})"

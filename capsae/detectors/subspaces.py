@@ -27,9 +27,9 @@ def _check_dim(dim: int, d: int) -> int:
 class Residual(Detector):
     """Norm of the feature outside the principal subspace of the training features.
 
-    ``dim`` is the dimension of that subspace; None takes 512 for d >= 768 and d / 2 below, as ViM's authors do
-    for their networks. The origin is u = -pinv(W) b, where the head's logits are zero. OpenOOD's code finds the
-    subspace on its validation rows, all others on training rows, as here.
+    ``dim`` is the dimension of that subspace; None takes 1000 for d >= 2048 and 512 below, as ViM's authors do, and
+    d / 2 under d = 768, which is ours. The origin is u = -pinv(W) b, where the head's logits are zero. OpenOOD's code
+    finds the subspace on its validation rows, all others on training rows, as here.
     """
 
     title: ClassVar[str] = "Residual"
@@ -43,7 +43,8 @@ class Residual(Detector):
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         weight, bias = obs.require_head()
         d = obs.cls.shape[1]
-        dim = _check_dim(self.dim if self.dim is not None else (512 if d >= 768 else d // 2), d)
+        own = 1000 if d >= 2048 else 512 if d >= 768 else d // 2
+        dim = _check_dim(own if self.dim is None else self.dim, d)
         self._origin = -np.linalg.pinv(weight, rcond=_RANK) @ bias
         spread = covariance(obs, lambda block: block.cls64, self._origin)
         self._null = np.linalg.eigh(spread)[1][:, : d - dim]
