@@ -256,6 +256,7 @@ def sparsify(x: torch.Tensor, config: SAEConfig, optimizer: str) -> Trained:
 
 TRAINERS: dict[str, Trainer] = {
     "capsae": ours,
+    "capsae-float32": lambda x, config: ours(x, replace(config, products="float32")),
     "plain": plain,
     "overcomplete": overcomplete,
     "sae-lens": sae_lens,

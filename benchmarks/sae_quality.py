@@ -7,8 +7,8 @@ latents generalise better on few rows), so a trainer stands with its dead fracti
 
 The learning rate falls linearly over the last 20 % of the steps in every trainer that lets us say so; sparsify's Adam
 falls all the way, its signum has no schedule, as is their way. Ours starts with ``init="fitted"``; with the default,
-"transpose", it needs a lower rate for as few dead latents. All get the same normalised rows. Rates are tried in the
-order of LR; the CSV holds what was run: where that is fewer than four, time on two cores was too short.
+"transpose", it needs a lower rate for as few dead latents. All get the same normalised rows. The CSV
+holds all that was run, in that order; where a trainer has fewer rates, time on two cores was too short.
 
     python -m benchmarks.sae_quality                     # goes on where benchmarks/results/sae_quality.csv ends
     python -m benchmarks.sae_quality --summary           # only the table of what is there

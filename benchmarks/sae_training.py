@@ -14,6 +14,7 @@ of the machine before and after:
 
 - rates: a row for each shape and trainer: rate (rows/s, median of `rates`), of_fastest_peer (the median over blocks of
   its rate to that of the fastest library), of_plain, rate_per_cpu_second, fvu, dead_fraction.
+- products: the same for ours alone, with bfloat16 products and with float32.
 - memory: peak_mb of a process that imports one trainer and makes two epochs of a shape.
 - scan: our rate and the floor's against the number of latents and against k.
 - floor: milliseconds for a batch: of our step, of the bfloat16 product alone, and of reading its result once.
@@ -62,7 +63,7 @@ SHAPES = (
     Shape(192, 1920, 32, 1024, batches=8, epochs=15, blocks=3),
     Shape(768, 7680, 128, 4096, batches=1, epochs=4, blocks=3),  # the paper's
 )
-PARTS = ("rates", "memory", "floor", "scan")
+PARTS = ("rates", "products", "memory", "floor", "scan")
 SCAN_LATENTS = (480, 960, 1920, 3840, 7680)
 SCAN_K = (8, 16, 32, 64, 128, 256)
 SCAN_BASE = Shape(192, 1920, 32, 4096, batches=2, epochs=8, blocks=3)
@@ -240,19 +241,19 @@ def main() -> None:
         print(f"{name} is left out: {reason}")
     if select.compiled() is None:
         print("numba is missing: ours is the plain step")
-    names = [name for name in args.trainers if name not in missing]
+    names = [name for name in args.trainers if name not in missing and name != "capsae-float32"]
     measure = {
         "rates": lambda shape: rates(shape, args.lr, names),
+        "products": lambda shape: rates(shape, args.lr, ["capsae", "capsae-float32"]),
         "memory": lambda shape: [asdict(shape) | {"trainer": n, "peak_mb": peak_memory(shape, n)} for n in names],
         "floor": lambda shape: [floor(shape, args.lr)],
         "scan": lambda _: scan(args.lr),
     }
-    show = {"rates": show_rates, "memory": show_memory, "floor": show_floor, "scan": show_floor}
+    show = {"rates": show_rates, "products": show_rates, "memory": show_memory, "floor": show_floor, "scan": show_floor}
     slug = re.sub(r"[^a-z0-9]+", "-", machine().lower()).strip("-")
     out = args.out or Path(__file__).parent / "results" / f"{slug}-sae.json"
     table = json.loads(out.read_text()) if out.exists() else {}
-    if not set(table) >= set(PARTS):
-        table = {part: [] for part in PARTS}
+    table = {part: [] for part in PARTS} | table
     shapes = [replace(s, blocks=args.blocks or s.blocks, epochs=args.epochs or s.epochs) for s in SHAPES]
     shapes = [shapes[i] for i in args.shapes]
     for part in args.parts:

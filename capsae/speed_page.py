@@ -44,9 +44,10 @@ def speed_page(folder: Path) -> str:
         "",
         "# Speed",
         "",
-        "Every number here was measured by `make bench`, which runs ours and others' programs in turn, in one run, "
-        "and takes medians. A row says which machine it is from; what nobody has measured yet says so. To add a "
-        "machine: run `make bench` there and commit the file that it writes under `benchmarks/results/`.",
+        "Every number here is from a file under `benchmarks/results/`, which `make bench` writes (the comparison of "
+        "quality by `python -m benchmarks.sae_quality`, which takes an hour): ours and others' programs in turn, "
+        "medians over the rounds. A section says which machine it is from; what nobody has measured yet says so. To "
+        "add a machine, run `make bench` there and commit its file.",
         "",
         *_targets(kinds, pd.read_csv(quality) if quality.exists() else None),
     ]
@@ -70,6 +71,10 @@ def shape_text(row: dict) -> str:
 def _table(heads: list[str], rows: list[tuple]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def _same(one: dict, row: dict, trainer: str | None) -> bool:
+    return one["trainer"] == trainer and all(one[key] == row[key] for key in KEYS)
 
 
 def _load(loads: Any) -> str:
@@ -187,10 +192,15 @@ def _training(found: dict) -> list[str]:
     versions = ", ".join(own + libraries)
     lines = [f"## Training on a CPU: {found['machine']}", ""]
     lines += [
-        f"{found['threads']} threads; {versions}. All trainers get the same rows on the same device, the same batch "
-        f"size, epochs and learning rate ({found['lr']:g}), AuxK where they have it. These are short trainings for the "
-        "rate alone; how well each learns is in {ref}`the next section <speed-quality>`. Another program on the "
-        "machine slows all of a round alike, so that the ratio is steadier than the rate.",
+        f"{found['threads']} threads; {versions}. All trainers get the same rows on the same device, the "
+        f"same batch size, epochs and learning rate ({found['lr']:g}), AuxK where they have it on by default (sparsify's "
+        "signum has it off). "
+        "**Ours multiplies in bfloat16 where the processor can**, as this file's did, and the libraries in float32, as "
+        "they do on a CPU. These are short trainings for the rate alone, with the default start: FVU and dead latents "
+        "after so few steps only show that all of them train, and hardly any latent is dead long enough for AuxK to "
+        "have work (ours calls a latent dead after one epoch, the libraries after five). How well each learns is in "
+        "{ref}`a section below <speed-quality>`. The ratio is the median of the rounds' ratios, with its range: few "
+        "rounds on a shared machine leave it wide.",
         "",
     ]
     peaks = {(*(row[key] for key in KEYS), row["trainer"]): row["peak_mb"] for row in found["memory"]}
@@ -199,10 +209,18 @@ def _training(found: dict) -> list[str]:
         rows = []
         for row in (one for one in found["rates"] if shape_text(one) == shape):
             times = f"{row['of_fastest_peer']:.2f}" if row["of_fastest_peer"] else "–"
+            fastest = next((one for one in found["rates"] if _same(one, row, row["fastest_peer"])), None)
+            if row["trainer"] == "capsae" and fastest:
+                ratios = [a / b for a, b in zip(row["rates"], fastest["rates"], strict=True)]
+                times += f" ({min(ratios):.1f}–{max(ratios):.1f})"
             peak = peaks.get((*(row[key] for key in KEYS), row["trainer"]))
             dead = f"{100 * row['dead_fraction']:.1f}"
             cells = (f"{row['rate']:,.0f}", times, f"{row['fvu']:.3f}", dead, f"{peak:,.0f}" if peak else "–")
             rows.append((row["trainer"], *cells))
+        halves = {row["trainer"]: row["rate"] for row in found.get("products", []) if shape_text(row) == shape}
+        if halves:
+            share = halves["capsae-float32"] / halves["capsae"]
+            rows.append(("capsae, float32 products", f"{share:.2f} of capsae's", "", "", "", ""))
         lines += [f"**{shape}** (load {_load(row.get('load'))})", "", *_table(heads, rows)]
     for name, reason in found.get("missing", {}).items():
         lines += [f"{name} was left out: {reason}.", ""]
@@ -274,7 +292,8 @@ def _quality(runs: pd.DataFrame) -> list[str]:
         "with dead latents, so the share of latents that fire for no training row stands beside it. The rates of the "
         "libraries were tried around what is known of them, one after the other as far as time went: the table says "
         "how many. More went into ours: some ten settings of rate, decay, AuxK and the encoder's scale were looked at "
-        'on the validation rows before `init="fitted"` was settled; `capsae-transpose` is the default start.',
+        'on the validation rows before `init="fitted"` was settled. `capsae-transpose` is the default start, as in the '
+        "rates above; it allows a lower rate only, and learns less.",
         "",
     ]
     rows = []

@@ -14,7 +14,8 @@ SHAPE = {"d": 192, "latents": 1920, "k": 32, "batch": 4096}
 
 
 def rate(trainer: str, vectors: float, ratio: float) -> dict:
-    numbers = {"trainer": trainer, "rate": vectors, "fastest_peer": "theirs", "of_fastest_peer": ratio}
+    numbers = {"trainer": trainer, "rate": vectors, "rates": [vectors]}
+    numbers |= {"fastest_peer": "theirs", "of_fastest_peer": ratio}
     return SHAPE | numbers | {"fvu": 0.2, "dead_fraction": 0.0, "load": [0.1, 0.2]}
 
 

@@ -56,7 +56,8 @@ class SAEConfig:
         squares; plain transposes reconstruct too much, and at a high learning rate the steps that take that back let
         latents die: benchmarks/sae_quality.py); or independent of it.
     products : {"auto", "bf16", "float32"}
-        Precision of the training's encoder product; parameters, optimiser and everything else are float32.
+        Precision of the training's encoder product; with bf16, rows gathered by the compiled steps are read in bf16,
+        too. Parameters, optimiser and all sums are float32. "auto": bf16 where the hardware multiplies it faster.
     ema : float or None
         Decay of an average of the weights over the steps (such as .999), which then is what is returned.
     seed : int
