@@ -6,6 +6,8 @@ imported, and the other tests must not see it. On a GPU they run on it.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -277,14 +279,19 @@ def test_state_goes_on_bit_for_bit():
     first = take_steps(TritonStep, 7, sizes=(13,))
     state = {name: tensor.clone() for name, tensor in first.state().items()}
     again = TritonStep(small_sae(0, 11), variance=2.5, window=10)
-    again.heavy, again.chunk = 4, 8
+    again.heavy = 4
     again.load_state(state)
+    assert again.chunk == first.chunk == 8 and state["chunk"].dtype == torch.int64
     x = torch.randn(12, 11, device=DEVICE)
     for step in (first, again):
         step(x, 1e-3)
     assert again.dense == first.dense
     for name, tensor in first.state().items():
         assert torch.equal(tensor, again.state()[name]), name
+    del state["chunk"]  # of an older version
+    again.chunk = 6
+    again.load_state(state)
+    assert again.chunk == 6 and again.steps == 1
 
 
 @inside
@@ -355,7 +362,7 @@ class Recorded:
 def test_what_is_recorded_when(monkeypatch, several):
     """Two steps of a size run kernel by kernel, the third is recorded; other dead or other memory: again."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(gpu_step, "record", lambda steps, sizes, pool: Recorded(sizes))
+    monkeypatch.setattr(gpu_step, "record", lambda steps, sizes, pool, streams: Recorded(sizes))
     monkeypatch.setattr(Recorded, "made", [])
     monkeypatch.setattr(TritonStep, "forward", lambda self, n: ran.append(n))
     monkeypatch.setattr(TritonStep, "update", lambda self, n: None)
@@ -387,17 +394,91 @@ def test_what_is_recorded_when(monkeypatch, several):
     assert all(step.steps == 15 for step in made)
 
 
-@inside
-def test_a_step_that_cannot_be_recorded_runs_kernel_by_kernel(monkeypatch):
+class Stream:
+    """Stands in for a CUDA stream; `log` has what it waits for."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append((self.name, other.name))
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """CUDA's recording, on the CPU: a list of what was called, and recorded steps that run nothing."""
+    calls = []
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            calls.append("begin")
+
+        def capture_end(self):
+            calls.append("end")
+            if calls.count("end") == 1:
+                raise RuntimeError("a later error")
+
+        def replay(self):
+            calls.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(gpu_step, "record", lambda steps, sizes, pool: None)
-    monkeypatch.setattr(TritonStep, "forward", lambda self, n: ran.append(n))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream("current", calls))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
     monkeypatch.setattr(TritonStep, "update", lambda self, n: None)
-    step, ran = take_steps(TritonStep, sizes=()), []
-    step.use_graphs = True
+    return calls
+
+
+def steps_to_record(count, calls):
+    """Steps, what takes one of each, and their streams: 0 is the outer one."""
+    made = [take_steps(TritonStep, sizes=()) for _ in range(count)]
+    group = TritonStep.together(made)
+    for owner in (group, *made):
+        owner.streams = [Stream(i, calls) for i in range(1 if count == 1 else count + 1)]
+    for step in made:
+        step.use_graphs = True
+    x = torch.randn(9, 11, device=DEVICE)
+    return made, lambda: group([x] * count, [1e-3] * count) if count > 1 else made[0](x, 1e-3)
+
+
+@inside
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_step_that_cannot_be_recorded_runs_kernel_by_kernel(monkeypatch, caplog, faked, count):
+    def forward(self, n):
+        recording = "begin" in faked and "end" not in faked
+        ran.append(recording)
+        if recording and self is made[-1]:
+            raise RuntimeError("the first error")
+
+    monkeypatch.setattr(TritonStep, "forward", forward)
+    (made, take), ran = steps_to_record(count, faked), []
     for _ in range(4):
-        step(torch.randn(9, 11, device=DEVICE), 1e-3)
-    assert ran == [9] * 4 and not step.use_graphs
+        take()
+    assert ran == [False] * 2 * count + [True] * count + [False] * 2 * count
+    forks, joins = ([f(i) for i in range(1, count + 1) if count > 1] for f in (lambda i: (i, 0), lambda i: (0, i)))
+    assert faked == ["empty", (0, "current"), "begin", *forks, *joins, "end"]
+    assert "the first error" in caplog.text and "a later error" not in caplog.text
+    assert not any(step.use_graphs for step in made) and gc.isenabled()
+
+
+@inside
+@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
+def test_want_of_memory_puts_a_recording_off(monkeypatch, caplog, faked, count, failures):
+    def forward(self, n):
+        if faked.count("begin") > faked.count("end") and faked.count("begin") <= failures:
+            raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(TritonStep, "forward", forward)
+    made, take = steps_to_record(count, faked)
+    for _ in range(10):
+        take()
+    assert [step.steps for step in made] == [10] * count
+    assert faked.count("begin") == faked.count("empty") == 2 and faked.count("replay") == (5 if failures == 1 else 0)
+    assert all(step.use_graphs == (failures == 1) for step in made)
+    assert ("kernel by kernel" in caplog.text) == (failures == 2)
 
 
 @inside

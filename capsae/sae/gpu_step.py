@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 TERMS = ("decode", "weights")  # computed by gathers, or by dense products
 SMALLEST_CHUNK = 256
 WARM_UP = 2  # steps that run before one is recorded: they compile the kernels
+MOST_SHORTAGES = 2  # recordings that may fail for want of memory before none is tried again
 CHOICES: dict = {}  # dense or not, by device and shape: all trainings of a process choose alike
 DEAD_SIZES = 16  # the list of dead latents is padded to a multiple of latents / DEAD_SIZES
 
@@ -73,7 +74,8 @@ class TritonStep(Step):
         self.chunk, self.heavy = rows_in_cache(self.device, self.m * self.copies[0].element_size()), None
         self.dense, self.costs = wished_dense(), {}
         self.graphs, self.seen, self.pool = {}, {}, None
-        self.use_graphs = self.device.type == "cuda"
+        self.use_graphs, self.shortages = self.device.type == "cuda", 0
+        self.streams = capture_streams(self.device, 1)
         self.find_dead()
 
     # -- one step -------------------------------------------------------------------------------------------------
@@ -178,12 +180,11 @@ class TritonStep(Step):
         if n not in self.graphs:
             if not self.warm(n):
                 return False
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = record([self], [n], self.pool)
+            pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = record([self], [n], pool, self.streams)
             if graph is None:
-                self.use_graphs = False
                 return False
-            self.graphs[n] = graph
+            self.graphs[n], self.pool = graph, pool  # a pool without a graph cannot be used again
         self.graphs[n].replay()
         return True
 
@@ -251,13 +252,15 @@ class TritonStep(Step):
 
     def state(self) -> dict[str, torch.Tensor]:
         dense = [-1] if self.dense is None else [int(term in self.dense) for term in TERMS]
-        return super().state() | {"dense": torch.tensor(dense)}
+        return super().state() | {"dense": torch.tensor(dense), "chunk": torch.tensor([self.chunk])}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         dense = state.get("dense", torch.tensor([-1])).tolist()
         self.dense = wished_dense() if -1 in dense else frozenset(t for t, on in zip(TERMS, dense, strict=True) if on)
+        if "chunk" in state:  # the order of sums over rows depends on it
+            self.chunk = int(state["chunk"])
         self.forget()
-        super().load_state(state | {"dense": torch.tensor(dense)})
+        super().load_state(state | {"dense": torch.tensor(dense), "chunk": torch.tensor([self.chunk])})
         parameters = self.sae.encoder, self.sae.decoder, self.sae.encoder_bias
         for copy, parameter in zip(self.copies, parameters, strict=True):
             copy.copy_(parameter.detach())
@@ -301,6 +304,7 @@ class StepGroup:
 
     def __init__(self, steps: list[TritonStep]) -> None:
         self.steps, self.graphs, self.pool, self.layouts = steps, {}, None, None
+        self.streams = capture_streams(steps[0].device, len(steps))
 
     @torch.no_grad()
     def __call__(self, batches: list[torch.Tensor], lrs: list[float]) -> None:
@@ -318,17 +322,16 @@ class StepGroup:
             return False
         layouts = [step.layout for step in self.steps]
         if layouts != self.layouts:  # a step has other dead, or other memory
-            self.graphs, self.pool, self.layouts = {}, torch.cuda.graph_pool_handle(), layouts
+            self.graphs, self.pool, self.layouts = {}, None, layouts
         key = tuple(sizes)
         if key not in self.graphs:
             if not all([step.warm(n) for step, n in zip(self.steps, sizes, strict=True)]):
                 return False
-            graph = record(self.steps, sizes, self.pool)
+            pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = record(self.steps, sizes, pool, self.streams)
             if graph is None:
-                for step in self.steps:
-                    step.use_graphs = False
                 return False
-            self.graphs[key] = graph
+            self.graphs[key], self.pool = graph, pool
         self.graphs[key].replay()
         return True
 
@@ -338,23 +341,30 @@ def current(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def record(steps: list[TritonStep], sizes: list[int], pool) -> torch.cuda.CUDAGraph | None:
-    """The steps as one graph, side by side. Recording runs nothing, so the training is as it was; None: it failed."""
-    graph, device = torch.cuda.CUDAGraph(), steps[0].device
+def capture_streams(device: torch.device, n_steps: int) -> list:
+    """The stream that a recording begins and ends on, then one for each of several steps; kept, as is their memory."""
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.Stream(device) for _ in range(1 if n_steps == 1 else n_steps + 1)]
+
+
+def record(steps: list[TritonStep], sizes: list[int], pool, streams: list) -> torch.cuda.CUDAGraph | None:
+    """The steps as one graph, side by side. Recording runs nothing, so the training is as it was; None: it failed.
+
+    Then the steps record no more, except that a first want of memory may pass: they warm up and try once again.
+    """
+    graph, device, (outer, *inner) = torch.cuda.CUDAGraph(), steps[0].device, streams
     collecting = gc.isenabled()
     gc.disable()  # what it would free meanwhile could spoil the recording
     try:
-        outer = torch.cuda.Stream(device)
+        torch.cuda.empty_cache()  # a graph's pool takes nothing of what is cached outside it
         outer.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(outer):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                side_by_side(steps, sizes, outer)
-            finally:
-                graph.capture_end()
+            side_by_side(steps, sizes, outer, inner, graph.capture_end)
         torch.cuda.current_stream(device).wait_stream(outer)
     except RuntimeError as error:
-        log.warning("the step could not be recorded as a CUDA graph (%s): it runs kernel by kernel, more slowly", error)
+        give_up(steps, error)
         torch.cuda.synchronize(device)
         return None
     finally:
@@ -363,17 +373,44 @@ def record(steps: list[TritonStep], sizes: list[int], pool) -> torch.cuda.CUDAGr
     return graph
 
 
-def side_by_side(steps: list[TritonStep], sizes: list[int], outer) -> None:
-    """Each step's kernels on a stream of its own, all between what came before on `outer` and what comes after."""
-    streams = [outer] if len(steps) == 1 else [torch.cuda.Stream(outer.device) for _ in steps]
-    for stream in streams:
-        stream.wait_stream(outer)
-    for step, n, stream in zip(steps, sizes, streams, strict=True):
-        with torch.cuda.stream(stream):
-            step.forward(n)
-            step.update(n)
-    for stream in streams:
-        outer.wait_stream(stream)
+def side_by_side(steps: list[TritonStep], sizes: list[int], outer, inner: list, end: Callable[[], None]) -> None:
+    """Each step's kernels on a stream of its own, all between what came before on `outer` and the end of recording."""
+
+    def run() -> None:
+        for stream in inner:
+            stream.wait_stream(outer)
+        for step, n, stream in zip(steps, sizes, inner or [outer], strict=True):
+            with torch.cuda.stream(stream):
+                step.forward(n)
+                step.update(n)
+
+    def join() -> None:
+        for stream in inner:
+            outer.wait_stream(stream)
+
+    # All three, whatever becomes of the first: with streams unjoined, or without an end, torch's allocator would go on
+    # as if it were recording. What fails later follows from what failed first.
+    errors = []
+    for call in (run, join, end):
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors.pop(0)  # kept in the list, it would keep its frames and their tensors
+
+
+def give_up(steps: list[TritonStep], error: RuntimeError) -> None:
+    """After a failed recording: no more of them, or, for want of memory, not before another warm-up."""
+    short = isinstance(error, torch.cuda.OutOfMemoryError)
+    for step in steps:
+        step.gradients = None  # they lie in the pool of what was not recorded
+        step.seen, step.shortages = {}, step.shortages + short
+        step.use_graphs = short and step.shortages < MOST_SHORTAGES
+    if all(step.use_graphs for step in steps):
+        log.info("no memory to record the step as a CUDA graph yet (%s): trying again later", error)
+    else:
+        log.warning("the step could not be recorded as a CUDA graph (%s): it runs kernel by kernel, more slowly", error)
 
 
 def choose_dense(step: TritonStep, x: torch.Tensor) -> tuple[frozenset, dict[str, float]]:
@@ -385,6 +422,7 @@ def choose_dense(step: TritonStep, x: torch.Tensor) -> tuple[frozenset, dict[str
     if key in CHOICES:
         return CHOICES[key]
     step.rates.fill_(1.0)
+    spin(200_000_000)  # until the clocks are up
     for name, dense in (("gathers", frozenset()), ("products", frozenset(TERMS))):
         try:
             batch = step.new_batch(n, dense)
@@ -413,6 +451,7 @@ def milliseconds(call: Callable[[], None], repeats: int = 7) -> float:
     times = []
     for turn in range(repeats + 2):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        spin(2_000_000)  # the host runs ahead meanwhile: the gaps between its launches do not count
         begin.record()
         call()
         end.record()
@@ -420,6 +459,12 @@ def milliseconds(call: Callable[[], None], repeats: int = 7) -> float:
         if turn > 1:
             times.append(begin.elapsed_time(end))
     return statistics.median(times)
+
+
+def spin(cycles: int) -> None:
+    """Keep the current device busy (a private function of torch: where it is missing, do nothing)."""
+    if hasattr(torch.cuda, "_sleep"):
+        torch.cuda._sleep(cycles)
 
 
 def wished_dense() -> frozenset | None:
