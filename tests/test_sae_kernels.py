@@ -147,6 +147,19 @@ def test_pairs_are_sorted_by_latent_then_row(heavy):
     assert batch.part_first.cpu().tolist() == expected and expected[-1] <= batch.most_parts
 
 
+@inside
+@pytest.mark.parametrize("n_blocks", [32, 70])
+def test_offsets_over_many_blocks_of_rows(n_blocks):
+    counts = torch.randint(0, 9, (n_blocks, 45), dtype=torch.int32)
+    counts[:, 7] = 0
+    offsets, (totals, parts) = counts.clone().to(DEVICE), torch.full((2, 45), -7, dtype=torch.int32, device=DEVICE)
+    kernels._offsets[(2,)](offsets, totals, parts, n_blocks, 45, SHARE=140, BLOCK=32, DEEP=32)
+    until = counts.cumsum(0)
+    assert torch.equal(offsets.cpu(), (until - counts).int())
+    assert torch.equal(totals.cpu(), until[-1].int())
+    assert torch.equal(parts.cpu(), torch.where(until[-1] > 140, (until[-1] + 139) // 140, 0).int())
+
+
 def updated(batch, decoder, dead=None, write=True):
     """Parameters after `update`, those before, and the counters, as float64 on the CPU."""
     m, d = decoder.shape

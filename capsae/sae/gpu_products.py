@@ -124,9 +124,10 @@ class Batch:
             self.values, self.indices, self.counts, self.ranks, n, m, ROWS=self.rows, K=self.k, SLOTS=self.slots,
             num_warps=warps, num_stages=1,
         )  # fmt: skip
-        K._offsets[(triton.cdiv(m, 128),)](
-            self.counts, self.n_pairs, self.n_parts, blocks, m, SHARE=self.heavy, BLOCK=128, num_warps=4, num_stages=1
-        )
+        K._offsets[(triton.cdiv(m, 32),)](
+            self.counts, self.n_pairs, self.n_parts, blocks, m, SHARE=self.heavy, BLOCK=32, DEEP=32,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
         torch.cumsum(self.n_pairs, 0, dtype=torch.int32, out=self.first[1:])
         torch.cumsum(self.n_parts, 0, dtype=torch.int32, out=self.part_first[1:])
         K._place[(n,)](

@@ -154,17 +154,20 @@ def _rank(
 
 
 @triton.jit
-def _offsets(counts, totals, parts, n_blocks, n_latents, SHARE: tl.constexpr, BLOCK: tl.constexpr):
+def _offsets(
+    counts, totals, parts, n_blocks, n_latents, SHARE: tl.constexpr, BLOCK: tl.constexpr, DEEP: tl.constexpr
+):  # fmt: skip
     """Counts by block of rows become the number in the blocks above; their sum; the parts a heavy latent has."""
     latent = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = latent < n_latents
     total = tl.zeros((BLOCK,), tl.int32)
-    place = counts + latent
-    for _ in range(0, n_blocks):
-        here = tl.load(place, mask=inside, other=0)
-        tl.store(place, total, mask=inside)
-        total += here
-        place += n_latents
+    for start in range(0, n_blocks, DEEP):  # many loads in flight: one after the other, each would wait for memory
+        block = (start + tl.arange(0, DEEP)).to(tl.int64)
+        mask = (block < n_blocks)[:, None] & inside[None, :]
+        place = counts + block[:, None] * n_latents + latent[None, :]
+        here = tl.load(place, mask=mask, other=0)
+        tl.store(place, total[None, :] + tl.cumsum(here, 0) - here, mask=mask)
+        total += tl.sum(here, axis=0)
     tl.store(totals + latent, total, mask=inside)
     tl.store(parts + latent, tl.where(total > SHARE, (total + SHARE - 1) // SHARE, 0), mask=inside)
 
