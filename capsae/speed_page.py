@@ -193,8 +193,8 @@ def _training(found: dict) -> list[str]:
     lines = [f"## Training on a CPU: {found['machine']}", ""]
     lines += [
         f"{found['threads']} threads; {versions}. All trainers get the same rows on the same device, the "
-        f"same batch size, epochs and learning rate ({found['lr']:g}), AuxK where they have it on by default (sparsify's "
-        "signum has it off). "
+        f"same batch size, epochs and learning rate ({found['lr']:g}), AuxK where they have it on by default "
+        "(sparsify's signum has it off). "
         "**Ours multiplies in bfloat16 where the processor can**, as this file's did, and the libraries in float32, as "
         "they do on a CPU. These are short trainings for the rate alone, with the default start: FVU and dead latents "
         "after so few steps only show that all of them train, and hardly any latent is dead long enough for AuxK to "
