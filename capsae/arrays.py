@@ -125,6 +125,8 @@ def evaluate_arrays(
     sets = _with_val(arrays, seed, notes)
     head, sets = _with_logits(arrays, sets, seed, notes)
     notes.append(_check_accuracy(arrays.source, sets["train"], arrays.n_classes))
+    if sae is None and not any("codes" in _detectors.info(name)["needs"] for name in names):
+        sae = False  # nobody would look at it
     sae = None if sae is False else _sae(sae, sae_settings or {}, sets, seed, device, progress, notes)
     observed = {}
     for name, one in sets.items():
@@ -215,7 +217,11 @@ def _names(arrays: Arrays, methods, options: Mapping, against: str | None) -> li
     """Names of the detectors to fit; what nobody knows is refused before any work."""
     for name in [*(methods or ()), *options, *([against] if against else ())]:
         if name not in arrays.scores:
-            _detectors.info(name)
+            known = _detectors.info(name)["defaults"]
+            unknown = sorted(set(options.get(name, {})) - set(known))
+            if unknown:
+                has = ", ".join(known) or "none"
+                raise ValueError(f"detector {name!r} has no option {unknown[0]!r}; it has {has}")
     clash = [name for name in arrays.scores if name in _detectors.available()]
     if clash:
         raise ValueError(f"{arrays.source}: scores/{clash[0]} has the name of a detector; give it another")
@@ -257,7 +263,7 @@ def _with_logits(arrays: Arrays, sets: dict, seed: int, notes: list[str]) -> tup
             "reads logits or a head is that probe's"
         )
     else:
-        notes.append("logits: the given head's")
+        notes.append("logits: the given head's" + ("" if np.any(head.bias) else ", which has no bias"))
     return head, {name: dataclasses.replace(one, logits=head.logits(one.cls)) for name, one in sets.items()}
 
 

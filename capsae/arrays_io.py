@@ -294,7 +294,9 @@ def _check_labels(sets: Mapping[str, FeatureSet], n_classes: int, source: str) -
         outside = (labels < 0) | (labels >= n_classes)
         if outside.any():
             row = int(outside.argmax())
-            raise ValueError(f"{source}: {name}/labels is {labels[row]} in row {row}, expected 0..{n_classes - 1}")
+            hint = "; classes count from 0" if labels[row] == n_classes and labels.min() == 1 else ""
+            found = f"{name}/labels is {labels[row]} in row {row}"
+            raise ValueError(f"{source}: {found}, expected 0..{n_classes - 1}{hint}")
     empty = np.flatnonzero(np.bincount(sets["train"].labels, minlength=n_classes) == 0)
     if len(empty):
         named = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
