@@ -94,6 +94,8 @@ def _legend(found: Evaluation) -> list[str]:
             f"{n_boot['comparison']} paired",
             "replicates) or on those named.",
         ]
+    if len(found.comparison) and (found.comparison["p_at_most"] & (found.comparison["p_holm"] >= 0.05)).any():
+        lines.append("Some FPR95 are too clear for so few replicates to say so after Holm: give a larger --n-boot.")
     return lines
 
 

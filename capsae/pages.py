@@ -351,7 +351,8 @@ def rpd_page(grid: Path) -> str:
         "close to it at the largest k. The form was drafted by the same criterion with an earlier "
         "SAE recipe, and its results on the OOD sets were then looked at once. After that only the SAE's recipe "
         "changed, by held-out FVU; the grid below was run again with it, and its best row is unchanged, if by a small "
-        "margin.",
+        "margin. The page on {doc}`tuning <runs/imagenet20/07_tuning>` has no chimeras, draws other rows of the "
+        "held-out classes and keeps the best epoch of each SAE, so that its numbers differ from these.",
         "",
         "```{dropdown} The whole grid, % (best first)",
         "",

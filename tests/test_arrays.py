@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from capsae import detectors, metrics
 from capsae.__main__ import main
 from capsae.arrays import LAYOUT, arrays_from, default_sae, discriminant_head, evaluate_arrays, load_arrays
+from capsae.arrays_report import report
 from capsae.images import PIXEL_STATISTICS
 
 C, D = 4, 12
@@ -265,6 +266,15 @@ def test_default_settings_follow_the_recipe_of_the_grid():
     assert large.k == 128 and large.epochs == 8 and large.lr == pytest.approx(2e-4 / (7680 / 2**14) ** 0.5, rel=0.04)
     assert large.lr < default_sae(1_200_000, 768).lr < 8e-3
     assert default_sae(10, 2).k >= 1
+
+
+def test_too_few_replicates_for_a_verdict_are_named():
+    arrays = arrays_from(raw_arrays(logits=True, val=True))
+    for n_boot in (2, 200):
+        found = evaluate_arrays(arrays, ["msp", "mds", "energy"], sae=False, n_boot=n_boot, against="msp")
+        hidden = found.comparison["p_at_most"] & (found.comparison["p_holm"] >= 0.05)
+        assert hidden.any() == (n_boot == 2)
+        assert ("give a larger --n-boot" in report(found)) == hidden.any()
 
 
 def test_a_pixel_control_that_wins_is_reported(tmp_path, capsys):

@@ -209,7 +209,7 @@ PIXEL_CONTROLS = (*PIXEL_STATISTICS, "pixel_statistics")
 
 
 def pixel_controls_verdict(table: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:
-    """Where does a control that never looks at what an image shows do as well as the best score?
+    """Where does a control that never looks at what an image shows do better than every score? A tie is no win.
 
     Parameters
     ----------
