@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from .display import figure_html
 from .figures import BLUE, GREY, ORANGE, _figure
@@ -162,6 +163,8 @@ def rate_bars(data: pd.DataFrame) -> Figure:
         ax.bar_label(bars, [f"{rate:,.0f}" for rate in rows["rate"]], padding=3, fontsize=10)
         ax.set_title(shape, loc="left")
         ax.set_xlim(0, 1.18 * rows["rate"].max())
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         ax.grid(False, axis="y")
     axes.flat[-1].set_xlabel("vectors per second (median)")
     return figure
@@ -181,8 +184,11 @@ def time_curves(data: pd.DataFrame) -> Figure:
         ticks = sorted(data.loc[data["panel"] == panel, "x"].unique())
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.set_xlabel(panel)
+        ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     axes.flat[0].set_ylabel("ms for 4,096 rows")
-    axes.flat[0].legend()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 
