@@ -13,6 +13,8 @@ from typing import Any
 BOOK_PROFILES = ("imagenet20", "mini80", "digits")
 SWEPT = "imagenet20"
 TUNED = ("imagenet20", "mini80")  # digits has too few rows a class to play OOD with
+# Notebooks on other dictionaries and on what latents hold, with the profiles that each is executed for.
+ANALYSES: dict[str, tuple[str, ...]] = {}
 
 # Parameters of notebook 05, by the key of the profile that each overrides.
 OVERRIDES = {
@@ -117,6 +119,7 @@ def pages() -> dict[str, Page]:
         for notebook in ("01_features", "02_train_sae", "03_discover_caps", "04_score_ood")
     ]
     found += [Page(f"{profile}/07_tuning", "07_tuning", profile, {"profile": profile}) for profile in TUNED]
+    found += [Page(f"{p}/{notebook}", notebook, p, {"profile": p}) for notebook, of in ANALYSES.items() for p in of]
     runs = [page for sweep in SWEEPS for _, page in sweep_pages(sweep)]
     found += runs
     for sweep, of in SWEEPS.items():

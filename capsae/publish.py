@@ -54,6 +54,9 @@ STAGES = {
     "06_sweep": (),
     "07_tuning": ("features", "sae", "table"),
 }
+# Code of a page's own beside that of its stages, and committed files that it reads (with the page's profile).
+MADE_BY: dict[str, tuple[str, ...]] = {}
+READS: dict[str, tuple[str, ...]] = {}
 DRAWN_BY = (
     *("capsae.figures", "capsae.display", "capsae.tidy", "capsae.galleries", "capsae.explain", "capsae.caps"),
     *("capsae.comparisons", "capsae.comparison_figures", "capsae.evaluate", "capsae.stats", "capsae.tuning"),
@@ -94,6 +97,11 @@ def page_inputs(page: Page) -> dict[str, str]:
         run = _run(page.profile, json.dumps(overrides(**chosen)))
         inputs |= {f"stage {stage}": run.digest(stage)[:20] for stage in STAGES[page.notebook]}
         inputs["profile"] = _hash(run.profile.to_dict())
+    if page.notebook in MADE_BY:
+        inputs["analysis"] = source_digest(MADE_BY[page.notebook])[:20]
+    for name in READS.get(page.notebook, ()):
+        file = name.format(profile=page.profile)
+        inputs[f"file {file}"] = hashlib.sha256((root() / file).read_bytes()).hexdigest()[:20]
     return inputs | {f"page {name}": page_digest(pages()[name]) for name in page.after}
 
 
