@@ -30,9 +30,14 @@ def _code(path):
 
 def test_the_chapters_are_there():
     assert [path.stem for path in NOTEBOOKS] == [
-        "01_features", "02_train_sae", "03_discover_caps", "04_score_ood", "05_ablation", "06_sweep",
+        "01_features",
+        "02_train_sae",
+        "03_discover_caps",
+        "04_score_ood",
+        "05_ablation",
+        "06_sweep",
         "07_tuning",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
