@@ -11,7 +11,7 @@ import html
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,12 @@ def style(theme: str = "light") -> Iterator[None]:
     }  # fmt: skip
     with mpl.rc_context(settings):
         yield
+
+
+def ink_on(colour: Sequence[float]) -> str:
+    """Black or white, whichever stands out more on a colour (red, green, blue, ... in 0..1), by WCAG 2's contrast."""
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3])
+    return "#000000" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 else "#ffffff"
 
 
 def render_png(figure: Figure, colours: int = 32) -> bytes:

@@ -283,9 +283,12 @@ def _rows(measured: Mapping, groups: Mapping[str, str], n_id: int, ood: Mapping[
             for label, group, over in cells:
                 value, draws = _mean(measured, name, metric, over)
                 lo, hi = interval(draws) if metric not in NO_INTERVAL else (np.nan, np.nan)
-                if lo == hi and metric in FPR95 and label != "mean":
-                    # No replicate saw what few samples cannot show; the share's exact interval does.
-                    lo, hi = exact_interval(value, n_id if metric == "fpr95_ood_pos" else len(ood[label]))
+                if lo == hi and metric in FPR95:
+                    # No replicate saw what few samples cannot show; the exact interval of a share does. Of a mean of
+                    # such shares: the means of their ends, which is wider than it need be.
+                    n_of = {where: n_id if metric == "fpr95_ood_pos" else len(ood[where]) for where in over}
+                    ends = [exact_interval(sets[where][metric][0], n_of[where]) for where in over]
+                    lo, hi = (float(end) for end in np.mean(ends, axis=0))
                 rows.append((name, label, group, metric, value, lo, hi))
     return rows
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .display import result, show, style, table
+from .display import ink_on, result, show, style, table
 
 __all__ = ["result", "show", "style", "table"]  # with the figures below, all a notebook needs
 
@@ -294,8 +294,7 @@ def results_heatmap(data: pd.DataFrame, metric: str = "fpr95_ood_pos", intervals
     cmap = "cividis_r" if good_is_low else "cividis"
     image = ax.imshow(value, cmap=cmap, vmin=limits[0], vmax=limits[1], aspect="auto")
     for (i, j), v in np.ndenumerate(value):
-        bright = image.cmap(image.norm(v))
-        ink = "#111111" if 0.299 * bright[0] + 0.587 * bright[1] + 0.114 * bright[2] > 0.5 else "#ffffff"
+        ink = ink_on(image.cmap(image.norm(v)))
         ax.text(j, i - 0.16 * intervals, f"{v:.1f}", ha="center", va="center", color=ink, fontsize=9.5)
         if intervals and np.isfinite([lo[i, j], hi[i, j]]).all():
             ax.text(j, i + 0.25, f"{lo[i, j]:.1f}–{hi[i, j]:.1f}", ha="center", va="center", color=ink, fontsize=6.8)

@@ -158,6 +158,10 @@ def test_a_share_without_variation_has_an_exact_interval(world):
     n = len(ood["near/a"])
     lo, hi = cell.loc[("near/a", "fpr95_id_pos"), ["lo", "hi"]]
     assert lo == 0 and hi == pytest.approx(1 - 0.025 ** (1 / n))  # Clopper and Pearson's for 0 of n
+    alone = cell[cell.index.get_level_values("metric") == "fpr95_id_pos"].droplevel("metric")
+    ends = [alone.loc[name, "hi"] for name in ood]
+    mean = cell.reset_index().query("set == 'mean' and metric == 'fpr95_id_pos' and group == 'all'").iloc[0]
+    assert mean.lo == 0 and mean.hi == pytest.approx(np.mean(ends)) and mean.hi > 0
 
 
 def test_a_pair_and_its_reverse_are_one_hypothesis(world):

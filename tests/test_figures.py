@@ -5,6 +5,7 @@ import io
 import re
 from types import SimpleNamespace
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -159,6 +160,19 @@ def test_every_figure_draws_in_both_themes_with_readable_text(name):
             image = Image.open(io.BytesIO(display.render_png(figure)))
         corner = image.convert("RGB").getpixel((0, 0))
         assert np.abs(np.subtract(corner, ImageColor.getrgb(page))).max() < 6
+
+
+def test_numbers_in_a_heat_map_stand_out_from_their_cells():
+    def luminance(colour):
+        r, g, b = np.where(
+            np.array(colour) <= 0.04045, np.array(colour) / 12.92, ((np.array(colour) + 0.055) / 1.055) ** 2.4
+        )
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    for colour in mpl.colormaps["cividis"](np.linspace(0, 1, 50))[:, :3]:
+        ink = luminance(np.array(ImageColor.getrgb(display.ink_on(colour))) / 255)
+        light, dark = max(ink, luminance(colour)), min(ink, luminance(colour))
+        assert (light + 0.05) / (dark + 0.05) > 4.5  # WCAG 2.2, level AA
 
 
 def test_every_public_figure_is_tested_here():
