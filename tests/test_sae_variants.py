@@ -331,7 +331,7 @@ def test_matching_pursuit_by_its_gram_matrix_equals_the_residual_form(numba, mon
     from capsae.sae import pursuit
 
     if not numba:
-        monkeypatch.setattr(pursuit, "_mp_kernel", lambda: None)
+        monkeypatch.setattr(pursuit, "_compiled", lambda: None)
     x, w = (torch.from_numpy(t).float() for t in planted(40, 0))
     values, indices = matching_pursuit(x, w, 5, 1e-6)
     for row, strengths, chosen in zip(x, values, indices, strict=True):
@@ -344,6 +344,56 @@ def test_matching_pursuit_by_its_gram_matrix_equals_the_residual_form(numba, mon
         assert residual.square().sum().item() == pytest.approx(left.item(), abs=1e-4)
     values, _ = matching_pursuit(torch.stack([w[3], -w.sum(0) * 0]), w, 5, 1e-3)
     assert (values > 0).tolist() == [[True] + [False] * 4, [False] * 5]
+
+
+@pytest.mark.parametrize("width, latents", [(24, 32), (30, 45)])  # of these kernels pad the second
+def test_compiled_pursuit_equals_the_plain_one(width, latents, monkeypatch):
+    from capsae.sae import pursuit
+
+    dice = torch.Generator().manual_seed(0)
+    w = F.normalize(torch.randn(latents, width, generator=dice), dim=1)
+    x = torch.randn(600, width, generator=dice)  # more than one block
+
+    def everything():
+        chosen, indices = matching_pursuit(x, w, 6, 0.3)
+        values, left = pursuit.unroll(x, w, indices, chosen > 0)
+        gradient = pursuit.unroll_gradient(left, w, indices, chosen > 0, values)
+        return chosen, indices * (chosen > 0), values, left, *gradient
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        fast = everything()
+        torch.set_num_threads(2)
+        assert all(torch.equal(one, two) for one, two in zip(fast, everything(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert 0 < (fast[0] > 0).float().mean() < 1
+    torch.testing.assert_close(fast[0], fast[2], atol=1e-5, rtol=1e-5)
+    half, where = matching_pursuit(x, w, 6, 0.3, half=True)
+    assert not torch.equal(half, fast[0]) and (where[:, 0] == fast[1][:, 0]).float().mean() > 0.95
+    monkeypatch.setattr(pursuit, "_compiled", lambda: None)
+    for one, two in zip(fast, everything(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pursuits_gradient_is_autograds():
+    from capsae.sae.pursuit import Left
+
+    x, w = (torch.from_numpy(t).double().requires_grad_() for t in planted(20, 0))
+    found, indices = matching_pursuit(x.detach(), w.detach(), 5, 0.2)
+    active = found > 0
+    left = x
+    for j in range(5):
+        own = w[indices[:, j]]
+        left = left - ((left * own).sum(1) * active[:, j])[:, None] * own
+    by_hand = torch.autograd.grad(left.square().sum(), (x, w))
+    loss, values, rest = Left.apply(x, w, indices, active)
+    assert not active.all()
+    torch.testing.assert_close(rest, left.detach())
+    torch.testing.assert_close(values, found)
+    for mine, theirs in zip(torch.autograd.grad(loss, (x, w)), by_hand, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_hierarchical_topk_scores_every_prefix():
@@ -396,6 +446,23 @@ def test_planted_dictionary_is_recovered(name):
 def test_l0_is_at_its_target_on_unseen_rows(name):
     found = measures.l0(trained(name)[0].encode(planted(2000, 5)[0]))
     assert found == pytest.approx(K, rel=0.05)
+
+
+LEVELLED = [name for name in NAMES if issubclass(variants.REGISTRY[name], variants.Levelled)]
+
+
+@pytest.mark.parametrize("name", LEVELLED)
+def test_held_out_rows_decide_on_the_level(name):
+    """After too short a training on too few rows, L0 is k where thresholds were calibrated; training is as without."""
+    x, held_out, unseen = planted(150, 0)[0], planted(4000, 1)[0], planted(4000, 2)[0]
+    settings = config(name, epochs=4, batch_size=50, ema=0.9)
+    without = train(x, settings)[0]
+    model = train(x, settings, held_out=held_out)[0]
+    assert measures.l0(model.encode(held_out)) == pytest.approx(K, abs=0.01)
+    assert measures.l0(model.encode(unseen)) == pytest.approx(K, rel=0.05)
+    assert abs(measures.l0(without.encode(held_out)) - K) > 0.01
+    for key, tensor in without.state_dict().items():
+        assert (key == "shift") != torch.equal(tensor, model.state_dict()[key]), key
 
 
 @pytest.mark.slow

@@ -203,6 +203,16 @@ def times(typing, a, b):
 
 
 @intrinsic
+def where_larger(typing, a, b, c, d):
+    """c where a > b, else d"""
+
+    def code(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[2], args[3])
+
+    return _lanes(_lanes, _lanes, _lanes, _lanes), code
+
+
+@intrinsic
 def total(typing, lanes):
     """The sum of the lanes, by halves."""
 

@@ -130,6 +130,9 @@ class Step:
             mean.lerp_(parameter, 1 - decay)
         self.average.decoder.copy_(F.normalize(self.average.decoder, dim=1))
 
+    def calibrate(self, rows: torch.Tensor) -> None:
+        """Adapt what is returned to held-out rows (n, d), normalised, after each epoch: thresholds, of variants."""
+
     def result(self) -> TopKSAE:
         """The SAE as it would be returned now: its weights, or their average."""
         return self.average or self.sae

@@ -65,7 +65,8 @@ def train_sae(
     device : str
         "auto" takes a GPU where there is one.
     held_out : (N', d) or None
-        Rows that are not trained on; their FVU is measured after each epoch.
+        Rows that are not trained on; their FVU is measured after each epoch. Thresholds of variants are first moved so
+        that these rows' mean L0 is k (`variants.Levelled`).
     keep : {"last", "best"}
         The weights that are returned: the last, or those of the epoch with the lowest held-out FVU.
     progress : bool
@@ -244,6 +245,7 @@ def _train_together(
             for record, step, course in zip(records, steps, courses, strict=True):
                 check_progress([*course.records, record], course.first_fvu, step.config)
                 if held is not None:
+                    step.calibrate(held.own)
                     record["held_out_fvu"] = _held_out_fvu(step, held)
             seconds = time.perf_counter() - began
             for record, step, course in zip(records, steps, courses, strict=True):

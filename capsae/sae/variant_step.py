@@ -12,10 +12,12 @@ class VariantStep(PlainStep):
     """Autograd over the dense (B, M) code in float32, Adam, unit rows, then the variant's thresholds."""
 
     def __init__(self, sae, variance: float, window: int) -> None:
-        if sae.config.products == "bf16":
+        if sae.config.products == "bf16" and not sae.may_halve:
             raise ValueError(f"variant {sae.config.variant!r} trains in float32; products='auto' would do")
         super().__init__(sae, variance, window)
-        self.products = "float32"
+        if not sae.may_halve:
+            self.products = "float32"
+        sae.half = self.products == "bf16"
 
     def __call__(self, x: torch.Tensor, lr: float) -> None:
         sae = self.sae
@@ -61,6 +63,10 @@ class VariantStep(PlainStep):
         if self.average is not None:
             for mean, own in zip(self.average.buffers(), self.sae.buffers(), strict=True):
                 mean.copy_(own)
+
+    def calibrate(self, rows: torch.Tensor) -> None:
+        if hasattr(sae := self.result(), "calibrate"):
+            sae.calibrate(rows)
 
     def encode(self, sae, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As at inference: what held-out rows are measured with."""

@@ -85,6 +85,8 @@ class Variant(TopKSAE):
     defaults: ClassVar[dict] = {}
     needs_head: ClassVar[bool] = False  # a linear head on normalised rows, given to train_sae
     auxk: ClassVar[bool] = True  # dead latents reconstruct the residual, as TopK's do
+    may_halve: ClassVar[bool] = False  # what it chooses by may be bfloat16 in training
+    half: bool = False  # it is
 
     def __init__(self, d: int, config: SAEConfig) -> None:
         super().__init__(d, config)
@@ -142,6 +144,40 @@ class Variant(TopKSAE):
         return torch.Generator(self.decoder.device).manual_seed(self.config.seed * 1_000_003 + done)
 
 
+class Levelled(Variant):
+    """A variant whose latents fire over thresholds, so that L0 is k on average at best: `margin` says by how much.
+
+    Rows that were not trained on have other margins than those that were. Therefore `calibrate` moves all thresholds
+    by one number, `shift`, so that the mean L0 of held-out rows is k [r]: in `train_sae`, after each epoch, where
+    `held_out` is given; without, shift is 0, and L0 on unseen rows may be off by a fifth where rows are few. Training
+    itself never sees it.
+    """
+
+    def __init__(self, d, config):
+        super().__init__(d, config)
+        self.register_buffer("shift", torch.zeros(1))
+
+    def margin(self, x: torch.Tensor) -> torch.Tensor:
+        """By how much each latent is over its threshold (B, M); -infinity where no threshold would let it fire."""
+        raise TypeError(f"{type(self).__name__} defines no margin")
+
+    def fires(self, x: torch.Tensor) -> torch.Tensor:
+        """Which latents do at inference, (B, M) bool."""
+        return self.margin(x) > self.shift
+
+    @torch.no_grad()
+    def calibrate(self, rows: torch.Tensor) -> None:
+        """Set `shift` by (at most SAMPLE of) normalised rows (n, d)."""
+        margin = self.margin(rows[:: -(-len(rows) // SAMPLE)])
+        fewer = margin.numel() - min(self.config.k * len(margin), margin.numel() - 1)
+        self.shift.fill_(margin.flatten().kthvalue(fewer).values.clamp_min(torch.finfo(margin.dtype).min))
+
+
+def positive(z: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+    """`margin` where z is positive, else -infinity."""
+    return margin.masked_fill(z <= 0, -torch.inf)
+
+
 def keep(z: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """z (B, M) where `indices` (B, k) point, 0 elsewhere."""
     return torch.zeros_like(z).scatter(1, indices, z.gather(1, indices))
@@ -159,7 +195,7 @@ def bar(z: torch.Tensor, k: int) -> torch.Tensor:
     return flat.kthvalue(flat.numel() - wanted + 1).values.clamp_min(0)
 
 
-class _Controlled(Variant):
+class _Controlled(Levelled):
     """A price on activity, `l1` if that is not 0; else moved until L0 is k. Biases start where L0 is k, both [r]."""
 
     defaults: ClassVar[dict] = {"l1": 0.0, "l1_start": 0.1, "l1_rate": 0.03, "l1_warmup": 0.05}
@@ -192,7 +228,13 @@ class ReLU(_Controlled):
     formula = r"a=\mathrm{relu}(z),\quad +\lambda\sum_i a_i\lVert w_i\rVert"
     source = "Bricken et al. 2023, with the decoder's norm of April 2024 [s]; start, lambda moved to L0 = k [r]"
 
+    def margin(self, x):
+        return self.preactivations(x)
+
     def activate(self, x):
+        return (self.preactivations(x) - self.shift).relu()
+
+    def train_activate(self, x, done):
         return self.preactivations(x).relu()
 
     def penalty(self, x, a, done):
@@ -215,9 +257,21 @@ class Gated(_Controlled):
         self.gate_bias = nn.Parameter(torch.zeros(config.latents))
         self.log_gain = nn.Parameter(torch.zeros(config.latents))
 
-    def activate(self, x):
+    def parts(self, x):
+        """Values before the gate and the gate, both (B, M)."""
         product = F.linear(x - self.pre_bias, self.encoder)
-        return (product * self.log_gain.exp() + self.encoder_bias).relu() * (product + self.gate_bias > 0)
+        return (product * self.log_gain.exp() + self.encoder_bias).relu(), product + self.gate_bias
+
+    def margin(self, x):
+        return positive(*self.parts(x))
+
+    def activate(self, x):
+        value, gate = self.parts(x)
+        return value * (gate > self.shift)
+
+    def train_activate(self, x, done):
+        value, gate = self.parts(x)
+        return value * (gate > 0)
 
     def penalty(self, x, a, done):
         gate = F.linear(x - self.pre_bias, self.encoder, self.gate_bias).relu()
@@ -258,7 +312,7 @@ class Count(torch.autograd.Function):
 
 
 @register("jumprelu")
-class JumpReLU(Variant):
+class JumpReLU(Levelled):
     """A threshold of its own for each latent, learned through a rectangle; L0 is pulled to k.
 
     Bandwidth is in units of sqrt(V), as the source scales its input to mean square 1. The source's 1e-3 is meant for
@@ -280,9 +334,12 @@ class JumpReLU(Variant):
         rows = rows[:SAMPLE]
         self.log_threshold.fill_(bar(self.preactivations(rows), self.config.k).clamp_min(1e-3 * self.scale()).log())
 
-    def activate(self, x):
+    def margin(self, x):
         z = self.preactivations(x)
-        return z * (z > self.log_threshold.exp())
+        return positive(z, z - self.log_threshold.exp())
+
+    def activate(self, x):
+        return self.preactivations(x) * self.fires(x)
 
     def train_activate(self, x, done):
         return Jump.apply(self.preactivations(x), self.log_threshold.exp(), self.options["bandwidth"] * self.scale())
@@ -294,7 +351,7 @@ class JumpReLU(Variant):
 
 
 @register("gba")
-class GBA(Variant):
+class GBA(Levelled):
     """No price on sparsity: groups of latents with target frequencies, and thresholds moved until they are met.
 
     Ten groups of equal size, targets geometric from .1 to 1e-3, then scaled so that their sum is k [r]. A latent that
@@ -332,7 +389,14 @@ class GBA(Variant):
         self.peak.copy_(ordered[0].clamp_min(0))
         self.density.copy_(self.targets())
 
+    def margin(self, x):
+        z = self.preactivations(x)
+        return positive(z, z - self.threshold)
+
     def activate(self, x):
+        return self.preactivations(x) * self.fires(x)
+
+    def train_activate(self, x, done):
         z = self.preactivations(x)
         return z * (z > self.threshold)
 

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import torch
 
-from .variants import Forward, Variant, bar, follow, register
+from .variants import Forward, Levelled, bar, follow, positive, register
 
 
 @register("batch_topk")
-class BatchTopK(Variant):
+class BatchTopK(Levelled):
     """The k B largest of the whole batch, so that rows may have more or fewer. At inference a row stands alone: one
     threshold, the running mean of the smallest value kept, saved with the model."""
 
@@ -24,9 +24,12 @@ class BatchTopK(Variant):
         self.register_buffer("threshold", torch.zeros(1))
         self.last_bar = torch.zeros(1)
 
-    def activate(self, x):
+    def margin(self, x):
         z = self.preactivations(x)
-        return z * (z >= self.threshold) * (z > 0)
+        return positive(z, z - self.threshold)
+
+    def activate(self, x):
+        return self.preactivations(x) * self.fires(x)
 
     def train_activate(self, x, done):
         z = self.preactivations(x)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .pursuit import kmeans, matching_pursuit
+from .pursuit import Left, kmeans, matching_pursuit, unroll
 from .select import topk
 from .variants import Forward, Variant, keep, register
 
@@ -111,7 +111,9 @@ class MatchingPursuit(Variant):
 
     Encoder and decoder are one, without a bias; at most k steps, fewer where nothing positive over `tolerance` |x| is
     left. A latent may come up again, so that a row may have fewer than k. The choice is made without gradient through
-    the Gram matrix, z -= (w_i.r) G_i; the gradient then goes through the unrolled residuals of the chosen, (B, k, d).
+    the Gram matrix, z -= (w_i.r) G_i; the gradient then goes through the residuals of the chosen, in closed form
+    (`pursuit.Left`). With ``products="auto"`` on a CPU that multiplies bfloat16, the Gram matrix of a training step is
+    bfloat16, as TopK's products are; values, gradients and all of inference are float32.
     """
 
     title = "MP-SAE"
@@ -119,27 +121,27 @@ class MatchingPursuit(Variant):
     source = "arXiv 2506.03093 [s]; selection by the Gram matrix [r]"
     defaults: ClassVar[dict] = {"tolerance": 1e-6}
     auxk = False
+    may_halve = True
 
-    def unrolled(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Values (B, k) and indices in the order of choice, residual (B, d); differentiable."""
-        residual = x - self.pre_bias
+    def choose(self, x: torch.Tensor, half: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices (B, k) in the order of choice, and which of them were chosen before the end."""
         with torch.no_grad():
-            found, indices = matching_pursuit(residual, self.decoder, self.config.k, self.options["tolerance"])
-        rows, values = self.decoder[indices].unbind(1), []  # one gradient for all, not a whole one for each slice
-        for j in range(indices.shape[1]):
-            values.append((residual * rows[j]).sum(1) * (found[:, j] > 0))
-            residual = residual - values[-1][:, None] * rows[j]
-        return torch.stack(values, 1), indices, residual
+            found, indices = matching_pursuit(x, self.decoder, self.config.k, self.options["tolerance"], half)
+        return indices, found > 0
 
     def activate(self, x):
-        values, indices, _ = self.unrolled(x)
+        x = x - self.pre_bias
+        indices, active = self.choose(x, half=False)
+        values = unroll(x, self.decoder, indices, active)[0]
         # Two choices of one latent may cancel to a rounding below 0.
         return x.new_zeros(len(x), self.config.latents).scatter_add(1, indices, values).clamp_min(0)
 
     def forward_loss(self, x, done):
-        values, indices, residual = self.unrolled(x)
-        fired = torch.zeros_like(self.encoder_bias).index_add_(0, indices.ravel(), (values != 0).ravel().to(x))
-        return Forward(fired, residual, residual.square().sum())
+        x = x - self.pre_bias
+        indices, active = self.choose(x.detach(), self.half)
+        loss, _, left = Left.apply(x, self.decoder, indices, active)
+        fired = torch.zeros_like(self.encoder_bias).index_add_(0, indices.ravel(), active.ravel().to(x))
+        return Forward(fired, left, loss)
 
     def after_step(self, x, forward, done):
         self.encoder.copy_(self.decoder)  # tied: whoever reads the encoder reads the truth
