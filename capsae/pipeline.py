@@ -131,7 +131,7 @@ class Run:
 
     @property
     def sae(self):
-        """The trained TopKSAE: the epoch with the lowest FVU on held-out ID rows."""
+        """The trained SAE (of ``sae.variant``): the epoch with the lowest FVU on held-out ID rows."""
         return self._trained[0]
 
     @property
@@ -154,6 +154,8 @@ class Run:
             if ranks > 1:
                 train, val = (rows[distributed.share_of(len(rows))] for rows in (train, val))
             options = {"keep": "best", "progress": self.progress, "checkpoint": checkpoint, "sharded": ranks > 1}
+            if self._chooses_by_head:
+                options["head"] = self._head_of_normalized()
             return train_sae(train, self.profile.sae, self.device, held_out=val, **options)
 
         def save(trained, folder):
@@ -165,6 +167,22 @@ class Run:
             return TopKSAE.load(folder, device=_torch_device(self.device)), _load_frame(folder)
 
         return self._stored("sae", make, save, load)
+
+    @property
+    def _chooses_by_head(self) -> bool:
+        from .sae import variants
+
+        return getattr(variants.model(self.profile.sae), "needs_head", False)
+
+    def _head_of_normalized(self) -> LinearHead:
+        """A probe on the training rows as the SAE sees them: what some variants (g-SAE) choose latents by."""
+        from .probe import fit_linear_probe
+        from .sae.model import check_rows
+        from .sae.train import start
+
+        train, device = self.features("train"), _torch_device("cpu")
+        x = start(check_rows(train.cls), self.profile.sae, device)[0].normalize(train.cls)
+        return fit_linear_probe(x, train.labels, self.profile.n_classes, seed=self.profile.seed)
 
     def codes(self, set_name: str):
         """Return the sparse codes (N, k) of a set, rows as in ``features(set_name)``."""
@@ -180,7 +198,7 @@ class Run:
                 train = train.take(train.logits.argmax(axis=1) == train.labels)
                 what = f"profile {self.profile.name!r}, correctly predicted training rows (caps.correct_only = true)"
                 check_classes(train.labels, self.profile.n_classes, what)
-            caps = ClassActivationProfiles.empty(self.profile.n_classes, self.profile.sae.latents)
+            caps = ClassActivationProfiles.empty(self.profile.n_classes, self.sae.n_latents)
             for start in range(0, len(train), _CHUNK):
                 rows = slice(start, start + _CHUNK)
                 caps.update(self.sae.encode(train.cls[rows]), train.labels[rows])
@@ -304,7 +322,8 @@ class Run:
         return self.store.get_or_make(stage, config, inputs, self._modules(stage), make, save, load, self._who())
 
     def _modules(self, stage: str) -> tuple[str, ...]:
-        return MODULES["table" if stage == "scores" else stage]
+        modules = MODULES["table" if stage == "scores" else stage]
+        return (*modules, "capsae.probe") if stage == "sae" and self._chooses_by_head else modules
 
     def _recipe(self, stage: str, names: Iterable[str] | None = None) -> tuple[dict, dict[str, str]]:
         """Return a stage's own settings and the digests of what it is made from."""
@@ -315,7 +334,8 @@ class Run:
             return config, {"train": self.inputs.digest("train")}
         if stage == "sae":
             sets = {name: self.inputs.digest(name) for name in ("train", "val")}
-            return {"sae": asdict(profile.sae), "keep": "best", **amount}, sets
+            own_head = {"n_classes": profile.n_classes} if self._chooses_by_head else {}
+            return {"sae": asdict(profile.sae), "keep": "best", **amount, **own_head}, sets
         if stage == "caps":
             inputs = {"train": self.inputs.digest("train"), "sae": self.digest("sae")}
             if profile.caps.correct_only:

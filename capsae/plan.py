@@ -26,6 +26,7 @@ OVERRIDES = {
     "predicted": "predicted",
     "train_fraction": "train_fraction",
     "seed": "sae.seed",
+    "sae_variant": "sae.variant",
 }
 DIVERGENCES = ("kl", "reverse_kl", "symmetric_kl", "hellinger", "cosine", "euclidean", "spearman")
 

@@ -269,6 +269,20 @@ def test_explain_a_row_of_a_set(capsae_, profile):
     assert status == 2 and "use 0..79" in err
 
 
+@pytest.mark.parametrize("settings", [["abs_topk"], ["gsae", "sae.options.beta=2.0"], ["mp"]])
+def test_another_variant_is_trained_scores_and_explains(capsae_, profile, stubbed, tmp_path, settings):
+    from capsae.sae import load
+
+    chosen = [word for text in (f"sae.variant={settings[0]}", *settings[1:]) for word in ("--set", text)]
+    status, _, _ = capsae_("train", "-p", profile, "--out", tmp_path / "sae", "-q", *chosen)
+    sae = load(tmp_path / "sae")
+    assert status == 0 and sae.config.variant == settings[0] and len(sae.config.options) == len(settings) - 1
+    status, out, _ = capsae_("score", "-p", profile, draw(tmp_path, "id-1.png", "ood-1.png"), "-q", *chosen)
+    assert status == 0 and np.isfinite(pd.read_csv(io.StringIO(out))["epd"]).tolist() == [True, True]
+    status, out, _ = capsae_("explain", "-p", profile, "--from-set", "far/noise", "--row", 3, "-q", *chosen)
+    assert status == 0 and out.startswith("far/noise, row 3: predicted kind")
+
+
 def test_folders_without_images_are_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FileNotFoundError, match="holds no images"):

@@ -107,6 +107,24 @@ def test_the_ablation_notebook_runs_by_itself(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_ablation_notebook_takes_another_variant(tmp_path, monkeypatch):
+    import papermill
+
+    (tmp_path / "tiny.toml").write_text(TINY)
+    monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "store"))
+    monkeypatch.setenv("PYTHONPATH", str(plan.root()))
+    out = tmp_path / "out.ipynb"
+    papermill.execute_notebook(
+        plan.root() / "notebooks" / "05_ablation.ipynb", out,
+        {"profile": str(tmp_path / "tiny.toml"), "sae_variant": "matryoshka"},
+        cwd=tmp_path, kernel_name="python3", progress_bar=False,
+    )  # fmt: skip
+    assert "`sae.variant` = matryoshka" in json.dumps(json.loads(out.read_text()))
+    kinds = [json.loads(cfg.read_text())["kind"] for cfg in (tmp_path / "store").rglob("cfg.json")]
+    assert kinds == ["matryoshka"]
+
+
+@pytest.mark.slow
 def test_a_wrong_value_stops_a_notebook_before_its_work(tmp_path, monkeypatch):
     import papermill
 

@@ -393,3 +393,33 @@ def test_a_killed_training_goes_on_where_it_stood(profile, tmp_path, monkeypatch
     for name, value in whole.sae.state_dict().items():
         assert (value == resumed.sae.state_dict()[name]).all(), name
     assert not list(tmp_path.glob("killed/scratch/*"))
+
+
+# --- other sparse autoencoders
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk", "gsae", "mp", "abs_topk"])
+def test_a_run_with_any_variant_goes_from_training_to_scores(run, name, tmp_path):
+    from capsae.sae import load, variants
+
+    one = run(sae__variant=name)
+    assert type(one.sae) is variants.REGISTRY[name]
+    assert one.caps.n_latents == one.sae.n_latents == (96 if name == "abs_topk" else 48)
+    table = one.table(["epd", "msp"])
+    assert set(table["method"]) == {"epd", "msp"} and np.isfinite(table["value"]).all()
+    codes, again = one.codes("test"), load(one.sae.save(tmp_path)).encode(one.features("test").cls)
+    np.testing.assert_array_equal(again.values, codes.values)
+    np.testing.assert_array_equal(again.indices, codes.indices)
+
+
+def test_a_variant_is_another_sae_and_its_options_count(run):
+    digests = {
+        run().digest("sae"),
+        run(sae__variant="gsae").digest("sae"),
+        run(sae__variant="gsae", sae__options__beta=2.0).digest("sae"),
+    }
+    assert len(digests) == 3 and run(sae__variant="topk").digest("sae") in digests
+    with pytest.raises(ProfileError, match="has no option 'alpha'; it has beta"):
+        run(sae__variant="gsae", sae__options__alpha=2.0)
+    with pytest.raises(ProfileError, match="variant is 'top_q'"):
+        run(sae__variant="top_q")
