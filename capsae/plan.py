@@ -14,7 +14,9 @@ BOOK_PROFILES = ("imagenet20", "mini80", "digits")
 SWEPT = "imagenet20"
 TUNED = ("imagenet20", "mini80")  # digits has too few rows a class to play OOD with
 # Notebooks on other dictionaries and on what latents hold, with the profiles that each is executed for.
-ANALYSES: dict[str, tuple[str, ...]] = {}
+ANALYSES: dict[str, tuple[str, ...]] = {
+    "14_layers": ("digits",),
+}
 
 # Parameters of notebook 05, by the key of the profile that each overrides.
 OVERRIDES = {

@@ -53,10 +53,15 @@ STAGES = {
     "05_ablation": ("features", "sae", "caps", "table"),
     "06_sweep": (),
     "07_tuning": ("features", "sae", "table"),
+    "14_layers": ("features", "head"),
 }
 # Code of a page's own beside that of its stages, and committed files that it reads (with the page's profile).
-MADE_BY: dict[str, tuple[str, ...]] = {}
-READS: dict[str, tuple[str, ...]] = {}
+MADE_BY: dict[str, tuple[str, ...]] = {
+    "14_layers": ("capsae.analyses.layers", "capsae.analyses.layers_told", "capsae.analyses.layers_figures"),
+}
+READS: dict[str, tuple[str, ...]] = {
+    "14_layers": ("book/layers/{profile}.csv", "book/layers/{profile}_against_final.csv", "book/layers/{profile}.json"),
+}
 DRAWN_BY = (
     *("capsae.figures", "capsae.display", "capsae.tidy", "capsae.galleries", "capsae.explain", "capsae.caps"),
     *("capsae.comparisons", "capsae.comparison_figures", "capsae.evaluate", "capsae.stats", "capsae.tuning"),

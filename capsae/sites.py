@@ -207,9 +207,9 @@ def run_sites(
     crop = run.profile.source(own).crop
     reader = SiteReader(inputs.backbone_settings(checkpoint) | ({} if crop is None else {"crop": crop}), sites)
     recipe = "sites", {"reader": READER, "extractor": EXTRACTOR}, {"source": source.digest(), "reader": reader.digest}
-    shards = store.scratch("sites", artefact_digest(*recipe, MODULES["features"]))
 
     def make():
+        shards = store.scratch("sites", artefact_digest(*recipe, MODULES["features"]))
         given = {"device": run.device, "progress": run.progress, "name": own, "logits": False, "shard_size": 1024}
         return extract(source, reader, shards, **given | options)
 
