@@ -442,6 +442,29 @@ def test_planted_dictionary_is_recovered(name):
 
 
 @pytest.mark.slow
+def test_groups_with_unequal_targets_miss_features_that_are_equally_frequent():
+    atoms = planted(1, 0)[1]
+    ten, one = (train(planted(2000, 0)[0], config("gba", {"groups": n}))[0] for n in (10, 1))
+    assert measures.max_cosines(atoms, one.decoder).mean() > 0.95
+    assert measures.max_cosines(atoms, ten.decoder).mean() < 0.92
+
+
+@pytest.mark.slow
+def test_matryoshka_recovers_features_without_an_order_less_well_than_batch_topk():
+    model, atoms = trained("matryoshka")[0], planted(1, 0)[1]
+    assert measures.max_cosines(atoms, model.decoder).mean() < 0.92
+    assert measures.max_cosines(atoms, trained("batch_topk")[0].decoder).mean() > 0.92
+
+
+@pytest.mark.slow
+def test_top_afa_finds_a_dense_code_where_a_sparse_one_was_planted():
+    model, atoms = trained("top_afa")[0], planted(1, 0)[1]
+    assert measures.l0(model.encode(planted(1000, 5)[0])) > 5 * K
+    assert measures.fvu(model, planted(1000, 5)[0]) < 0.05
+    assert measures.max_cosines(atoms, model.decoder).mean() < 0.7
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "top_afa"])  # which has no target
 def test_l0_is_at_its_target_on_unseen_rows(name):
     found = measures.l0(trained(name)[0].encode(planted(2000, 5)[0]))

@@ -358,6 +358,9 @@ class GBA(Levelled):
     fires too often has its threshold raised by `rate` of its largest pre-activation, one that never does has it
     lowered [s]; in between, the move is in proportion to how far it is off [r]. The start is the threshold that gives
     the target on a sample of rows [r].
+
+    Features that are all equally frequent contradict unequal targets: a planted dictionary of such is found with one
+    group, and less well with ten (tests).
     """
 
     title = "GBA"
@@ -411,7 +414,9 @@ class GBA(Levelled):
 class TopAFA(Variant):
     """No k: as many latents as bring the length of the code nearest to that of the row, which the last term teaches.
 
-    `k` of the settings is not used. The coefficient was not found in the source.
+    `k` of the settings is not used. The coefficient was not found in the source. Dense codes can have the right length,
+    too: where sparse ones are planted, ours finds codes that reconstruct well with many times as many latents, and not
+    the planted dictionary (tests).
     """
 
     title = "Top-AFA"

@@ -45,7 +45,8 @@ class Matryoshka(BatchTopK):
     """One BatchTopK code of which every prefix of the dictionary must reconstruct: general latents first.
 
     Four groups of 1/16, 2/16, 4/16 and 9/16 of the latents; or `random_prefixes` new ones each step, of lengths from a
-    Pareto distribution with exponent `pareto`, and always the whole.
+    Pareto distribution with exponent `pareto`, and always the whole. Where planted features have
+    no order, it recovers them less well than BatchTopK (tests).
     """
 
     title = "Matryoshka"
