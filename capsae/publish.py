@@ -53,15 +53,22 @@ STAGES = {
     "05_ablation": ("features", "sae", "caps", "table"),
     "06_sweep": (),
     "07_tuning": ("features", "sae", "table"),
+    "11_shift": ("features", "head", "sae", "caps", "table"),
     "12_causal": ("features", "head", "sae", "caps"),
     "14_layers": ("features", "head"),
 }
 # Code of a page's own beside that of its stages, and committed files that it reads (with the page's profile).
 MADE_BY: dict[str, tuple[str, ...]] = {
+    "11_shift": (
+        *("capsae.analyses.shift", "capsae.analyses.shift_figures", "capsae.analyses.shift_verdicts"),
+        *("capsae.analyses.probes", "capsae.analyses.calibration", "capsae.analyses.corruptions"),
+        *("capsae.sae.dictionaries", "capsae.probe"),
+    ),
     "12_causal": tuple(f"capsae.analyses.causal{part}" for part in ("", "_effects", "_curves", "_text", "_figures")),
     "14_layers": ("capsae.analyses.layers", "capsae.analyses.layers_told", "capsae.analyses.layers_figures"),
 }
 READS: dict[str, tuple[str, ...]] = {
+    "11_shift": ("capsae/packs/{profile}_shift/pack.json",),
     "14_layers": ("book/layers/{profile}.csv", "book/layers/{profile}_against_final.csv", "book/layers/{profile}.json"),
 }
 DRAWN_BY = (

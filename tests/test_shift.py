@@ -121,7 +121,7 @@ def test_all_probes_know_these_classes_and_the_controls_are_what_they_say(run):
 def test_what_is_measured(run, evaluated):
     measured, compared, fitted = evaluated
     rows = measured[(measured["representation"] == "cls") & (measured["metric"] == "accuracy")].set_index("set")
-    assert list(rows.index) == ["clean", *SETS] and set(rows["scaled"]) == {"before"}
+    assert list(rows.index) == ["clean", *SETS] and set(rows["scaled"]) == {"after"}
     assert rows.loc["clean", "value"] > 0.9 and rows.loc["blur/2", "value"] < 0.5
     assert rows["strength"].tolist() == [0, 1, 5, 2] and (rows["lo"] <= rows["value"]).all()
     scaled = measured[(measured["representation"] == "cls") & (measured["set"] == "noise/5")]
@@ -129,7 +129,7 @@ def test_what_is_measured(run, evaluated):
     assert fitted["representation"].tolist() == list(probes.TITLES) and (fitted["temperature"] > 0).all()
     at = measured.set_index(["representation", "set", "metric", "scaled"])["value"]
     row = shift_verdicts.row_of(compared, "codes", "accuracy", "noise")
-    own, cls = (np.mean([at[r, s, "accuracy", "before"] for s in SETS[:2]]) for r in ("codes", "cls"))
+    own, cls = (np.mean([at[r, s, "accuracy", "after"] for s in SETS[:2]]) for r in ("codes", "cls"))
     assert (row["own"], row["cls"], row["value"]) == pytest.approx((own, cls, own - cls))
     lost = shift_verdicts.row_of(compared, "pca", "nll", shift.LOSS)
     mean, clean = (shift_verdicts.row_of(compared, "pca", "nll", place) for place in (shift.MEAN, shift.CLEAN))

@@ -17,7 +17,7 @@ _VERDICTS = {"better": (BLUE, "o"), "undecided": (GREY, "D"), "worse": (RED, "s"
 
 
 def by_strength(data: pd.DataFrame, label: str = "accuracy, %") -> Figure:
-    """A share against the strength of a corruption, one panel a corruption, intervals shaded.
+    """A share against the strength of a corruption, one panel a corruption, with intervals.
 
     Columns: series, corruption, strength (0 = clean), value, lo, hi (shares).
     """
@@ -28,13 +28,12 @@ def by_strength(data: pd.DataFrame, label: str = "accuracy, %") -> Figure:
     for ax, panel in zip(axes.flat, panels, strict=False):
         for i, name in enumerate(series):
             rows = data[(data["corruption"] == panel) & (data["series"] == name)].sort_values("strength")
-            x, value, lo, hi = (
-                rows[c].to_numpy(float) * (1 if c == "strength" else 100) for c in ("strength", "value", "lo", "hi")
-            )
-            ax.fill_between(x, lo, hi, color=colours[name], alpha=0.1, linewidth=0)
-            ax.plot(
-                x, value, color=colours[name], linestyle=_STYLES[i % len(_STYLES)], marker=_MARKERS[i % len(_MARKERS)],
-                markersize=4, linewidth=1.5, label=name,
+            at = rows["strength"].to_numpy(float) + 0.06 * (i - (len(series) - 1) / 2)  # intervals stay apart
+            value, lo, hi = (100 * rows[column].to_numpy(float) for column in ("value", "lo", "hi"))
+            gaps = np.nan_to_num(np.vstack([value - lo, hi - value]).clip(0))
+            ax.errorbar(
+                at, value, gaps, color=colours[name], linestyle=_STYLES[i % len(_STYLES)], elinewidth=0.8,
+                marker=_MARKERS[i % len(_MARKERS)], markersize=4, linewidth=1.4, label=name,
             )  # fmt: skip
         strengths = sorted(data.loc[data["corruption"] == panel, "strength"].unique())
         ax.set_xticks(strengths, ["clean" if s == 0 else f"{s:g}" for s in strengths])
@@ -71,7 +70,8 @@ def differences(data: pd.DataFrame) -> Figure:
         ax.axvline(0, color=_text_colour(), linewidth=0.9)
         ax.set_title(panel, fontsize=11)
         ax.set_ylim(len(labels) - 0.5, -0.5)
-    axes[0, 0].set_yticks(range(len(labels)), labels, fontsize=9)
+    for ax in axes[:, 0]:
+        ax.set_yticks(range(len(labels)), labels, fontsize=9)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     shown = [(axes[0, 0].errorbar([], [], [], fmt=m, color=c, markersize=5), v) for v, (c, m) in _VERDICTS.items()]
