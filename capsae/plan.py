@@ -17,7 +17,7 @@ TUNED = ("imagenet20", "mini80")  # digits has too few rows a class to play OOD 
 ANALYSES: dict[str, tuple[str, ...]] = {
     "11_shift": ("imagenet20",),
     "12_causal": ("imagenet20",),
-    "14_layers": ("digits",),
+    "14_layers": ("imagenet20", "digits"),
 }
 
 # Parameters of notebook 05, by the key of the profile that each overrides.

@@ -123,16 +123,23 @@ def test_every_site_is_tested_against_the_end(measured, tables):
 
 
 def _measures(values: dict[str, dict[str, float]]) -> pd.DataFrame:
-    rows = [(site, seed, "site", "", "id", metric, value, np.nan, np.nan)
-            for site, of in values.items() for metric, value in of.items() for seed in (0, 1)]  # fmt: skip
+    rows = [
+        (site, seed, "site", "", "id", metric, value, np.nan, np.nan)
+        for site, of in values.items()
+        for metric, value in of.items()
+        for seed in (0, 1)
+    ]
     return pd.DataFrame(rows, columns=["site", "seed", "method", "set", "group", "metric", "value", "lo", "hi"])
 
 
 def _along(accuracies, stabilities, betweens=(0.9, 0.5, 0.2, 0.1)):
     sites = ["block01/cls", "block02/cls", "block03/cls", FINAL]
     keys = ("probe_accuracy", "cap_accuracy", "top1_5")
-    return _measures({site: dict.fromkeys(keys, a) | {"stability": s, "between": b, "gap": s - b, "cap_accuracy_val": a}
-                      for site, a, s, b in zip(sites, accuracies, stabilities, betweens, strict=True)})  # fmt: skip
+    values = {}
+    for site, a, s, b in zip(sites, accuracies, stabilities, betweens, strict=True):
+        more = {"stability": s, "between": b, "gap": s - b, "cap_accuracy_val": a, "dead": b}
+        values[site] = dict.fromkeys(keys, a) | more
+    return _measures(values)
 
 
 def test_where_profiles_form_in_words():
@@ -141,6 +148,9 @@ def test_where_profiles_form_in_words():
     assert "reached by a linear probe at block 2 of 3, by the nearest profile at block 2 of 3" in told[1]
     assert "stability alone tells nothing of the depth, it is 0.99 at block 1 already (at the end 1.00)" in told[2]
     assert "is 0.90 (at the end 0.10); less the cosine between classes it reaches 90 % of its value at the end (0.90) at no block (at most 88 %)" in told[2]  # fmt: skip  # noqa: E501
+    assert told[3].startswith("Latents that never fire: at most 90 % (block01/cls), 10 % at the end. The recipe was")
+    alive = layers_told.forming(_along((0.2, 0.75, 0.8, 0.8), (0.99, 0.98, 0.99, 1.0), (0.1, 0.1, 0.1, 0.1)))
+    assert alive[3] == "Latents that never fire: at most 10 % (block01/cls), 10 % at the end."
     told = layers_told.forming(_along((0.75, 0.5, 0.8, 0.8), (0.3, 0.95, 0.99, 1.0)))
     assert "at block 1 of 3 (below it again at block 2)" in told[1]
     assert told[2].startswith("CLS token: stability reaches 90 % of its value at the end (1.00) at block 2 of 3;")

@@ -110,7 +110,17 @@ def forming(table: pd.DataFrame) -> list[str]:
         reached = ", ".join(f"by {name} {_at(values[metric], kind, last)}" for metric, name in names.items())
         told.append(f"{KIND_TITLES[kind]}: {100 * SHARE:.0f} % of the accuracy at the end is reached {reached}.")
         told.append(_stability_text(values, kind, last))
-    return told
+    return [*told, _dead_text(over_seeds(table, "dead"))]
+
+
+def _dead_text(dead: pd.Series) -> str:
+    worst = dead.idxmax()
+    text = (
+        f"Latents that never fire: at most {100 * dead[worst]:.0f} % ({worst}), {100 * dead[FINAL]:.0f} % at the end."
+    )
+    if dead[worst] > dead[FINAL] + 0.1:
+        text += " The recipe was settled for the end, and such sites use a part of the dictionary alone."
+    return text
 
 
 def _at(values: pd.Series, kind: str, last: int) -> str:
