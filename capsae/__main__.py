@@ -24,6 +24,7 @@ In this order, each on what the one before it made (nothing is made twice):
   capsae explain --profile imagenet20 photo.jpg
   capsae explain --from-set far/textures --row 3
                                        why one image got its score: latents too much or missing, their shares
+  capsae compare holiday/ archive/     which latents differ between two folders, or sets: test far/textures
   capsae evaluate features.safetensors --out table.csv
                                        features of your own, from any framework: every score, intervals and tests
   capsae detectors                     every score: formula, options, source
@@ -107,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--method", default="epd", help="epd or ours (default: epd)")
     command.add_argument("--top", type=int, default=10, help="latents to show (default: 10)")
     command.add_argument("--out", metavar="FILE.csv", help="also write the whole table")
+
+    command = add("compare", "find the latents that differ between two sets of images", parents=(profiled, weights))
+    command.add_argument("a", metavar="A", help="a folder of images, or a set of the profile, e.g. test")
+    command.add_argument("b", metavar="B", help="another, e.g. far/textures")
+    command.add_argument("--fdr", type=float, default=0.05, help="false discovery rate accepted (default: 0.05)")
+    command.add_argument("--top", type=int, default=10, help="latents to show for each side (default: 10)")
+    command.add_argument("--out", metavar="FILE.csv", help="also write the whole table, a row a latent")
 
     command = add(
         "evaluate",

@@ -160,6 +160,25 @@ def explain(options) -> int:
     return 0
 
 
+def compare(options) -> int:
+    from .analyses import meaning
+    from .analyses.compare_report import compare_sides, report, side
+
+    if not 0 < options.fdr < 1:
+        raise ValueError(f"--fdr {options.fdr}: a share between 0 and 1 would do, such as 0.05")
+    _check_out(options.out)
+    run = _run(options)
+    a, b = (side(run, given, options.checkpoint, which) for which, given in (("A", options.a), ("B", options.b)))
+    for each in (*a.bad, *b.bad):
+        sys.stderr.write(f"capsae: skipped {each['id']}: {each['why']}\n")
+    table = compare_sides(a, b, meaning.of_run(run), options.fdr)
+    sys.stdout.write(report(table, a, b, options.fdr, options.top) + "\n")
+    if options.out:
+        table.to_csv(options.out, index=False)
+        sys.stderr.write(f"capsae: wrote {options.out}\n")
+    return 0
+
+
 def evaluate(options) -> int:
     from .arrays import evaluate_arrays, load_arrays
     from .arrays_report import report

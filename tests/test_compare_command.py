@@ -1,0 +1,127 @@
+"""``capsae compare A B`` on sets of a profile, on folders of images, and on what is too small for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import small_profile
+
+from capsae.__main__ import main
+
+SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAPSAE_HOME", str(folder))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    return str(small_profile.write(tmp_path_factory.mktemp("profile")))
+
+
+@pytest.fixture
+def compare(home, capsys):
+    """Run ``capsae compare``: (status, stdout, stderr)."""
+
+    def call(*arguments):
+        status = main(["compare", "-q", *(str(argument) for argument in arguments)])
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def test_two_sets_of_a_profile_without_any_image(compare, profile, tmp_path):
+    out = tmp_path / "differences.csv"
+    status, said, _ = compare("test", "near/shifted", "-p", profile, "--out", out, "--top", 2)
+    table = pd.read_csv(out)
+    assert status == 0 and len(said.split("  latent ")) <= 5
+    assert "A: set test of profile small, 80 images" in said and "B: set near/shifted" in said
+    assert f"{len(table)} latents fire in some image, {table['q'].notna().sum()} of them often enough" in said
+    assert f"{table['differs'].sum()} of {table['q'].notna().sum()} differ in how often they fire" in said
+    assert table["differs"].sum() > 3 and (table["differs"] == (table["q"] <= 0.05)).all()
+    assert {"name", "kind", "classes", "examples_a", "lo", "hi", "q_strength"} <= set(table)
+    first = table[table["fired_b"] > 0].iloc[0]
+    assert first["examples_b"].startswith("near/shifted-")
+    strict = compare("test", "near/shifted", "-p", profile, "--fdr", "0.000001", "--out", out)
+    assert strict[0] == 0 and pd.read_csv(out)["differs"].sum() < table["differs"].sum()
+
+
+def test_a_set_and_itself_do_not_differ(compare, profile):
+    status, said, _ = compare("test", "test", "-p", profile)
+    assert status == 0 and said.count("\n0 of ") == 2 and "The most certain difference" in said
+    assert "80 images are in A and in B" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["test", "nowhere"], "B, 'nowhere', is no folder of images and no set of profile 'small', which has train"),
+        (["EMPTY", "test"], "holds no images"),
+        (["test", "near/shifted", "--fdr", "5"], "--fdr 5.0"),
+        (["test", "near/shifted", "--out", "no/such/folder/x.csv"], "no folder"),
+    ],
+)
+def test_wrong_input_is_named(compare, profile, tmp_path, arguments, words):
+    (tmp_path / "EMPTY").mkdir()
+    arguments = [str(tmp_path / a) if a == "EMPTY" else a for a in arguments]
+    status, out, err = compare("-p", profile, *arguments)
+    assert status == 2 and words in err and not out
+
+
+real = pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no images and weights at {SHARED} (set CAPSAE_SHARED)")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of photographs, of textures, of five textures, and of one file that is no image."""
+    import pyarrow.parquet as pq
+
+    root = tmp_path_factory.mktemp("images")
+    for name, (path, n) in {
+        "photos": ("imagenet20/validation.parquet", 40),
+        "textures": ("far_textures/test.parquet", 40),
+        "few": ("far_textures/test.parquet", 5),
+    }.items():
+        column = pq.read_table(SHARED / path, columns=["image"])["image"]
+        (root / name).mkdir()
+        for row in np.linspace(0, len(column) - 1, n).astype(int):
+            (root / name / f"{row:04d}.webp").write_bytes(column[int(row)].as_py()["bytes"])
+    (root / "textures" / "broken.jpg").write_bytes(b"no image")
+    (root / "broken").mkdir()
+    (root / "broken" / "a.png").write_bytes(b"none either")
+    return root
+
+
+FAST = ["--checkpoint", str(WEIGHTS), "--set", "sae.epochs=2", "--device", "cpu"]
+
+
+@real
+@pytest.mark.slow
+def test_folders_of_real_images(compare, folders, tmp_path):
+    out = tmp_path / "out.csv"
+    status, said, err = compare(folders / "photos", folders / "textures", *FAST, "--out", out)
+    table = pd.read_csv(out)
+    assert status == 0 and f"images under {folders / 'textures'}, 40 images" in said
+    assert "skipped" in err and "broken.jpg" in err
+    assert table["differs"].any() and "More often in B than in A" in said and ".webp" in said
+    assert (table["n_a"] == 40).all() and "Caution" not in said
+
+
+@real
+@pytest.mark.slow
+def test_few_images_and_none_that_can_be_read(compare, folders):
+    status, said, _ = compare("far/textures", folders / "few", *FAST)
+    assert status == 0 and "Caution: B has 5 images" in said and "8 or more images would do" in said
+    status, _, err = compare("test", folders / "broken", *FAST)
+    assert status == 2 and "none of its 1 images can be read" in err
