@@ -17,6 +17,7 @@ TUNED = ("imagenet20", "mini80")  # digits has too few rows a class to play OOD 
 ANALYSES: dict[str, tuple[str, ...]] = {
     "11_shift": ("imagenet20",),
     "12_causal": ("imagenet20",),
+    "13_meaning": ("imagenet20", "digits"),
     "14_layers": ("imagenet20", "digits"),
 }
 

@@ -55,6 +55,7 @@ STAGES = {
     "07_tuning": ("features", "sae", "table"),
     "11_shift": ("features", "head", "sae", "caps", "table"),
     "12_causal": ("features", "head", "sae", "caps"),
+    "13_meaning": ("features", "sae", "caps"),
     "14_layers": ("features", "head"),
 }
 # Code of a page's own beside that of its stages, and committed files that it reads (with the page's profile).
@@ -65,10 +66,16 @@ MADE_BY: dict[str, tuple[str, ...]] = {
         *("capsae.sae.dictionaries", "capsae.probe"),
     ),
     "12_causal": tuple(f"capsae.analyses.causal{part}" for part in ("", "_effects", "_curves", "_text", "_figures")),
+    "13_meaning": (
+        *("capsae.analyses.meaning", "capsae.analyses.meaning_verdicts", "capsae.analyses.meaning_figures"),
+        *("capsae.analyses.contrast", "capsae.analyses.together", "capsae.analyses.neighbours"),
+        *("capsae.analyses.meaning_tables", "capsae.analyses.wordnet"),
+    ),
     "14_layers": ("capsae.analyses.layers", "capsae.analyses.layers_told", "capsae.analyses.layers_figures"),
 }
 READS: dict[str, tuple[str, ...]] = {
     "11_shift": ("capsae/packs/{profile}_shift/pack.json",),
+    "13_meaning": ("capsae/analyses/wordnet.json",),
     "14_layers": ("book/layers/{profile}.csv", "book/layers/{profile}_against_final.csv", "book/layers/{profile}.json"),
 }
 DRAWN_BY = (

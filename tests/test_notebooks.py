@@ -39,6 +39,7 @@ def test_the_chapters_are_there():
         "07_tuning",
         "11_shift",
         "12_causal",
+        "13_meaning",
         "14_layers",
     ]
 
