@@ -53,6 +53,7 @@ STAGES = {
     "05_ablation": ("features", "sae", "caps", "table"),
     "06_sweep": (),
     "07_tuning": ("features", "sae", "table"),
+    "10_ontology": ("features", "sae", "caps"),
     "11_shift": ("features", "head", "sae", "caps", "table"),
     "12_causal": ("features", "head", "sae", "caps"),
     "13_meaning": ("features", "sae", "caps"),
@@ -60,6 +61,10 @@ STAGES = {
 }
 # Code of a page's own beside that of its stages, and committed files that it reads (with the page's profile).
 MADE_BY: dict[str, tuple[str, ...]] = {
+    "10_ontology": (
+        *("capsae.analyses.ontology", "capsae.analyses.ontology_kernels", "capsae.analyses.ontology_study"),
+        *("capsae.analyses.ontology_figures", "capsae.analyses.mantel", "capsae.analyses.wordnet", "capsae.sae"),
+    ),
     "11_shift": (
         *("capsae.analyses.shift", "capsae.analyses.shift_figures", "capsae.analyses.shift_verdicts"),
         *("capsae.analyses.probes", "capsae.analyses.calibration", "capsae.analyses.corruptions"),
@@ -74,6 +79,7 @@ MADE_BY: dict[str, tuple[str, ...]] = {
     "14_layers": ("capsae.analyses.layers", "capsae.analyses.layers_told", "capsae.analyses.layers_figures"),
 }
 READS: dict[str, tuple[str, ...]] = {
+    "10_ontology": ("capsae/analyses/wordnet.json",),
     "11_shift": ("capsae/packs/{profile}_shift/pack.json",),
     "13_meaning": ("capsae/analyses/wordnet.json",),
     "14_layers": ("book/layers/{profile}.csv", "book/layers/{profile}_against_final.csv", "book/layers/{profile}.json"),

@@ -191,7 +191,7 @@ def p_values(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
 def image_choice(units: csc_array, labels, members: np.ndarray) -> Choice:
     """The unit and threshold whose rows are best the rows of a synset's classes, on training rows.
 
-    Candidates are BINS quantiles of each unit's active rows.
+    Candidates are BINS quantiles of each unit's active rows, half way to the next row below.
     """
     labels, (n_classes, n_synsets) = np.asarray(labels), members.shape
     n_units = units.shape[1]
@@ -205,15 +205,15 @@ def image_choice(units: csc_array, labels, members: np.ndarray) -> Choice:
             bins = np.arange(len(values)) * BINS // len(values)
             cells = bins * n_classes + labels[units.indices[part][order]]
             counts[u] = np.bincount(cells, minlength=BINS * n_classes).reshape(BINS, n_classes)
-            thresholds[u, bins] = values[order]  # the last of a bin stays: its least
+            falling = np.append(values[order], 0)
+            thresholds[u, bins] = (falling[:-1] + falling[1:]) / 2  # that of the last of a bin stays
     counts = counts.cumsum(axis=1).reshape(-1, n_classes)
     thresholds = np.minimum.accumulate(thresholds, axis=1).ravel()
     in_class = np.bincount(labels, minlength=n_classes)
     wanted = (in_class[:, None] * members).sum(axis=0)
     found = 2 * (counts @ members.astype(np.float32)) / (counts.sum(axis=1)[:, None] + wanted)
     best = found.argmax(axis=0)
-    below = np.nextafter(thresholds[best], -np.inf)  # a row at the threshold counts as above it
-    return Choice(best // BINS, below, found[best, np.arange(n_synsets)].astype(np.float64))
+    return Choice(best // BINS, thresholds[best], found[best, np.arange(n_synsets)].astype(np.float64))
 
 
 # --- one dictionary
@@ -238,7 +238,9 @@ class Judged:
         return of(getattr(self, key)) + again - again.mean(axis=0)
 
 
-def judge(units: Units, labels, test_labels, members: np.ndarray, place, weights, permutations=0, seed=0) -> Judged:
+def judge(
+    units: Units, labels, test_labels, members: np.ndarray, place, weights, permutations=0, for_unseen=0, seed=0
+) -> Judged:
     """All that is asked of one dictionary.
 
     Parameters
@@ -248,7 +250,7 @@ def judge(units: Units, labels, test_labels, members: np.ndarray, place, weights
     members : (C, S) bool
     place : (C,) as for :func:`unseen_f1`
     weights : (R, N_test) as :func:`image_draws` makes them
-    permutations : how many; half as many for unseen classes, each a search a fold
+    permutations, for_unseen : how many, by classes and by unseen classes (each of those is a search a fold)
     seed : of the permutations
     """
     n_classes, test_labels = len(members), np.asarray(test_labels)
@@ -262,8 +264,9 @@ def judge(units: Units, labels, test_labels, members: np.ndarray, place, weights
     again["by_class"] = f1(means > choice.threshold, np.broadcast_to(members, means.shape), axis=1)
     hits, said = weights @ (fired & of_rows).astype(weights.dtype), weights @ fired.astype(weights.dtype)
     again["by_image"] = 2 * hits / (said + of_rows.sum(axis=0))  # the rows of a class keep their number
-    unseen, null = unseen_f1(train, test, members, place, permutations // 2, seed)
-    null = {"by_class": permuted_f1(train, test, members, permutations, seed), "unseen": null} if permutations else {}
+    unseen, of_unseen = unseen_f1(train, test, members, place, for_unseen, seed)
+    null = {"by_class": permuted_f1(train, test, members, permutations, seed)} if permutations else {}
+    null |= {"unseen": of_unseen} if for_unseen else {}
     return Judged(choice, f1(choice.classes(test), members), f1(fired, of_rows), unseen, again, null)
 
 

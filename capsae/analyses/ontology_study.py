@@ -57,7 +57,7 @@ def dictionaries(run, seeds: Sequence[int] = SEEDS) -> dict[str, list]:
 
 
 def judged(run, found: Mapping[str, list], seeds: Sequence[int] = SEEDS, permutations: int | None = None) -> dict:
-    """Every dictionary and control on every synset: method -> list of Judged, one a draw; the first is permuted.
+    """Every dictionary and control on every synset: method -> list of Judged, one a draw; first draws are permuted.
 
     Two controls join ``found`` (of :func:`dictionaries`): the coordinates of the normalised features with both signs,
     and as many latents of the SAEs, drawn from those that fire. ``permutations``: default MANY, or FEW for large trees.
@@ -72,11 +72,12 @@ def judged(run, found: Mapping[str, list], seeds: Sequence[int] = SEEDS, permuta
         for seed, model in zip(seeds, models, strict=False):
             units = Units.of_codes(model.encode(train.cls), model.encode(test.cls))
             mine = out.setdefault(method, [])
-            mine.append(judge(units, *given, permutations=0 if mine else permutations))
+            n_permuted = 0 if mine or method == UNTRAINED else permutations  # the untrained SAE is a random dictionary
+            mine.append(judge(units, *given, n_permuted, n_permuted // 2 if method == SAE else 0))
             if method == SAE:
                 out.setdefault(part, []).append(judge(units.drawn(n, seed), *given))
     plain = Units.of_features(*(run.sae.normalize(of.cls) for of in (train, test)))
-    return out | {CLS: [judge(plain, *given, permutations=permutations)]}
+    return out | {CLS: [judge(plain, *given, permutations)]}
 
 
 def distances(run, found: Mapping[str, list]) -> dict[tuple[str, str], np.ndarray]:
@@ -225,13 +226,7 @@ def training_text(gains: pd.DataFrame) -> str:
     """Whether the trained dictionary's CAPs agree better with the tree than a random one's."""
     distance, method = HEADLINE
     row = _row(gains, distance=distance, method=method)
-    told = (
-        "Training helps"
-        if row["lo"] > 0
-        else "Training hurts"
-        if row["hi"] < 0
-        else "Training makes no clear difference"
-    )
+    told = "helps" if row["lo"] > 0 else "hurts" if row["hi"] < 0 else "makes no clear difference"
     return (
         f"Training {told}: against a random dictionary's CAPs, r changes by {row['value']:+.2f} ({row['lo']:+.2f} to "
         f"{row['hi']:+.2f})."

@@ -1,0 +1,312 @@
+"""Synsets against latents: what is planted is found, what is not there is not, and each number is its definition."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from capsae.analyses import ontology, wordnet
+from capsae.analyses import ontology_figures as drawn
+from capsae.analyses import ontology_study as study
+from capsae.display import style
+from capsae.packs import load_pack
+from capsae.plan import ANALYSES
+from capsae.publish import path_of, results
+from capsae.sae import SparseCodes
+
+PER_CLASS = 12
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return wordnet.load([wordnet.wnid(name) for name in load_pack("imagenet20", "train").class_names])
+
+
+def _members(tree):
+    return np.stack([tree.members(synset) for synset in tree.synsets], axis=1)
+
+
+def _codes(active, n_latents, seed, k=6):
+    """Codes in which latent i fires in the classes active[:, i], the rest of the slots by noise latents, weakly."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(active)), PER_CLASS)
+    values = np.zeros((len(labels), n_latents))
+    planted = active.shape[1]
+    values[:, :planted] = active[labels] * rng.uniform(1, 2, (len(labels), planted))
+    for row in values:
+        row[planted + rng.choice(n_latents - planted, k, replace=False)] = rng.uniform(0.1, 0.4, k)
+    order = np.argsort(-values, axis=1)[:, : planted + k]
+    found = np.take_along_axis(values, order, axis=1).astype(np.float32)
+    return SparseCodes(found, order.astype(np.int32), n_latents), labels
+
+
+def _judge(active, tree, n_latents=60, permutations=39):
+    (train, labels), (test, test_labels) = (_codes(active, n_latents, seed) for seed in (0, 1))
+    weights = ontology.image_draws(test_labels, 40)
+    given = (labels, test_labels, _members(tree), ontology.tree_order(tree), weights)
+    return ontology.judge(ontology.Units.of_codes(train, test), *given, permutations, permutations // 2)
+
+
+@pytest.fixture(scope="module")
+def planted(tree):
+    return _judge(_members(tree), tree)
+
+
+@pytest.fixture(scope="module")
+def nothing(tree):
+    return _judge(np.zeros((20, 0), bool), tree)
+
+
+def test_one_latent_a_synset_is_found(tree, planted):
+    assert planted.choice.unit.tolist() == list(range(len(tree.synsets)))
+    assert (planted.by_class == 1).all() and (planted.by_image == 1).all() and planted.choice.f1 == pytest.approx(1)
+    large = _members(tree).sum(0) >= ontology.LEAST
+    # "canine" and "dog" differ by the dingo alone: where it is held out, either latent may be chosen for both
+    assert (planted.unseen[large] > 0.9).all() and np.isnan(planted.unseen[~large]).all() and large.sum() == 6
+    assert (planted.replicates["by_image"] == 1).all()
+    assert planted.null["by_class"].mean() < 0.8 and planted.null["unseen"].shape[0] == 19
+    assert (ontology.p_values(planted.by_class, planted.null["by_class"]) <= 0.4).all()
+
+
+def test_where_nothing_is_planted_the_best_of_many_is_what_permutations_give(tree, nothing):
+    p = ontology.p_values(nothing.by_class.mean(), nothing.null["by_class"].mean(axis=1))
+    assert p > 0.05 and abs(nothing.by_class.mean() - nothing.null["by_class"].mean()) < 0.15
+    assert nothing.choice.f1.mean() > nothing.by_class.mean() + 0.1  # the search flatters itself on its own rows
+    summary, _ = ontology.measured({study.SAE: [nothing]})
+    synsets = ontology.by_synset({study.SAE: [nothing]}, tree)
+    assert "it is no more than chance" in study.chance_text(summary, synsets)
+    assert "0 of 11 synsets stand out" in study.chance_text(summary, synsets)
+    with_control, kept = ontology.measured({study.SAE: [nothing], study.RANDOM: [nothing]})
+    gaps = ontology.differences(kept, study.SAE, [study.RANDOM])
+    assert study.ontology_verdict(with_control, gaps, "x").startswith(
+        "On x, the best latents fit WordNet no better than"
+    )
+
+
+def test_p_is_even_where_nothing_is_there():
+    rng, found = np.random.default_rng(0), []
+    members = np.zeros((12, 2), bool)
+    members[:3, 0] = members[2:7, 1] = True
+    for seed in range(120):
+        train = rng.random((12, 30))
+        test = train + 0.05 * rng.random((12, 30))
+        null = ontology.permuted_f1(train, test, members, 19, seed)
+        observed = ontology.f1(ontology.Search(train)(members).classes(test), members)
+        found.append(ontology.p_values(observed.mean(), null.mean(axis=1)))
+    assert np.mean(np.array(found) <= 0.1) < 0.2 and 0.35 < np.mean(np.array(found) <= 0.5) < 0.75
+
+
+def test_the_search_is_its_definition():
+    rng = np.random.default_rng(3)
+    profiles = np.round(rng.random((7, 9)), 1) * (rng.random((7, 9)) < 0.7)  # ties and silence
+    members = rng.random((7, 4)) < 0.4
+    members[0], members[1] = True, False
+    choice = ontology.Search(profiles)(members)
+    for s in range(4):
+        best = 0
+        for u in range(9):
+            levels = np.unique(profiles[:, u])
+            for low, high in zip(levels, levels[1:], strict=False):
+                said = profiles[:, u] > (low + high) / 2
+                both = (said & members[:, s]).sum()
+                best = max(best, 2 * both / (said.sum() + members[:, s].sum()))
+        assert choice.f1[s] == pytest.approx(best)
+        assert ontology.f1(choice.classes(profiles), members)[s] == pytest.approx(best)
+    with pytest.raises(ValueError, match="none of the 9 units"):
+        ontology.Search(np.ones((7, 9)))
+
+
+def test_of_equal_units_the_one_with_the_widest_gap_is_taken():
+    profiles = np.array([[0.01, 1.0, 0.5], [0.01, 1.1, 0.5], [0.0, 0.2, 0.4], [0.0, 0.1, 0.0]])
+    choice = ontology.Search(profiles)(np.array([[True], [True], [False], [False]]))
+    assert choice.unit[0] == 1 and choice.threshold[0] == pytest.approx(0.6) and choice.f1[0] == 1
+
+
+def test_images_are_judged_by_counting(tree):
+    rng = np.random.default_rng(5)
+    codes, labels = _codes(rng.random((20, 3)) < 0.4, 30, 0)
+    units, members = ontology.Units.of_codes(codes, codes), _members(tree)
+    choice = ontology.image_choice(units.train, labels, members)
+    dense, truth = codes.dense(), members[labels]
+    said = dense[:, choice.unit] > choice.threshold
+    assert ontology.f1(said, truth) == pytest.approx(choice.f1, abs=1e-6)
+    every = np.array(
+        [max(ontology.f1(dense > t, truth[:, [s]]).max() for t in np.linspace(0, 2, 300)) for s in range(11)]
+    )
+    assert (choice.f1 <= every + 0.02).all() and (choice.f1 >= every - 0.05).all()  # BINS thresholds, not all
+
+
+def test_unseen_classes_take_no_part_in_the_choice():
+    """A latent a class fits every synset it has seen, and says nothing of a class that it has not."""
+    members = np.zeros((20, 1), bool)
+    members[::2] = True
+    rng = np.random.default_rng(0)
+    coded = np.stack([np.isin(np.arange(20), pick) for pick in combinations(range(20), 3)], axis=1) * 1.0
+    general = rng.random((20, 1)) * 0.2 + members
+    place = np.arange(20)
+    for profiles, least, most in ((coded, 0, 0.7), (np.hstack([coded, general]), 1, 1)):
+        found, null = ontology.unseen_f1(profiles, profiles, members, place, permutations=4)
+        assert least <= found[0] <= most and null.shape == (4, 1)
+    altered = np.hstack([coded, general])
+    altered[place % ontology.FOLDS == 0] = 0  # what the first fold shows in training changes nothing of its judgement
+    seen = ontology.unseen_f1(altered, np.hstack([coded, general]), members, place)[0]
+    held = place % ontology.FOLDS == 0
+    choice = ontology.Search(np.hstack([coded, general])[~held])(members[~held])
+    assert (choice.classes(np.hstack([coded, general])[held]) == members[held]).all() and seen[0] <= 1
+
+
+def test_coordinates_have_both_signs_and_any_threshold():
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(40, 3)), rng.normal(size=(30, 3)) - 5
+    units = ontology.Units.of_features(train, test)
+    assert units.train.shape == (40, 6) and units.test.shape == (30, 6) and (units.train.toarray() > 0).all()
+    labels = np.arange(40) % 4
+    means = ontology.profiles(units.train, labels, 4)
+    raw = np.stack([train[labels == c].mean(0) for c in range(4)])
+    assert np.diff(means[:, :3], axis=0) == pytest.approx(np.diff(raw, axis=0))
+    assert np.diff(means[:, 3:], axis=0) == pytest.approx(-np.diff(raw, axis=0))
+    assert units.drawn(4, 0).train.shape == (40, 4)
+    with pytest.raises(ValueError, match="each of the 5 classes"):
+        ontology.profiles(units.train, labels, 5)
+
+
+def test_draws_keep_the_rows_of_each_class_and_intervals_hold_the_estimate(tree):
+    weights = ontology.image_draws(np.array([0, 0, 0, 1, 1]), 50)
+    assert (weights[:, :3].sum(1) == 3).all() and (weights[:, 3:].sum(1) == 2).all() and weights.std(0).min() > 0
+    active = _members(tree) ^ (np.random.default_rng(0).random((20, 11)) < 0.1)
+    noisy = _judge(active, tree, permutations=0)
+    table = ontology.by_synset({study.SAE: [noisy, noisy]}, tree)
+    assert (table["lo"] <= table["f1"] + 1e-9).all() and (table["f1"] <= table["hi"] + 1e-9).all()
+    assert table["p"].isna().all() and table["f1"].mean() > 0.5
+    summary, kept = ontology.measured({study.SAE: [noisy], "other": [noisy]})
+    assert (summary["lo"] <= summary["value"] + 1e-9).all() and (summary["value"] <= summary["hi"] + 1e-9).all()
+    gaps = ontology.differences(kept, study.SAE, ["other"])
+    assert (gaps[["value", "lo", "hi"]] == 0).all(axis=None) and set(gaps["verdict"]) == {"undecided"}
+
+
+def test_the_tree_in_a_list(tree):
+    place = ontology.tree_order(tree)
+    assert sorted(place) == list(range(20))
+    spread = [s for s in tree.synsets if np.ptp(place[tree.members(s)]) != tree.members(s).sum() - 1]
+    assert [tree.name(s) for s in spread] == ["device"]  # a chain saw is a device, but also a tool
+    depth = dict(zip((tree.name(s) for s in tree.synsets), ontology.indents(tree, tree.synsets), strict=True))
+    assert (depth["vertebrate"], depth["canine"], depth["dog"], depth["artifact"]) == (0, 1, 2, 0)
+    assert ontology.trivial_f1(np.array([[True], [True], [False], [False]]))[0] == pytest.approx(2 * 2 / 6)
+
+
+# --- sentences and figures
+
+
+def _summary(p=0.001, value=0.7):
+    cells = {"method": study.SAE, "value": value, "lo": 0.6, "hi": 0.8, "least": 0.65, "largest": 0.75}
+    cells |= {"null": 0.4, "null_lo": 0.3, "null_hi": 0.5, "p": p}
+    measures = ("mean F1", "share of F1 from 0.7", "share of F1 from 0.9")
+    return pd.DataFrame([cells | {"by": by, "measure": m} for by in ("classes", "images") for m in measures])
+
+
+def _gaps(*verdicts):
+    of = {"by": "classes", "measure": "mean F1", "value": 0.1, "lo": 0.0, "hi": 0.2}
+    rows = [{"other": f"control {i}", **of, "verdict": verdict} for i, verdict in enumerate(verdicts)]
+    return pd.DataFrame(
+        [*rows, {"other": "SAE, 8 latents", "by": "classes", "measure": "mean F1", "verdict": "better"}]
+    )
+
+
+def test_sentences_in_every_direction():
+    told = study.ontology_verdict(_summary(), _gaps("better", "better"), "x")
+    assert told.endswith("p = 0.001), better than every control, whichever way it is judged (2 comparisons).")
+    told = study.ontology_verdict(_summary(), _gaps("better", "undecided", "worse", "better"), "x")
+    assert told.endswith("better than its controls in 2 of 4 comparisons and worse in 1.")
+    told = study.ontology_verdict(_summary(), _gaps("worse", "undecided"), "x")
+    assert told.endswith("but no better than the controls: better in 0 of 2 comparisons, worse in 1.")
+    assert "no better than chance would (p = 0.200)" in study.ontology_verdict(_summary(0.2), _gaps("better"), "x")
+    told = study.control_text(_gaps("better", "worse", "undecided")[:3], "classes")
+    assert "better than the control 0: +0.10 (+0.00 to +0.20); not told from the control 2" in told
+    assert "; worse than the control 1: " in told
+    synsets = pd.DataFrame({"method": study.SAE, "q": [0.01, 0.2, 0.04]})
+    assert "it is more than chance, p = 0.001, and 2 of 3 synsets" in study.chance_text(_summary(), synsets)
+    assert "by classes 70 % (60 to 80) and 70 %" in study.coverage_text(_summary())
+
+
+def _agreement(p=0.001, beyond_p=0.001, gain=(0.1, 0.05, 0.15)):
+    row = {"of": study.SAE, "distance": "cosine", "method": "spearman", "r": 0.5, "lo": 0.4, "hi": 0.6, "p": p}
+    row |= {"beyond": 0.3, "beyond_lo": 0.2, "beyond_hi": 0.4, "beyond_p": beyond_p, "over": "Euclidean"}
+    return pd.DataFrame([row | dict(zip(("gain", "gain_lo", "gain_hi"), gain, strict=True))])
+
+
+def test_sentences_on_distances_in_every_direction():
+    assert "CAPs agrees with" in study.mantel_text(_agreement(), "x") and "1 have p < 0.05" in study.mantel_text(
+        _agreement(), "x"
+    )
+    assert "does not clearly agree with" in study.mantel_text(_agreement(p=0.3), "x")
+    assert "CAPs add to what" in study.beyond_text(_agreement()) and " better than the best" in study.beyond_text(
+        _agreement()
+    )
+    told = study.beyond_text(_agreement(beyond_p=0.4, gain=(-0.1, -0.2, -0.05)))
+    assert "add nothing clear" in told and "agree with it worse than the best of those, Euclidean" in told
+    assert "neither clearly better nor worse" in study.beyond_text(_agreement(gain=(0.1, -0.1, 0.3)))
+    for lo, hi, told in ((0.1, 0.3, "helps"), (-0.3, -0.1, "hurts"), (-0.1, 0.1, "makes no clear difference")):
+        gains = pd.DataFrame([{"distance": "cosine", "method": "spearman", "value": (lo + hi) / 2, "lo": lo, "hi": hi}])
+        assert study.training_text(gains).startswith(f"Training {told}: ")
+
+
+def test_classes_of_another_kind_are_refused():
+    class Digits:
+        profile = type("P", (), {"name": "digits"})
+
+        def features(self, _):
+            return type("F", (), {"class_names": ("0", "1")})
+
+    with pytest.raises(ValueError, match="digits.*class '0'"):
+        study.taxonomy(Digits())
+
+
+def test_figures_are_drawn_in_both_themes(tree, planted, nothing):
+    judged = {study.SAE: [planted], study.CLS: [nothing], study.RANDOM: [nothing], "SAE, 8 latents": [nothing]}
+    synsets = ontology.by_synset(judged, tree)
+    summary, _ = ontology.measured(judged)
+    path = tree.path_distance()
+    found = {(study.SAE, "cosine"): path / 30.0}
+    names = load_pack("imagenet20", "train").class_names
+    pairs = study.ordered_pairs(tree, path / 30.0, names)
+    assert pairs["distance"].to_numpy() == pytest.approx(pairs["path"] / 30)
+    along = study.along_paths(path, found, list(found))
+    assert along["pairs"].sum() == 190 and (along["q50"] == along["path"] / 30).all()
+    for theme in ("light", "dark"):
+        with style(theme):
+            figure = drawn.synset_dots(synsets)
+            labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+            assert labels[:3] == ["vertebrate (12)", "· canine (11)", "· · dog (10)"]
+            assert len(drawn.coverage_curves(study.covered(synsets, summary)).axes) == 3
+            assert len(drawn.distance_by_path(along).axes) == 1
+            assert len(drawn.ordered_heatmap(pairs).axes) == 2
+
+
+# --- the published pages
+
+
+@pytest.mark.parametrize("profile", ANALYSES["10_ontology"])
+def test_the_pages_sentences_are_those_of_their_tables(profile):
+    page = path_of(f"{profile}/10_ontology")
+    told = results(f"{profile}/10_ontology")
+    tables = {
+        name: pd.read_csv(page.parent / "data" / "10_ontology" / f"{name}.csv")
+        for name in ("summary", "differences", "synsets", "mantel", "training")
+    }
+    summary, gaps, synsets = (tables[name] for name in ("summary", "differences", "synsets"))
+    assert told["verdict"] == study.ontology_verdict(summary, gaps, profile)
+    assert told["coverage"] == study.coverage_text(summary)
+    assert told["controls"] == [study.control_text(gaps, by) for by in dict.fromkeys(summary["by"])]
+    permuted = summary[summary["p"].notna()]["method"].drop_duplicates()
+    assert told["chance"] == [study.chance_text(summary, synsets, name) for name in permuted]
+    agreement = tables["mantel"]
+    wanted = [study.mantel_text(agreement, profile), study.mantel_text(agreement, profile, study.RANDOM)]
+    wanted += [study.beyond_text(agreement), study.training_text(tables["training"])]
+    assert told["mantel"] == wanted
+    own = synsets[synsets["method"] == study.SAE]
+    assert len(own) == told["synsets"]
+    row = summary[(summary["method"] == study.SAE) & (summary["by"] == "classes") & (summary["measure"] == "mean F1")]
+    assert row["value"].iloc[0] == pytest.approx(own["f1"].mean(), abs=1e-4)
