@@ -1,0 +1,414 @@
+"""The page on dark matter: what is planted is found, parts sum to the input, sentences say what their tables say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import small_profile
+
+from capsae import Observations, SAEConfig, detectors, display, plan, publish
+from capsae.analyses import dark_matter, dark_matter_figures, dark_matter_scores, dark_matter_words
+from capsae.analyses.dark_matter import CrossFit, Ridge, r2, r2_intervals, rescaled
+from capsae.comparisons import HEADLINE
+from capsae.evaluate import compare, evaluate
+from capsae.pipeline import Run
+from capsae.sae import TopKSAE, dictionaries
+
+
+def _rows(n, d=12, seed=0):
+    rng = np.random.default_rng([seed, n])
+    return rng.normal(size=(n, d)) * np.linspace(1, 3, d) + 1
+
+
+class Planted:
+    """A coder whose error is what `error` makes of its normalised input, here the row itself."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def normalize(self, x):
+        return x
+
+    def encode(self, x):
+        return x
+
+    def decode(self, codes):
+        return codes - self.error(codes)
+
+
+def _matrix(d=12):
+    return np.random.default_rng(3).normal(size=(d, d))
+
+
+def _noise(x):
+    """Noise of the row: the same for the same row, unlike in all others, and no function that is linear in it."""
+    seeds = np.abs(x[:, :2] * 1e6).astype(np.int64)
+    return np.stack([np.random.default_rng(pair).normal(size=x.shape[1]) for pair in seeds])
+
+
+# --- predictability
+
+
+def test_a_linear_error_is_wholly_predictable_and_noise_is_not():
+    coders = {"SAE, k = 4": Planted(lambda x: x @ _matrix() - 2), "noise": Planted(_noise)}
+    found = dark_matter.predictability(coders, _rows(600), _rows(200), _rows(150), n_boot=200)
+    exact = found[(found["coder"] == "SAE, k = 4") & (found["target"] == "vector")].set_index("fit")
+    assert exact.loc[["train", "rescaled", "unseen"], "value"].to_numpy() == pytest.approx(1, abs=1e-6)
+    assert exact.loc["one number", "value"] < 0.5
+    for name in ("noise", "shuffled rows"):
+        rows = found[(found["coder"] == name) & (found["fit"] != "train")]
+        assert set(rows["target"]) == {"vector", "norm2", "norm"}
+        assert (rows["value"] < 0.02).all() and (rows["lo"] < 0).all(), rows
+    assert (found["lo"] <= found["value"] + 1e-3).all() and (found["value"] <= found["hi"] + 1e-3).all()
+
+
+def test_half_of_the_variance_gives_half_and_a_shrunk_input_is_one_number():
+    def half(x):
+        linear = (x - 1) @ _matrix()
+        return linear + np.sqrt((linear**2).mean()) * _noise(x)
+
+    found = dark_matter.predictability(
+        {"a": Planted(half), "b": Planted(lambda x: 0.2 * x)}, *map(_rows, (2000, 300, 400))
+    )
+    value = found[found["target"] == "vector"].set_index(["coder", "fit"])["value"]
+    assert value["a", "train"] == pytest.approx(0.5, abs=0.05) and value["a", "unseen"] == pytest.approx(0.5, abs=0.06)
+    assert value["b", "one number"] == pytest.approx(1, abs=1e-9)
+
+
+def test_errors_of_other_rows_that_are_larger_are_rescaled():
+    """What is fitted on small errors predicts too little; one factor from validation rows mends it."""
+    u, v, t = _rows(500), _rows(300), _rows(200)
+    plain = Ridge(u).choose(0.4 * u @ _matrix(), v, v @ _matrix())
+    mended = rescaled(plain, v, v @ _matrix() + 5)
+    assert r2(t @ _matrix() + 5, mended(t)) == pytest.approx(1, abs=1e-6) and mended.scale == pytest.approx(
+        2.5, rel=1e-4
+    )
+    assert r2(t @ _matrix(), plain(t)) < 0.8
+
+
+def test_ridge_is_ridge_and_its_penalty_is_chosen_on_validation_rows():
+    from sklearn.linear_model import Ridge as Reference
+
+    u, y = _rows(60), _rows(60, 3, seed=5)
+    ours = Ridge(u)
+    for one in ours.path(y, [1e-2, 1.0]):
+        alpha = one.penalty * ours.values.mean()
+        assert one(u) == pytest.approx(Reference(alpha=alpha).fit(u, y).predict(u), abs=1e-8)
+    v = _rows(400)
+    assert ours.choose(y, v, np.tile(y.mean(0), (400, 1)) + 0.01 * _noise(v)[:, :3]).penalty == max(
+        dark_matter.PENALTIES
+    )
+    assert ours.choose(u[:, :3], v, v[:, :3]).penalty == min(dark_matter.PENALTIES)
+
+
+def test_a_cross_fitted_row_takes_no_part_in_its_own_prediction():
+    v, t = _rows(100), _rows(90, seed=2)
+    crossed, y_v, y_t = CrossFit(v, t), v @ _matrix(), t @ _matrix()
+    before = crossed.predict(y_v, y_t, [1e-3])
+    y_t[7] += 1000
+    after = crossed.predict(y_v, y_t, [1e-3])
+    assert np.array_equal(before[7], after[7])
+    assert not np.allclose(np.delete(before, np.flatnonzero(crossed.of_test == crossed.of_test[7]), 0),
+                           np.delete(after, np.flatnonzero(crossed.of_test == crossed.of_test[7]), 0))  # fmt: skip
+
+
+def test_the_interval_of_r2_covers_as_it_should():
+    rng, covered, truth = np.random.default_rng(0), 0, 0.5
+    for trial in range(120):
+        guess = rng.normal(size=(150, 1))
+        cell = r2_intervals(guess + rng.normal(size=(150, 1)), {"": guess}, n_boot=200, seed=trial)[""]
+        covered += cell["lo"] <= truth <= cell["hi"]
+    assert 104 <= covered <= 120
+
+
+def test_what_cannot_be_fitted_is_refused():
+    with pytest.raises(ValueError, match="all equal"):
+        Ridge(np.ones((5, 3)))
+    with pytest.raises(ValueError, match="too few for 10 folds"):
+        CrossFit(_rows(15), _rows(100))
+    with pytest.raises(ValueError, match="do not vary"):
+        r2(np.ones((4, 2)), np.zeros((4, 2)))
+    other = dictionaries.create("pca", 4, 4, normalize="none").fit(_rows(40))
+    with pytest.raises(ValueError, match="b normalises its input in another way than a"):
+        same = dictionaries.create("pca", 4, 4, normalize="l2").fit(_rows(40))
+        dark_matter.predictability({"a": other, "b": same}, _rows(40), _rows(30), _rows(30))
+
+
+def test_pca_of_equal_size_leaves_at_most_the_error_and_one_component_less_leaves_more():
+    x, v = _rows(300), _rows(100)
+    sae = dictionaries.create("random", 48, 6, normalize="sample").fit(x)
+    rank = dark_matter.equal_rank(sae, x, v)
+    left = [(dark_matter.errors(c, v)[1] ** 2).sum() for c in
+            (sae, *(dictionaries.create("pca", r, r).fit(x) for r in (rank, rank - 1)))]  # fmt: skip
+    assert 1 < rank < 12 and left[1] <= left[0] < left[2]
+
+
+# --- parts
+
+
+def test_parts_sum_to_the_input_and_shares_to_one():
+    sae = TopKSAE.untrained(12, SAEConfig(latents=32, k=4))
+    x = {"train": _rows(300), "val": _rows(100), "test": _rows(80), "near/a": _rows(60) ** 3}
+    x = {name: rows.astype(np.float32) for name, rows in x.items()}
+    linear = dark_matter.linear_part(sae, x["train"], x["val"])
+    split = {name: dark_matter.parts(sae, linear, rows) for name, rows in x.items()}
+    for name, of in split.items():
+        assert of["input"] == pytest.approx(of["reconstruction"] + of["linear"] + of["rest"], abs=1e-12)
+        assert of["error"] == pytest.approx(of["linear"] + of["rest"], abs=1e-12)
+        assert of["reconstruction"] == pytest.approx(sae.decode(sae.encode(x[name])), abs=1e-5)
+    assert abs(r2(split["val"]["rest"], 0 * split["val"]["rest"] + split["val"]["rest"].mean(0))) < 1e-12
+    found = dark_matter.structure(split, n_boot=50)
+    shares = found[found["measure"] == "share"].set_index(["set", "what"])["value"]
+    for name in ("test", "near/a"):
+        assert sum(shares[name, part] for part in (*dark_matter.THREE, "cross")) == pytest.approx(1)
+    assert set(found["set"]) == {"test", "near/a"} and found["value"].between(-3, 3).all()
+    assert found[found["measure"] == "cosine"]["value"].between(-1, 1).all()
+
+
+# --- scores
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dark")
+    sets = {
+        name: small_profile.features(name, n) for name, n in (small_profile.SETS | {"train": 80, "test": 30}).items()
+    }
+    run = Run(small_profile.write(folder, sets), {"sae.epochs": 10}, store=folder / "store", progress=False)
+    train, val = (run.features(name).cls for name in ("train", "val"))
+    linear = dark_matter.linear_part(run.sae, train, val)
+    seen = dark_matter_scores.observe(run, linear, ("train", "val", "test", *run.profile.ood_sets))
+    return run, seen, dark_matter_scores.fitted(run, seen["train"], seen["val"])
+
+
+@pytest.fixture(scope="module")
+def tables(page):
+    run, seen, scorers = page
+    ood = {name: seen[name] for name in run.profile.ood_sets}
+    table = dark_matter_scores.part_table(scorers, seen["test"], ood, n_boot=50)
+    return table, dark_matter_scores.compared(scorers, seen["test"], ood, n_boot=200)
+
+
+def test_mahalanobis_cannot_tell_the_linear_part_from_the_input(page):
+    _, seen, scorers = page
+    for name in dark_matter_scores.INVARIANT:
+        a, b = (scorers[f"{name} | {part}"].score(seen["near/shifted"]) for part in ("linear", "input"))
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+    a, b = (scorers[f"mds++ | {part}"].score(seen["near/shifted"]) for part in ("linear", "input"))
+    assert not np.allclose(a, b, rtol=1e-2)
+
+
+def test_scores_stand_where_they_apply(page):
+    run, seen, scorers = page
+    cells = {tuple(name.split(" | ")) for name in scorers}
+    for name in (*dark_matter_scores.ON_PARTS, "length"):
+        assert {part for method, part in cells if method == name} == set(dark_matter_scores.COLUMNS)
+    for name in dark_matter_scores.through_head():
+        assert {"logits", "head"} & set(detectors.info(name)["needs"])
+        assert {part for method, part in cells if method == name} == {"features", "reconstruction"}
+    baselines = {n for n in detectors.available() if detectors.info(n)["group"] == "baseline"}
+    assert baselines <= {method for method, _ in cells}
+    own = run.detectors(["energy", "epd"])
+    assert scorers["energy | features"].score(seen["test"]) == pytest.approx(
+        own["energy"].score(run.observations("test"))
+    )
+    assert np.array_equal(
+        scorers["epd | reconstruction"].score(seen["test"]), own["epd"].score(run.observations("test"))
+    )
+    logits = run.head.logits(run.sae.reconstruct(run.features("test").cls))
+    energy = detectors.create("energy").score(Observations(run.features("test").cls, logits=logits))
+    assert scorers["energy | reconstruction"].score(seen["test"]) == pytest.approx(energy, rel=1e-5)
+
+
+def test_the_table_is_evaluates(page, tables):
+    run, seen, scorers = page
+    some = {name: scorers[name] for name in ("knn | rest", "epd | reconstruction")}
+    ood = {name: seen[name] for name in run.profile.ood_sets}
+    keys = ["method", "set", "group", "metric"]
+    ours = tables[0].assign(method=tables[0]["method"] + " | " + tables[0]["part"]).set_index(keys)["value"]
+    theirs = evaluate(some, seen["test"], ood, n_boot=0).set_index(keys)["value"]
+    rows = [key for key in theirs.index if key[3] in (HEADLINE, "fpr95_id_pos", "auroc")]
+    assert len(rows) == 2 * 3 * 5 and ours[rows].to_numpy() == pytest.approx(theirs[rows].to_numpy())
+    cells = tables[0]
+    assert (cells["lo"] <= cells["value"] + 0.1).all() and (cells["value"] <= cells["hi"] + 0.1).all()
+
+
+def test_comparisons_are_those_of_the_pairs(page, tables):
+    run, seen, scorers = page
+    ood = {name: seen[name] for name in run.profile.ood_sets}
+    again = compare(scorers, seen["test"], ood, dark_matter_scores.pairs(), n_boot=200)
+    assert again["p_holm"].tolist() == tables[1]["p_holm"].tolist()
+    assert len(tables[1]) == len(dark_matter_scores.pairs()) * 3 * 3
+    assert not any("linear" in "".join(p) and p[0].startswith("mds |") for p in dark_matter_scores.pairs())
+    assert 20 * len(dark_matter_scores.pairs()) / 0.05 <= 6000  # replicates of the page: see compare
+
+
+def test_length_and_sum():
+    rows = Observations(_rows(50))
+    one = dark_matter_scores.Length().fit(rows)
+    far = Observations(_rows(50) + 40)
+    assert (one.score(far) > one.score(rows).max()).all()
+    both = dark_matter_scores.Summed((one, one)).fit(rows, rows)
+    assert both.score(rows).mean() == pytest.approx(0, abs=1e-9) and both.score(rows).std() == pytest.approx(2)
+
+
+# --- sentences
+
+
+def _found(vector, norm2=(0.5, 0.4, 0.6), fvu=(0.1, 0.2), train=-1.0, one=0.2, coder="SAE, k = 32"):
+    cells = {("vector", "unseen"): vector, ("norm2", "unseen"): norm2, ("vector", "rescaled"): vector,
+             ("vector", "one number"): (one, one, one), ("norm2", "train"): (train, train, train)}  # fmt: skip
+    rows = [(coder, *key, *cell, *fvu) for key, cell in cells.items()]
+    return pd.DataFrame(rows, columns=["coder", "target", "fit", "value", "lo", "hi", "fvu_train", "fvu_test"])
+
+
+def test_sentences_on_predictability_both_ways():
+    words = dark_matter_words
+    told = words.predictable(_found((0.3, 0.25, 0.35)), "x")
+    assert "30 % (25 to 35) of the error vector and 50 % (40 to 60) of its squared norm" in told
+    assert "not clearly" not in told
+    assert "1 % (-1 to 2) of the error vector, which is not clearly over 0" in words.predictable(
+        _found((0.01, -0.01, 0.02)), "x"
+    )
+    assert "more than half of that is mere shrinkage" in words.shrinkage(_found((0.3, 0.2, 0.4)), "x")
+    assert "less than half of that is mere shrinkage" in words.shrinkage(_found((0.3, 0.2, 0.4), one=0.1), "x")
+    assert "predicts nothing clear" in words.shrinkage(_found((0.0, -0.1, 0.1)), "x")
+    told = words.memory(_found((0.3, 0.2, 0.4)), "x")
+    assert "10.0 %" in told and "20.0 %" in told and "2.0 times as much" in told and "is worse than a constant" in told
+    assert "still holds on test rows (R² 0.30)" in words.memory(_found((0.3, 0.2, 0.4), train=0.3), "x")
+    assert "errors of training rows stand for those" in words.memory(_found((0.3, 0.2, 0.4), fvu=(0.2, 0.21)), "x")
+    assert words.whole(-0.001) == "0" and words.whole(-0.02) == "-2"
+
+
+def test_sentences_on_controls_and_k_both_ways():
+    words = dark_matter_words
+
+    def against(cell):
+        return words.control(pd.concat([_found((0.3, 0.25, 0.35)), _found(cell, coder="c")]), "c", "x")
+
+    assert "is more predictable than that of *c*" in against((0.1, 0.0, 0.2))
+    assert "is less predictable than that of *c*" in against((0.5, 0.4, 0.6))
+    assert "is neither clearly more nor clearly less predictable than that" in against((0.3, 0.2, 0.4))
+
+    def ks(*values):
+        cells = [
+            _found((v, v - 0.02, v + 0.02), coder=f"SAE, k = {k}") for k, v in zip((32, 8, 96), values, strict=False)
+        ]
+        return words.over_k(pd.concat(cells), "x")
+
+    assert "falls as k grows: 50 % at k = 8, 30 % at k = 32, 10 % at k = 96" in ks(0.3, 0.5, 0.1)
+    assert "rises as k grows" in ks(0.3, 0.1, 0.5) and "does not clearly change" in ks(0.3, 0.29, 0.3)
+    assert "goes up and down" in ks(0.5, 0.1, 0.3) and "one k was tried" in ks(0.3)
+
+
+def _pair(method, part, other_part, verdict, value=0.02):
+    cells = {"value": value, "lo": value - 0.01, "hi": value + 0.01, "p_holm": 0.01, "p_at_most": False}
+    return {"method": method, "part": part, "other": method, "other_part": other_part, "set": "mean",
+            "metric": HEADLINE, "verdict": verdict} | cells  # fmt: skip
+
+
+@pytest.mark.parametrize(("verdict", "lost", "pca", "added"), [
+    ("worse", "loses by seeing", "tells less than", "hurts EPD"),
+    ("better", "gains by seeing", "tells more than", "helps EPD"),
+    ("undecided", "neither clearly loses nor gains", "neither clearly more nor less than", "makes no clear difference"),
+])  # fmt: skip
+def test_sentences_on_differences_say_their_verdict(verdict, lost, pca, added):
+    rows = [_pair("mds", "reconstruction", "input", verdict), _pair("mds", "error", "pca_rest", verdict)]
+    rows.append(_pair("epd+error", "input", "reconstruction", verdict))
+    compared, words = pd.DataFrame(rows), dark_matter_words
+    assert lost in words.lost(
+        compared, "mds", "x"
+    ) and "+2.0 points (+1.0 to +3.0 uncorrected), p = 0.010" in words.lost(compared, "mds", "x")
+    assert pca in words.beside_pca(compared, "mds", "x") and added in words.added(compared, "x")
+
+
+def test_the_part_that_carries_most_must_be_clear_of_all_others():
+    def told(method, values, *verdicts):
+        rows = [{"method": method, "part": p, "set": "mean", "group": "all", "metric": HEADLINE, "value": v}
+                for p, v in zip(dark_matter.THREE, values, strict=True)]  # fmt: skip
+        pairs = [_pair(method, *pair, v) for pair, v in zip(dark_matter.CROSSED, verdicts, strict=True)]
+        return dark_matter_words.carries_most(pd.DataFrame(pairs), pd.DataFrame(rows), method, "x")
+
+    clear = told("mds++", (0.3, 0.2, 0.1), "undecided", "worse", "worse")
+    assert (
+        "the rest of the error carries most of the OOD signal" in clear
+        and "10.0 % against 20.0 % of the linear" in clear
+    )
+    unclear = told("mds++", (0.3, 0.2, 0.1), "better", "worse", "undecided")
+    assert "no part clearly carries most: the rest of the error leads" in unclear
+    assert unclear.endswith("not clearly over the linear part of the error (Holm).")
+    two = told("mds", (0.3, 0.1, 0.2), "worse", "worse", "better")
+    assert "the rest of the error carries most" in two and "MDS cannot tell the linear part from the whole input" in two
+
+
+def test_growth_counts_sets_beyond_the_interval_on_id():
+    rows = [("test", "id", "share", part, 0.1, 0.09, 0.11) for part in ("linear", "rest")]
+    rows += [
+        ("near/a", "near", "share", "linear", 0.2, 0.19, 0.21),
+        ("near/a", "near", "share", "rest", 0.11, 0.10, 0.12),
+    ]
+    table = pd.DataFrame(rows, columns=["set", "group", "measure", "what", "value", "lo", "hi"])
+    told = dark_matter_words.grows(table, "x")
+    assert "linear part of the error is clearly larger than on ID test rows on 1 of 1 OOD sets" in told
+    assert told.endswith("the rest of the error is clearly larger than on ID test rows on 0 of 1.")
+
+
+# --- the page
+
+
+def test_figures_are_drawn_in_both_themes(tables):
+    cells = [(s, "id", w, 0.5, 0.4, 0.6) for s in ("test", "near/a") for w in (*dark_matter.THREE, "cross")]
+    shares = pd.DataFrame(cells, columns=["set", "group", "what", "value", "lo", "hi"])
+    alone = tables[0][(tables[0]["group"] == "all") & tables[0]["method"].isin(["mds", "length"])]
+    for function, data, options in [
+        (dark_matter_figures.predictability, _found((0.3, 0.2, 0.4)), {}),
+        (dark_matter_figures.shares, shares, {}),
+        (dark_matter_figures.heatmap, alone, {"metric": HEADLINE, "label": "FPR95, OOD positive, %"}),
+    ]:
+        for theme in ("light", "dark"):
+            with display.style(theme):
+                figure = function(data, **options)
+                assert figure.get_size_inches()[0] <= display.WIDE and len(display.render_png(figure)) > 1000
+
+
+@pytest.mark.parametrize("profile", plan.ANALYSES["09_dark_matter"])
+def test_a_published_page_holds_against_its_numbers(profile):
+    name = f"{profile}/09_dark_matter"
+    path = publish.path_of(name)
+    if not path.is_file():
+        pytest.skip("this page is not executed yet")
+    found, words = publish.results(name), dark_matter_words
+    data = path.parent / "data" / path.stem
+    table, cells = pd.DataFrame(found["predictability"]), pd.read_csv(data / "all_cells.csv")
+    compared, judged = pd.DataFrame(found["compared"]), dark_matter_scores.JUDGED
+    controls = [c for c in dict.fromkeys(table["coder"]) if not c.startswith("SAE, k")]
+    sentences = {f(table, profile) for f in (words.predictable, words.shrinkage, words.memory, words.over_k)}
+    sentences |= {words.control(table, control, profile) for control in controls}
+    assert {"shuffled rows", "random dictionary"} <= set(controls) and sentences <= set(found["words"])
+    assert found["verdicts"] == [
+        *(words.lost(compared, m, profile) for m in judged),
+        *(words.carries_most(compared, cells, m, profile) for m in judged),
+        *(words.beside_pca(compared, m, profile) for m in judged),
+        words.added(compared, profile),
+    ]
+    for row in found["compared"]:
+        clear = row["p_holm"] < 0.05
+        assert row["verdict"] == (("better" if row["value"] < 0 else "worse") if clear else "undecided")
+        means = [words.pick(cells, method=row[m], part=row[p], set="mean", group="all", metric=HEADLINE)["value"]
+                 for m, p in (("method", "part"), ("other", "other_part"))]  # fmt: skip
+        assert row["value"] == pytest.approx(means[0] - means[1], abs=1e-5)
+    text = path.read_text(encoding="utf-8")
+    assert all(sentence in text for sentence in [*found["words"], *found["verdicts"]])
+    exact = table[
+        table["coder"].str.startswith("PCA, first") & (table["target"] == "vector") & (table["fit"] == "unseen")
+    ]
+    assert exact["value"].to_numpy() == pytest.approx(1, abs=1e-3)
+    shuffled = table[(table["coder"] == "shuffled rows") & (table["fit"] != "train")]
+    assert len(shuffled) and (shuffled["value"].abs() < 0.02).all()
+    same = [
+        words.pick(cells, method="mds", part=p, set="mean", group="all", metric=HEADLINE)["value"]
+        for p in ("input", "linear")
+    ]
+    assert same[0] == pytest.approx(same[1], abs=0.005)
+    assert len(text) < 1_500_000
