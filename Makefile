@@ -1,4 +1,4 @@
-# make reproduce | test | book | bench | lint | clean
+# make reproduce | test | book | zoo | bench | lint | clean
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BENCH := .venv-bench
 # One place for all results; `make clean` removes it.
 export CAPSAE_HOME ?= $(CURDIR)/.capsae
 
-.PHONY: reproduce test book bench lint clean env
+.PHONY: reproduce test book zoo bench lint clean env
 
 reproduce: env  ## execute every notebook on the embedded profiles, then build the book
 	$(BIN)/capsae reproduce --all
@@ -17,6 +17,9 @@ test: env
 
 book: env  ## render the committed runs only
 	$(BIN)/jupyter-book build -W -n --keep-going book/
+
+zoo: env  ## every autoencoder and dictionary on the same features: tables in book/zoo, at most half an hour
+	$(BIN)/capsae zoo
 
 bench: env $(BENCH)/.installed  ## the SAE trainers of other libraries stand beside ours, in an environment of their own
 	$(BENCH)/bin/python -m benchmarks.sae_training

@@ -28,6 +28,7 @@ In this order, each on what the one before it made (nothing is made twice):
   capsae evaluate features.safetensors --out table.csv
                                        features of your own, from any framework: every score, intervals and tests
   capsae detectors                     every score: formula, options, source
+  capsae zoo                           every autoencoder and dictionary on the same features: tables in book/zoo
   capsae reproduce                     all of the book: execute what is not fresh, then build it
 
 Change any setting:  --set sae.k=64 --set caps.core_fraction=0.2
@@ -138,6 +139,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
 
     command = add("detectors", "list every score with formula, options and source", parents=(common,))
+
+    command = add("zoo", "fit and measure every autoencoder and dictionary; a killed run goes on", parents=(common,))
+    command.add_argument(
+        "--profile", "-p", action="append", metavar="NAME", help="may repeat (default: imagenet20 and mini80)"
+    )
+    command.add_argument("--members", action="append", default=[], metavar="A,B", help="only these (default: all)")
+    command.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: 0 1 2 3 4")
+    command.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
+    command.add_argument(
+        "--out", metavar="FOLDER", help="of the tables (default: book/zoo; build/zoo where not all is run)"
+    )
 
     command = add("reproduce", "execute what is not fresh and build the book", parents=(common,))
     command.add_argument("profiles", nargs="*", metavar="PROFILE", help="only the pages of these (default: all)")

@@ -221,6 +221,27 @@ def detectors(options) -> int:
     return 0
 
 
+def zoo(options) -> int:
+    from .plan import root
+    from .zoo import members, tables
+    from .zoo.fitting import RATES, SEEDS
+    from .zoo.runner import PROFILES, run_backbones, run_zoo
+
+    names = [name for text in options.members for name in text.split(",")] or members()
+    seeds = tuple(options.seeds) or SEEDS
+    whole = tables.is_whole(names, seeds, RATES)
+    folder = Path(options.out) if options.out else root() / (tables.FOLDER if whole else "build/zoo")
+    for profile in options.profile or PROFILES:
+        found = run_zoo(profile, names, seeds, options.jobs)
+        path = tables.save(*found, folder)
+        sys.stdout.write(f"{path}\n")
+    if whole and not options.profile:
+        path = folder / "backbones.csv"
+        run_backbones().to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
 def reproduce(options) -> int:
     from . import publish
     from .plan import pages

@@ -16,6 +16,7 @@ BROKEN = "This benchmark is broken"  # how `comparisons.pixel_verdict` begins wh
 RESULTS = Path("benchmarks/results")
 SELECTION = Path("benchmarks/results/rpd_selection.csv")
 PARITY = Path("benchmarks/results/parity.json")
+DICTIONARIES = "the metadata in capsae/sae"
 # Metrics in which a difference is tested, and the sign that is better.
 DIFFERENCES = {
     "fpr95_ood_pos": ("FPR95, OOD positive", -1),
@@ -27,7 +28,9 @@ Results = Callable[[str], Mapping[str, Any]]
 
 
 def write_pages() -> list[Path]:
-    """Write the pages of claims, detectors, parity, RPD and speed into book/; return their paths."""
+    """Write the pages of claims, detectors, parity, RPD, speed and dictionaries into book/; return their paths."""
+    from .zoo.page import dictionaries_page
+
     book = root() / "book"
     made = {
         "claims.md": claims_page(read_claims(book / "claims.yml"), _published),
@@ -35,6 +38,7 @@ def write_pages() -> list[Path]:
         "parity.md": parity_page(root() / PARITY),
         "rpd.md": rpd_page(root() / SELECTION),
         "speed.md": speed_page(root() / RESULTS),
+        "dictionaries.md": dictionaries_page(book / "references.bib", _HEADING.format(source=DICTIONARIES)),
     }
     for name, text in made.items():
         (book / name).write_text(text, encoding="utf-8")

@@ -15,6 +15,7 @@ SWEPT = "imagenet20"
 TUNED = ("imagenet20", "mini80")  # digits has too few rows a class to play OOD with
 # Notebooks on other dictionaries and on what latents hold, with the profiles that each is executed for.
 ANALYSES: dict[str, tuple[str, ...]] = {
+    "08_zoo": ("imagenet20",),
     "09_dark_matter": ("imagenet20", "mini80"),
     "10_ontology": ("imagenet20", "mini80"),
     "11_shift": ("imagenet20",),

@@ -53,6 +53,7 @@ STAGES = {
     "05_ablation": ("features", "sae", "caps", "table"),
     "06_sweep": (),
     "07_tuning": ("features", "sae", "table"),
+    "08_zoo": ("features", "head"),
     "09_dark_matter": ("features", "sae", "table"),
     "10_ontology": ("features", "sae", "caps"),
     "11_shift": ("features", "head", "sae", "caps", "table"),
@@ -62,6 +63,7 @@ STAGES = {
 }
 # Code of a page's own beside that of its stages, and committed files that it reads (with the page's profile).
 MADE_BY: dict[str, tuple[str, ...]] = {
+    "08_zoo": ("capsae.zoo.summary", "capsae.zoo.verdicts", "capsae.zoo.figures", "capsae.zoo.tables"),
     "09_dark_matter": tuple(f"capsae.analyses.dark_matter{part}" for part in ("", "_scores", "_words", "_figures")),
     "10_ontology": (
         *("capsae.analyses.ontology", "capsae.analyses.ontology_kernels", "capsae.analyses.ontology_study"),
@@ -81,6 +83,10 @@ MADE_BY: dict[str, tuple[str, ...]] = {
     "14_layers": ("capsae.analyses.layers", "capsae.analyses.layers_told", "capsae.analyses.layers_figures"),
 }
 READS: dict[str, tuple[str, ...]] = {
+    "08_zoo": (
+        *(f"book/zoo/{name}{end}" for name in ("imagenet20", "mini80") for end in (".csv", ".grid.csv", ".json")),
+        "book/zoo/backbones.csv",
+    ),
     "10_ontology": ("capsae/analyses/wordnet.json",),
     "11_shift": ("capsae/packs/{profile}_shift/pack.json",),
     "13_meaning": ("capsae/analyses/wordnet.json",),

@@ -37,6 +37,7 @@ def test_the_chapters_are_there():
         "05_ablation",
         "06_sweep",
         "07_tuning",
+        "08_zoo",
         "09_dark_matter",
         "10_ontology",
         "11_shift",

@@ -1,0 +1,177 @@
+"""From the zoo's tidy table to what its page shows: one row a fit, one row a member, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from .fitting import NEAR
+
+OOD = {
+    ("epd", "fpr95_ood_pos"): "EPD FPR95 (OOD pos.)",
+    ("epd", "fpr95_id_pos"): "EPD FPR95 (ID pos.)",
+    ("epd", "auroc"): "EPD AUROC",
+    ("rpd", "fpr95_ood_pos"): "RPD FPR95 (OOD pos.)",
+    ("rpd", "fpr95_id_pos"): "RPD FPR95 (ID pos.)",
+    ("rpd", "auroc"): "RPD AUROC",
+}
+# measure -> (the set it is taken from, title, whether more is better; None: neither)
+SINGLE: dict[str, tuple[str, str, bool | None]] = {
+    "fvu": ("test", "FVU", False),
+    "l0": ("test", "L0", None),
+    "dead_fraction": ("train", "dead", False),
+    "head_kept": ("test", "head accuracy kept", True),
+    "monosemanticity": ("train", "monosemanticity", True),
+    "separability": ("train", "concept separability", True),
+    "probing_1": ("test", "probing, 1 latent", True),
+    "probing_5": ("test", "probing, 5 latents", True),
+    "probing_20": ("test", "probing, 20 latents", True),
+    "cap_stability": ("train", "CAP stability", True),
+    "core_overlap": ("train", "core overlap", None),
+    "train_cpu_s": ("train", "training, CPU s", False),
+}
+INTERPRETABLE = ("monosemanticity", "separability", "probing_1")  # each of one latent at a time
+STABILITY, CHANCE = "stability over seeds", "stability by chance"
+INTERPRETABILITY = "interpretability rank"
+
+
+def fits(table: pd.DataFrame, group: str = "all") -> pd.DataFrame:
+    """One row a fit: member, title, kind, seed, lr, and a column a measure (names as in `OOD` and `SINGLE`).
+
+    OOD results are means over the sets of a group: "near", "far" or "all". Added: `INTERPRETABILITY`, the mean over
+    `INTERPRETABLE` of a fit's rank among the fits of its seed (1 = best; a member of one fit takes part in every seed).
+    """
+    keys = ["member", "title", "kind", "seed", "lr"]
+    rows = table[table["seed"] >= 0]
+    means = rows[(rows["set"] == "mean") & (rows["group"] == group)]
+    chosen = [means.assign(column=[OOD.get(key) for key in zip(means["method"], means["measure"], strict=True)])]
+    for name, (where, title, _) in SINGLE.items():
+        chosen.append(rows[(rows["measure"] == name) & (rows["set"] == where)].assign(column=title))
+    long = pd.concat(chosen).dropna(subset="column")
+    wide = long.assign(lr=long["lr"].fillna(-1)).pivot(index=keys, columns="column", values="value").reset_index()
+    order = {name: i for i, name in enumerate(dict.fromkeys(table["member"]))}
+    wide = wide.assign(lr=wide["lr"].where(wide["lr"] > 0)).rename_axis(columns=None)
+    wide = wide.sort_values(["member", "seed"], key=lambda c: c.map(order) if c.name == "member" else c)
+    wide = wide[[*keys, *(c for c in (*OOD.values(), *(t for _, t, _ in SINGLE.values())) if c in wide)]]
+    return wide.reset_index(drop=True).assign(**{INTERPRETABILITY: interpretability(wide)})
+
+
+def interpretability(wide: pd.DataFrame) -> np.ndarray:
+    """Mean rank (n,) over `INTERPRETABLE` of each fit among those of its seed, 1 = best.
+
+    A member with fewer seeds than the others stands in for itself at each of them; its own value is that at its first.
+    """
+    wide = wide.reset_index(drop=True)
+    result = np.full(len(wide), np.nan)
+    for seed in sorted(set(wide["seed"])):
+        own = wide["seed"] == seed
+        rows = pd.concat([wide[own], wide[~wide["member"].isin(wide.loc[own, "member"])].drop_duplicates("member")])
+        ranks = [rows[SINGLE[name][1]].rank(ascending=False) for name in INTERPRETABLE]
+        mean = sum(ranks) / len(ranks)
+        result[np.flatnonzero(own)] = mean.loc[wide.index[own]]
+    return result
+
+
+def by_member(wide: pd.DataFrame, table: pd.DataFrame | None = None, k: int = 32) -> pd.DataFrame:
+    """Means over seeds, one row a member: member, title, kind, seeds, comparable (bool), and a column a measure.
+
+    `comparable`: the mean L0 on test rows is off k by at most a tenth. With the tidy table, `STABILITY` and `CHANCE`
+    stand beside (NaN for a member of one fit, which is the same with every seed).
+    """
+    measures = [c for c in wide.columns if c not in ("member", "title", "kind", "seed", "lr")]
+    grouped = wide.groupby("member", sort=False)
+    means = grouped[measures].mean()
+    first = grouped[["title", "kind", "lr"]].first()
+    found = pd.concat([first, grouped.size().rename("seeds"), means], axis=1).reset_index()
+    found.insert(4, "comparable", (found["L0"] / k - 1).abs() <= NEAR)
+    if table is not None:
+        pairs = table[table["seed"] < 0].groupby(["measure", "member"])["value"].mean()
+        for name, column in (("stability", STABILITY), ("stability_chance", CHANCE)):
+            found[column] = found["member"].map(pairs.get(name, pd.Series(dtype=float)))
+    return found
+
+
+def by_set(table: pd.DataFrame, method: str, order: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """One score's results on every set with bootstrap intervals over samples, of one seed, for `results_heatmap`.
+
+    Columns: member, method (the member's title), set, group, metric, value, lo, hi.
+    """
+    rows = table[(table["method"] == method) & (table["seed"] == seed)]
+    rows = rows.rename(columns={"measure": "metric"}).assign(method=rows["title"])
+    return in_order(rows, order)[["member", "method", "set", "group", "metric", "value", "lo", "hi"]]
+
+
+def intervals_text(table: pd.DataFrame, order: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """Means over all sets in % with bootstrap intervals over samples, of one seed. Columns: member, those of `OOD`."""
+    rows = table[(table["set"] == "mean") & (table["group"] == "all") & (table["seed"] == seed)]
+    text = [f"{100 * r.value:.1f} ({100 * r.lo:.1f}–{100 * r.hi:.1f})" for r in rows.itertuples()]
+    column = [OOD.get(key) for key in zip(rows["method"], rows["measure"], strict=True)]
+    cells = rows.assign(text=text, column=column).pivot(index="member", columns="column", values="text")
+    titles = rows.drop_duplicates("member").set_index("member")["title"]
+    shown = cells.loc[list(order), list(OOD.values())].rename_axis(columns=None)
+    return shown.rename(index=titles).rename_axis("member").reset_index()
+
+
+def spread_text(wide: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Mean and range over seeds as text, one row a member in order: its title, then `columns` (name -> format).
+
+    A format "{:.1%}" gives per cent without its sign; the unit stands in the caption.
+    """
+    rows = []
+    for _, part in wide.groupby("member", sort=False):
+        row = {"member": part["title"].iloc[0]}
+        for column, form in columns.items():
+            values = part[column].dropna()
+            row[column] = _spread(values, form)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _spread(values: pd.Series, form: str) -> str:
+    if values.empty:
+        return ""
+    mean, least, largest = (form.format(v).removesuffix("%") for v in (values.mean(), values.min(), values.max()))
+    return mean if least == largest else f"{mean} ({least}–{largest})"
+
+
+def best_first(members: pd.DataFrame, measure: str, ascending: bool = True) -> list[str]:
+    """Names of the members, best first by a measure; those whose L0 is another come last."""
+    rows = members.assign(_off=~members["comparable"], _key=members[measure] if ascending else -members[measure])
+    return list(rows.sort_values(["_off", "_key"], kind="stable")["member"])
+
+
+def in_order(data: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
+    """Rows in the order of the members' names."""
+    return data.sort_values("member", key=lambda c: c.map(list(order).index), kind="stable", ignore_index=True)
+
+
+def panels(wide: pd.DataFrame, measures: Sequence[str], order: Sequence[str], factor: float = 100) -> pd.DataFrame:
+    """Every fit's values for `figures.over_seeds`, times a factor. Columns: member, title, kind, seed, panel, value."""
+    parts = [wide.assign(panel=name, value=factor * wide[name]) for name in measures]
+    data = in_order(pd.concat(parts, ignore_index=True), order)
+    return data[["member", "title", "kind", "seed", "panel", "value"]]
+
+
+def pairs(wide: pd.DataFrame, x: str, y: str, factors: tuple[float, float] = (100, 100)) -> pd.DataFrame:
+    """Mean and range over seeds of two measures for `figures.scatter`. Columns: title, kind, x, x_lo, ... y_hi."""
+    grouped = wide.groupby("member", sort=False)
+    data = grouped[["title", "kind"]].first()
+    for axis, measure, factor in (("x", x, factors[0]), ("y", y, factors[1])):
+        values = factor * grouped[measure].agg(["mean", "min", "max"])
+        data[[axis, f"{axis}_lo", f"{axis}_hi"]] = values
+    return data.reset_index(drop=True)
+
+
+def ranked(members: pd.DataFrame) -> pd.DataFrame:
+    """Rank of every member by every measure that has a better side, 1 = best. Columns: title, measure, rank, value."""
+    better = {title: up for _, title, up in SINGLE.values() if up is not None}
+    better |= {title: metric == "auroc" for (_, metric), title in OOD.items()} | {STABILITY: True}
+    parts = []
+    for measure, up in better.items():
+        if measure in members:
+            rank = members[measure].rank(ascending=not up)
+            part = {"title": members["title"], "measure": measure, "rank": rank, "value": members[measure]}
+            parts.append(pd.DataFrame(part))
+    return pd.concat(parts, ignore_index=True)
