@@ -17,7 +17,7 @@ import pandas as pd
 from ..sae import SAEConfig, dictionaries, variants
 from ..sae.model import SparseCoder, TopKSAE
 
-RATES = (8e-3, 1.6e-2, 3.2e-2)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SEEDS = (0, 1, 2, 3, 4)
 # All members of a profile have the same; fewer than the profile's own SAE, so that all of the zoo takes half an hour.
 EPOCHS = {"imagenet20": 8, "mini80": 4}
