@@ -114,6 +114,10 @@ class MatchingPursuit(Variant):
     the Gram matrix, z -= (w_i.r) G_i; the gradient then goes through the residuals of the chosen, in closed form
     (`pursuit.Left`). With ``products="auto"`` on a CPU that multiplies bfloat16, the Gram matrix of a training step is
     bfloat16, as TopK's products are; values, gradients and all of inference are float32.
+
+    The source finds hierarchical features that others miss. We did not see that on planted trees of two levels, each in
+    a subspace of its own: with the planted dictionary a pursuit selects the active path where thresholds of the same
+    atoms do not, but trained for some hundred to some thousand steps it recovers the path less well than TopK (tests).
     """
 
     title = "MP-SAE"
