@@ -36,13 +36,19 @@ rule all:
     default_target: True
 
 
-# One process executes several short runs, one after another: half the time of such a run is the start of its process.
+# One process executes several short pages, one after another: half the time of an ablation's run is the start of its process.
 BATCH = 4
-jobs = []
-for notebook in ("05_ablation", "06_sweep"):
-    short = [name for name in STALE if PAGES[name].notebook == notebook]
-    jobs += [short[i : i + BATCH] for i in range(0, len(short), BATCH)]
+LONG = ("04_score_ood", "07_tuning")
+ABLATIONS = ("05_ablation", "06_sweep")
+chapters = [name for name in STALE if PAGES[name].notebook not in LONG + ABLATIONS]
+short = [chapters] + [[name for name in STALE if PAGES[name].notebook == notebook] for notebook in ABLATIONS]
+jobs = [names[i : i + BATCH] for names in short for i in range(0, len(names), BATCH)]
 jobs += [[name] for name in PAGES if not any(name in names for names in jobs)]
+
+
+def priority(names):
+    """Long pages first, ablations last, so that both cores are busy until the end."""
+    return 10 if PAGES[names[0]].notebook in LONG else 5 if names[0] in chapters else 1
 
 
 for names in jobs:
@@ -56,7 +62,7 @@ for names in jobs:
         params:
             pages=names,
         message: "; ".join(f"{name}: {STALE.get(name, 'asked for by name')}" for name in names)
-        priority: 10 if PAGES[names[0]].notebook == "04_score_ood" else 1
+        priority: priority(names)
         shell:
             "{sys.executable} -m capsae.publish run {params.pages}"
 

@@ -192,6 +192,21 @@ def test_image_grid_wants_one_image_a_row():
         figures.image_grid(data, images[:2])
 
 
+def test_every_line_keeps_its_colour_in_the_png():
+    colours = list(mpl.colormaps["tab10"].colors)
+    for theme in display.INK:
+        with figures.style(theme):
+            figure = Figure(figsize=(7, 4))
+            axes = figure.subplots()
+            for i, colour in enumerate(colours):
+                axes.plot([0, 1, 2], [i, i + 3, i], color=colour)
+            axes.fill_between([0, 1, 2], 0, 12, color="gray", alpha=0.2)
+            image = Image.open(io.BytesIO(display.render_png(figure))).convert("RGB")
+        found = np.unique(np.asarray(image).reshape(-1, 3), axis=0)
+        for colour in colours:
+            assert np.abs(found - 255 * np.array(colour)).sum(1).min() < 12, (theme, colour)
+
+
 def test_png_is_the_same_on_every_run_and_carries_no_metadata():
     pngs = []
     for _ in range(2):
