@@ -77,17 +77,44 @@ def test_partial_finds_what_is_added_and_nothing_where_nothing_is():
     more = squareform(pdist(np.hstack([shared, own]) + 0.1))
     copy = squareform(pdist(shared + 0.1 * noise[:, 1]))
     distances = {("raw", "x"): raw, ("more", "x"): more, ("copy", "x"): copy}
-    table = mantel.agreement(tree, distances, "raw", n=199).set_index(["of", "method"])
+    halves = np.arange(30) < 15
+    split = mantel.split_distance(halves)
+    assert split[0, 14] == 0 and split[0, 15] == split[15, 0] == 1 and split[20, 29] == 0
+    table = mantel.agreement(tree, distances, "raw", split, n=199).set_index(["of", "method"])
     for method in mantel.METHODS:
         assert table.loc[("more", method), "beyond_p"] == 1 / 200 and table.loc[("more", method), "gain_lo"] > 0
         assert table.loc[("copy", method), "p"] == 1 / 200 and table.loc[("copy", method), "beyond"] < 0.25
         assert table.loc[("copy", method), "gain_lo"] < 0 < table.loc[("copy", method), "gain_hi"]
         assert np.isnan(table.loc[("raw", method), "beyond_p"]) and table.loc[("copy", method), "over"] == "x"
+    fixed = [Pairs(split), Pairs(raw)]
+    assert table.loc[("more", "pearson"), "beyond"] == pytest.approx(
+        mantel.mantel(Pairs(tree), Pairs(more), fixed)["r"]
+    )
+    assert table.loc[("raw", "pearson"), "split_r"] == pytest.approx(mantel.mantel(Pairs(tree), Pairs(split))["r"])
+    assert (table["permutations"] == 199).all() and (table["classes"] == 30).all()
     gains = mantel.gains(tree, distances, "more", "copy")
     assert (gains["lo"] > 0).all() and len(gains) == 2
     assert gains["value"].iloc[0] == pytest.approx(
         table.loc[("more", "pearson"), "r"] - table.loc[("copy", "pearson"), "r"]
     )
+
+
+def test_a_split_carries_a_whole_r_and_nothing_is_left_given_it_or_inside():
+    """Two clusters, within which the distances have nothing to do with each other."""
+    halves = np.arange(24) < 12
+    split = mantel.split_distance(halves)
+    tree, other = (10 * split + _distances(24, seed) * (1 - np.eye(24)) for seed in (0, 1))
+    table = mantel.agreement(tree, {("it", "x"): other, ("raw", "x"): _distances(24, 2)}, "raw", split, n=199)
+    rows = table[table["of"] == "it"]
+    assert (rows["r"] > 0.7).all() and (rows["p"] == 1 / 200).all() and (rows["split_r"] > rows["r"] - 0.05).all()
+    assert (rows["within"].abs() < 0.2).all() and (rows["within_p"] > 0.05).all()
+    inside = mantel.inside(tree, {("it", "x"): other, ("self", "x"): tree}, {"one": halves, "two": ~halves}, "spearman")
+    inside = inside.set_index(["of", "family"])
+    assert (inside.loc["it", "r"].abs() < 0.35).all() and (inside.loc["it", "p"] > 0.05).all()
+    assert (inside.loc["self", "r"] > 0.999).all() and (inside["classes"] == 12).all()
+    plain = mantel.mantel(Pairs(tree[:12, :12], "spearman"), Pairs(other[:12, :12], "spearman"))["r"]
+    assert inside.loc[("it", "one"), "r"] == pytest.approx(plain)
+    assert (inside[["lo", "hi"]].abs() <= 1).all(axis=None)
 
 
 def test_p_is_even_and_intervals_cover_where_nothing_is_shared():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 
 import numpy as np
@@ -26,7 +27,7 @@ def tree():
 
 
 def _members(tree):
-    return np.stack([tree.members(synset) for synset in tree.synsets], axis=1)
+    return np.stack([tree.members(synset) for synset in ontology.asked(tree)], axis=1)
 
 
 def _codes(active, n_latents, seed, k=6):
@@ -61,11 +62,11 @@ def nothing(tree):
 
 
 def test_one_latent_a_synset_is_found(tree, planted):
-    assert planted.choice.unit.tolist() == list(range(len(tree.synsets)))
+    assert planted.choice.unit.tolist() == list(range(len(ontology.asked(tree))))
     assert (planted.by_class == 1).all() and (planted.by_image == 1).all() and planted.choice.f1 == pytest.approx(1)
     large = _members(tree).sum(0) >= ontology.LEAST
     # "canine" and "dog" differ by the dingo alone: where it is held out, either latent may be chosen for both
-    assert (planted.unseen[large] > 0.9).all() and np.isnan(planted.unseen[~large]).all() and large.sum() == 6
+    assert (planted.unseen[large] > 0.9).all() and np.isnan(planted.unseen[~large]).all() and large.sum() == 4
     assert (planted.replicates["by_image"] == 1).all()
     assert planted.null["by_class"].mean() < 0.8 and planted.null["unseen"].shape[0] == 19
     assert (ontology.p_values(planted.by_class, planted.null["by_class"]) <= 0.4).all()
@@ -78,12 +79,39 @@ def test_where_nothing_is_planted_the_best_of_many_is_what_permutations_give(tre
     summary, _ = ontology.measured({study.SAE: [nothing]})
     synsets = ontology.by_synset({study.SAE: [nothing]}, tree)
     assert "it is no more than chance" in study.chance_text(summary, synsets)
-    assert "0 of 11 synsets stand out" in study.chance_text(summary, synsets)
-    with_control, kept = ontology.measured({study.SAE: [nothing], study.RANDOM: [nothing]})
-    gaps = ontology.differences(kept, study.SAE, [study.RANDOM])
-    assert study.ontology_verdict(with_control, gaps, "x").startswith(
-        "On x, the best latents fit WordNet no better than"
-    )
+    assert "0 of 9 synsets stand out" in study.chance_text(summary, synsets)
+
+
+def test_every_class_is_a_control_that_knows_nothing_and_large_synsets_are_not_asked_for(tree, planted, nothing):
+    members = _members(tree)
+    assert members.sum(0).max() == 10 and len(tree.synsets) == 11 and members.shape[1] == 9  # 12 and 11 are left out
+    labels = np.repeat(np.arange(20), 5)
+    labels = np.append(labels, [0] * 50)  # one class has more images than others
+    every = ontology.every_class(labels, members, 7)
+    assert every.by_class == pytest.approx(2 * members.sum(0) / (20 + members.sum(0)))
+    truth = members[labels]
+    assert every.by_image == pytest.approx(ontology.f1(np.ones_like(truth), truth))
+    assert np.isnan(every.unseen).sum() == 5 and every.replicates["by_image"].shape == (7, 9)
+    weights = len(planted.replicates["by_class"])
+    every = ontology.every_class(np.repeat(np.arange(20), PER_CLASS), members, weights)
+    judged = {study.SAE: [planted], study.RANDOM: [nothing], study.EVERY: [every]}
+    synsets = ontology.by_synset(judged, tree)
+    summary, kept = ontology.measured(judged)
+    pairs = [(study.SAE, study.RANDOM), (study.SAE, study.EVERY), (study.RANDOM, study.EVERY)]
+    gaps = ontology.differences(kept, summary, pairs)
+    row = summary[(summary["method"] == study.EVERY) & (summary["by"] == "classes")].set_index("measure")["value"]
+    assert row["mean F1"] == pytest.approx(every.by_class.mean()) and row[ontology.ABOVE] == 0
+    assert summary[summary["method"] == study.EVERY]["p"].isna().all()
+    assert study.beaten(synsets, "images") == (9, 9) and study.beaten(synsets, "unseen classes") == (4, 4)
+    assert study.beaten(synsets, "images", study.EVERY, study.SAE) == (0, 9)
+    told = study.against_text(summary, gaps, synsets, "images")
+    assert "is better than every class" in told and "beats every class on 9 of 9 synsets" in told
+    told = study.against_text(summary, gaps, synsets, "unseen classes")
+    assert "4 synsets are too few for a verdict" in told and "better" not in told
+    above = gaps[(gaps["measure"] == ontology.ABOVE) & (gaps["by"] == "classes")].set_index(["dictionary", "other"])
+    raw = planted.by_class.mean() - planted.null["by_class"].mean()
+    assert above.loc[(study.SAE, study.EVERY), "value"] == pytest.approx(raw)
+    assert (gaps[gaps["by"] == "unseen classes"]["verdict"] == "too few synsets").all()
 
 
 def test_p_is_even_where_nothing_is_there():
@@ -134,7 +162,10 @@ def test_images_are_judged_by_counting(tree):
     said = dense[:, choice.unit] > choice.threshold
     assert ontology.f1(said, truth) == pytest.approx(choice.f1, abs=1e-6)
     every = np.array(
-        [max(ontology.f1(dense > t, truth[:, [s]]).max() for t in np.linspace(0, 2, 300)) for s in range(11)]
+        [
+            max(ontology.f1(dense > t, truth[:, [s]]).max() for t in np.linspace(0, 2, 300))
+            for s in range(members.shape[1])
+        ]
     )
     assert (choice.f1 <= every + 0.02).all() and (choice.f1 >= every - 0.05).all()  # BINS thresholds, not all
 
@@ -176,15 +207,18 @@ def test_coordinates_have_both_signs_and_any_threshold():
 def test_draws_keep_the_rows_of_each_class_and_intervals_hold_the_estimate(tree):
     weights = ontology.image_draws(np.array([0, 0, 0, 1, 1]), 50)
     assert (weights[:, :3].sum(1) == 3).all() and (weights[:, 3:].sum(1) == 2).all() and weights.std(0).min() > 0
-    active = _members(tree) ^ (np.random.default_rng(0).random((20, 11)) < 0.1)
+    active = _members(tree) ^ (np.random.default_rng(0).random((20, 9)) < 0.1)
     noisy = _judge(active, tree, permutations=0)
     table = ontology.by_synset({study.SAE: [noisy, noisy]}, tree)
     assert (table["lo"] <= table["f1"] + 1e-9).all() and (table["f1"] <= table["hi"] + 1e-9).all()
     assert table["p"].isna().all() and table["f1"].mean() > 0.5
     summary, kept = ontology.measured({study.SAE: [noisy], "other": [noisy]})
     assert (summary["lo"] <= summary["value"] + 1e-9).all() and (summary["value"] <= summary["hi"] + 1e-9).all()
-    gaps = ontology.differences(kept, study.SAE, ["other"])
-    assert (gaps[["value", "lo", "hi"]] == 0).all(axis=None) and set(gaps["verdict"]) == {"undecided"}
+    gaps = ontology.differences(kept, summary, [(study.SAE, "other")])
+    assert (gaps[["value", "lo", "hi"]] == 0).all(axis=None) and set(gaps["verdict"]) == {
+        "undecided",
+        "too few synsets",
+    }
 
 
 def test_the_tree_in_a_list(tree):
@@ -200,57 +234,97 @@ def test_the_tree_in_a_list(tree):
 # --- sentences and figures
 
 
-def _summary(p=0.001, value=0.7):
-    cells = {"method": study.SAE, "value": value, "lo": 0.6, "hi": 0.8, "least": 0.65, "largest": 0.75}
-    cells |= {"null": 0.4, "null_lo": 0.3, "null_hi": 0.5, "p": p}
-    measures = ("mean F1", "share of F1 from 0.7", "share of F1 from 0.9")
-    return pd.DataFrame([cells | {"by": by, "measure": m} for by in ("classes", "images") for m in measures])
+PART = "SAE, 8 latents"
 
 
-def _gaps(*verdicts):
-    of = {"by": "classes", "measure": "mean F1", "value": 0.1, "lo": 0.0, "hi": 0.2}
-    rows = [{"other": f"control {i}", **of, "verdict": verdict} for i, verdict in enumerate(verdicts)]
+def _summary(p=0.001, permutations=999):
+    cells = {"lo": 0.6, "hi": 0.8, "least": 0.65, "largest": 0.75, "draws": 3}
+    cells |= {"null": 0.4, "null_lo": 0.3, "null_hi": 0.5, "p": p, "permutations": permutations}
+    values = {study.SAE: 0.7, study.RANDOM: 0.5, study.EVERY: 0.3}
     return pd.DataFrame(
-        [*rows, {"other": "SAE, 8 latents", "by": "classes", "measure": "mean F1", "verdict": "better"}]
+        [
+            cells | {"method": method, "by": by, "measure": measure, "value": value - 0.4 * (measure == ontology.ABOVE)}
+            for method, value in values.items()
+            for by in ("images", "unseen classes", "classes")
+            for measure in ("mean F1", ontology.ABOVE)
+        ]
     )
+
+
+def _gaps(every, random, part="worse", synsets=9):
+    of = {"by": "images", "measure": "mean F1", "value": 0.1, "lo": 0.0, "hi": 0.2, "synsets": synsets}
+    pairs = ((study.SAE, study.EVERY, every), (study.SAE, study.RANDOM, random), (PART, study.CLS, part))
+    return pd.DataFrame([of | {"dictionary": own, "other": other, "verdict": word} for own, other, word in pairs])
+
+
+def _synsets():
+    own = pd.DataFrame({"method": study.SAE, "synset": list("abc"), "images": [0.5, 0.2, 0.9], "q": [0.01, 0.2, 0.04]})
+    return pd.concat([own, own.assign(method=study.EVERY, images=[0.5, 0.3, 0.4])])
 
 
 def test_sentences_in_every_direction():
-    told = study.ontology_verdict(_summary(), _gaps("better", "better"), "x")
-    assert told.endswith("p = 0.001), better than every control, whichever way it is judged (2 comparisons).")
-    told = study.ontology_verdict(_summary(), _gaps("better", "undecided", "worse", "better"), "x")
-    assert told.endswith("better than its controls in 2 of 4 comparisons and worse in 1.")
-    told = study.ontology_verdict(_summary(), _gaps("worse", "undecided"), "x")
-    assert told.endswith("but no better than the controls: better in 0 of 2 comparisons, worse in 1.")
-    assert "no better than chance would (p = 0.200)" in study.ontology_verdict(_summary(0.2), _gaps("better"), "x")
-    told = study.control_text(_gaps("better", "worse", "undecided")[:3], "classes")
-    assert "better than the control 0: +0.10 (+0.00 to +0.20); not told from the control 2" in told
-    assert "; worse than the control 1: " in told
-    synsets = pd.DataFrame({"method": study.SAE, "q": [0.01, 0.2, 0.04]})
-    assert "it is more than chance, p = 0.001, and 2 of 3 synsets" in study.chance_text(_summary(), synsets)
-    assert "by classes 70 % (60 to 80) and 70 %" in study.coverage_text(_summary())
+    told = study.against_text(_summary(), _gaps("better", "worse"), _synsets(), "images")
+    assert "mean F1 of 0.70 over 3 synsets, calling every class a member 0.30, random dictionaries 0.50" in told
+    assert "the SAE is better than every class (+0.10, +0.00 to +0.20) and worse than random dictionaries" in told
+    assert told.endswith("beats every class on 1 of 3 synsets.")
+    told = study.against_text(_summary(), _gaps("worse", "undecided"), _synsets(), "images")
+    assert "worse than every class" in told and "not told from random dictionaries" in told
+    told = study.against_text(_summary(), _gaps(study.NONE, study.NONE), _synsets(), "images")
+    assert "too few for a verdict, the SAE differs by +0.10, +0.00 to +0.20 from every class" in told
+    for word, wanted in (("better", "better than"), ("worse", "worse than"), ("undecided", "not told from")):
+        told = study.equal_text(_gaps("better", "better", word))
+        assert told.startswith("8 latents of the SAE, as many") and f"are {wanted} these by images (+0.10" in told
+    assert "without a verdict on 4 synsets by images" in study.equal_text(_gaps("better", "better", study.NONE, 4))
+    told = study.chance_text(_summary(), _synsets())
+    assert "it is more than chance (p ≤ 0.001), and 2 of 3 synsets" in told and "(999 times, first draw)" in told
+    assert told.endswith("chance: SAE 0.30, random dictionary 0.10.")
+    assert "(p ≤ 0.005)" in study.chance_text(_summary(0.005, 199), _synsets())
+    assert "no more than chance (p = 0.200)" in study.chance_text(_summary(0.2), _synsets())
 
 
-def _agreement(p=0.001, beyond_p=0.001, gain=(0.1, 0.05, 0.15)):
-    row = {"of": study.SAE, "distance": "cosine", "method": "spearman", "r": 0.5, "lo": 0.4, "hi": 0.6, "p": p}
-    row |= {"beyond": 0.3, "beyond_lo": 0.2, "beyond_hi": 0.4, "beyond_p": beyond_p, "over": "Euclidean"}
-    return pd.DataFrame([row | dict(zip(("gain", "gain_lo", "gain_hi"), gain, strict=True))])
+def _agreement(beyond=(0.001, 0.2), gain=(0.1, 0.05, 0.15), split=0.5):
+    row = {"of": study.SAE, "distance": "cosine", "method": "spearman", "permutations": 999, "r": 0.5, "split_r": split}
+    row |= {"within": 0.2, "within_lo": 0.1, "within_hi": 0.3, "within_p": 0.002}
+    row |= {"beyond": 0.3, "beyond_lo": beyond[1], "beyond_hi": 0.4, "beyond_p": beyond[0], "over": "Euclidean"}
+    means = [
+        row | {"of": study.MEANS, "distance": kind, "within": r} for kind, r in (("Euclidean", 0.3), ("cosine", 0.2))
+    ]
+    return pd.DataFrame([row | dict(zip(("gain", "gain_lo", "gain_hi"), gain, strict=True)), *means])
+
+
+def _inside(*clear):
+    rows = []
+    for i, is_clear in enumerate(clear):
+        row = {"family": f"kind {i}", "of": study.SAE, "distance": "cosine", "permutations": 999}
+        rows.append(row | {"r": 0.4, "lo": 0.1 if is_clear else -0.1, "p": 0.001 if is_clear is not None else 0.3})
+        rows.append(row | {"of": study.MEANS, "distance": "Euclidean", "r": 0.35, "lo": 0, "p": 0.01})
+    return pd.DataFrame(rows)
 
 
 def test_sentences_on_distances_in_every_direction():
-    assert "CAPs agrees with" in study.mantel_text(_agreement(), "x") and "1 have p < 0.05" in study.mantel_text(
-        _agreement(), "x"
-    )
-    assert "does not clearly agree with" in study.mantel_text(_agreement(p=0.3), "x")
-    assert "CAPs add to what" in study.beyond_text(_agreement()) and " better than the best" in study.beyond_text(
-        _agreement()
-    )
-    told = study.beyond_text(_agreement(beyond_p=0.4, gain=(-0.1, -0.2, -0.05)))
-    assert "add nothing clear" in told and "agree with it worse than the best of those, Euclidean" in told
-    assert "neither clearly better nor worse" in study.beyond_text(_agreement(gain=(0.1, -0.1, 0.3)))
+    told = study.mantel_text(_agreement(), _inside(True, False, None), "x")
+    assert 'r = 0.50, but "one is an animal, the other not" alone has r = 0.50, no less; given that split' in told
+    assert "r is 0.20 (0.10 to 0.30, p = 0.002) beside 0.30 of class means (Euclidean)" in told
+    assert "for kind 0s only: kind 0s 0.40 (p ≤ 0.001), kind 1s 0.40 (p ≤ 0.001), kind 2s 0.40 (p = 0.300)." in told
+    told = study.mantel_text(_agreement(split=0.3), _inside(True, True), "x")
+    assert "alone has r = 0.30; given" in told and "for each: " in told
+    assert "for none: " in study.mantel_text(_agreement(), _inside(False, None), "x")
+    told = study.beyond_text(_agreement(), _inside(True))
+    assert "profiles add to what" in told and " better than the best" in told and "kind 0s 0.35 (Euclidean)." in told
+    assert "add nothing clear" in study.beyond_text(_agreement(beyond=(0.001, -0.1)), _inside(True))
+    told = study.beyond_text(_agreement(beyond=(0.4, 0.1), gain=(-0.1, -0.2, -0.05)), _inside(True))
+    assert "add nothing clear" in told and "the tree worse than the best of the means, Euclidean" in told
+    assert "neither clearly better nor worse" in study.beyond_text(_agreement(gain=(0.1, -0.1, 0.3)), _inside(True))
     for lo, hi, told in ((0.1, 0.3, "helps"), (-0.3, -0.1, "hurts"), (-0.1, 0.1, "makes no clear difference")):
         gains = pd.DataFrame([{"distance": "cosine", "method": "spearman", "value": (lo + hi) / 2, "lo": lo, "hi": hi}])
         assert study.training_text(gains).startswith(f"Training {told}: ")
+
+
+def test_families_are_of_eight_classes_or_more(tree):
+    found = {name: int(members.sum()) for name, members in study.families(tree).items()}
+    assert found == {"animal": 12, "canine": 11, "dog": 10, "artifact": 8}
+    few = wordnet.load(list(tree.leaves[:9]))
+    assert all(members.sum() >= study.LEAST_CLASSES for members in study.families(few).values())
 
 
 def test_classes_of_another_kind_are_refused():
@@ -265,7 +339,9 @@ def test_classes_of_another_kind_are_refused():
 
 
 def test_figures_are_drawn_in_both_themes(tree, planted, nothing):
-    judged = {study.SAE: [planted], study.CLS: [nothing], study.RANDOM: [nothing], "SAE, 8 latents": [nothing]}
+    judged = {study.SAE: [planted], study.CLS: [nothing], study.RANDOM: [nothing], PART: [nothing]}
+    labels = np.repeat(np.arange(20), PER_CLASS)
+    judged[study.EVERY] = [ontology.every_class(labels, _members(tree), len(planted.replicates["by_class"]))]
     synsets = ontology.by_synset(judged, tree)
     summary, _ = ontology.measured(judged)
     path = tree.path_distance()
@@ -279,8 +355,13 @@ def test_figures_are_drawn_in_both_themes(tree, planted, nothing):
         with style(theme):
             figure = drawn.synset_dots(synsets)
             labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-            assert labels[:3] == ["vertebrate (12)", "· canine (11)", "· · dog (10)"]
-            assert len(drawn.coverage_curves(study.covered(synsets, summary)).axes) == 3
+            assert labels[:2] == ["dog (10)", "· hunting dog (7)"]
+            for ax in figure.axes:  # the tick in both panels, at its own F1
+                ticks = next(one for one in ax.collections if one.get_label() == study.EVERY).get_offsets()
+                assert list(ticks[0]) == pytest.approx([2 * 10 / 30, 0], abs=0.02)
+            curves = drawn.coverage_curves(study.covered(synsets, summary))
+            assert len(curves.axes) == 3
+            assert all(study.EVERY in [line.get_label() for line in ax.lines] for ax in curves.axes)
             assert len(drawn.distance_by_path(along).axes) == 1
             assert len(drawn.ordered_heatmap(pairs).axes) == 2
 
@@ -294,19 +375,23 @@ def test_the_pages_sentences_are_those_of_their_tables(profile):
     told = results(f"{profile}/10_ontology")
     tables = {
         name: pd.read_csv(page.parent / "data" / "10_ontology" / f"{name}.csv")
-        for name in ("summary", "differences", "synsets", "mantel", "training")
+        for name in ("summary", "differences", "synsets", "mantel", "inside", "training")
     }
     summary, gaps, synsets = (tables[name] for name in ("summary", "differences", "synsets"))
-    assert told["verdict"] == study.ontology_verdict(summary, gaps, profile)
-    assert told["coverage"] == study.coverage_text(summary)
-    assert told["controls"] == [study.control_text(gaps, by) for by in dict.fromkeys(summary["by"])]
-    permuted = summary[summary["p"].notna()]["method"].drop_duplicates()
-    assert told["chance"] == [study.chance_text(summary, synsets, name) for name in permuted]
-    agreement = tables["mantel"]
-    wanted = [study.mantel_text(agreement, profile), study.mantel_text(agreement, profile, study.RANDOM)]
-    wanted += [study.beyond_text(agreement), study.training_text(tables["training"])]
-    assert told["mantel"] == wanted
+    agreement, inside = tables["mantel"], tables["inside"]
+    against = [study.against_text(summary, gaps, synsets, by) for by in dict.fromkeys(summary["by"])]
+    assert told["against"] == against and against[0].startswith("By images")
+    assert told["chance"] == study.chance_text(summary, synsets)
+    of_paths = study.mantel_text(agreement, inside, profile)
+    assert told["answer"] == [against[0], study.equal_text(gaps), of_paths]
+    assert told["mantel"] == [of_paths, study.beyond_text(agreement, inside), study.training_text(tables["training"])]
+    shown = "".join("".join(cell["source"]) for cell in json.loads(page.read_text(encoding="utf-8"))["cells"])
+    assert "**Limits" in shown or "## Limits" in shown
     own = synsets[synsets["method"] == study.SAE]
-    assert len(own) == told["synsets"]
-    row = summary[(summary["method"] == study.SAE) & (summary["by"] == "classes") & (summary["measure"] == "mean F1")]
-    assert row["value"].iloc[0] == pytest.approx(own["f1"].mean(), abs=1e-4)
+    assert len(own) == told["synsets"] and {study.EVERY, study.RANDOM, study.CLS} < set(synsets["method"])
+    for by, column in (("classes", "f1"), ("images", "images"), ("unseen classes", "unseen")):
+        for method in (study.SAE, study.EVERY):
+            mean = synsets[synsets["method"] == method][column].mean()
+            row = summary[(summary["method"] == method) & (summary["by"] == by) & (summary["measure"] == "mean F1")]
+            assert row["value"].iloc[0] == pytest.approx(mean, abs=1e-4)
+    assert (gaps[gaps["synsets"] < ontology.FEWEST]["verdict"] == study.NONE).all()

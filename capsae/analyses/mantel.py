@@ -91,7 +91,7 @@ def mantel(a: Pairs, b: Pairs, given: Sequence[Pairs] = (), n: int = 999, seed: 
     Returns
     -------
     dict
-        r; lo, hi (95 %, jackknife over classes); p (one-sided, never below 1 / (1 + n)).
+        r; lo, hi (95 %, jackknife over classes, cut off at -1 and 1); p (one-sided, never below 1 / (1 + n)).
     """
     sizes = {len(one.matrix) for one in (a, b, *given)}
     if len(sizes) > 1 or len({one.method for one in (a, b, *given)}) > 1:
@@ -102,14 +102,22 @@ def mantel(a: Pairs, b: Pairs, given: Sequence[Pairs] = (), n: int = 999, seed: 
     beyond = (correlations(draws, b.whole, fixed) >= value - 1e-12).sum()
     parts = zip(a.without, b.without, *(one.without for one in given), strict=True)
     reach = _reach([float(correlations(x, y, rest)) for x, y, *rest in parts])
-    return {"r": value, "lo": value - reach, "hi": value + reach, "p": float((1 + beyond) / (1 + len(draws)))}
+    lo, hi = max(value - reach, -1.0), min(value + reach, 1.0)
+    return {"r": value, "lo": lo, "hi": hi, "p": float((1 + beyond) / (1 + len(draws)))}
 
 
-def gain(a: Pairs, b: Pairs, other: Pairs) -> dict[str, float]:
-    """How much better b agrees with a than another distance does: value, lo, hi (95 %, jackknife over classes)."""
-    value = float(a.whole @ b.whole - a.whole @ other.whole)
-    parts = zip(a.without, b.without, other.without, strict=True)
-    reach = _reach([float(x @ y - x @ z) for x, y, z in parts])
+def gain(a: Pairs, b: Pairs, other: Pairs, given: Sequence[Pairs] = ()) -> dict[str, float]:
+    """How much better b agrees with a than another distance does, with ``given`` by partial r.
+
+    Returns value, lo, hi (95 %, jackknife over classes).
+    """
+
+    def more(x, y, z, *rest):
+        return float(correlations(x, y, rest) - correlations(x, z, rest))
+
+    value = more(a.whole, b.whole, other.whole, *(one.whole for one in given))
+    parts = zip(a.without, b.without, other.without, *(one.without for one in given), strict=True)
+    reach = _reach([more(*part) for part in parts])
     return {"value": value, "lo": value - reach, "hi": value + reach}
 
 
@@ -171,35 +179,65 @@ def _euclidean(rows: np.ndarray) -> np.ndarray:
     return np.sqrt(((rows[:, None] - rows[None]) ** 2).sum(axis=2))
 
 
-def agreement(path, distances: Mapping[tuple[str, str], np.ndarray], given: str, n: int = 999, seed: int = 0):
+def split_distance(members) -> np.ndarray:
+    """(C, C): 1 for a pair of which one class is a member (C,) and the other is not, else 0."""
+    members = np.asarray(members, bool)
+    return (members[:, None] != members[None]) * 1.0
+
+
+def agreement(path, distances: Mapping[tuple[str, str], np.ndarray], given: str, split, n: int = 999, seed: int = 0):
     """Mantel's tests of a path distance against several distances.
 
     Parameters
     ----------
     path : (C, C)
     distances : (of, distance) -> (C, C), such as ("SAE", "cosine")
-    given : the "of" whose distances the partial tests hold fixed, all of them together
+    given : the "of" whose distances the partial tests "beyond" hold fixed, all of them together and ``split``
+    split : (C, C), a distance that knows no more than one division of the classes (:func:`split_distance`)
 
     Returns
     -------
     DataFrame
-        of, distance, method, r, lo, hi, p; beyond, beyond_lo, beyond_hi, beyond_p: the partial test (NaN for what is
-        held fixed); over, gain, gain_lo, gain_hi: how much larger r is than that of the best of the fixed ones.
+        of, distance, method, classes, permutations, r, lo, hi, p; split_r: the split's own r; within, within_lo,
+        within_hi, within_p: the partial test given the split; beyond, beyond_lo, beyond_hi, beyond_p: given the split
+        and what else is held fixed (NaN for the latter); over, gain, gain_lo, gain_hi: how much larger the partial r
+        given the split is than that of the best of the fixed ones.
     """
     rows = []
     for method in METHODS:
         tree, of = Pairs(path, method), {key: Pairs(matrix, method) for key, matrix in distances.items()}
-        draws = tree.permuted(n, seed)
+        halves, draws = Pairs(split, method), tree.permuted(n, seed)
         fixed = {key: pairs for key, pairs in of.items() if key[0] == given}
-        best = max(fixed, key=lambda key: tree.whole @ fixed[key].whole)
+        best = max(fixed, key=lambda key: correlations(tree.whole, fixed[key].whole, [halves.whole]))
         for key, pairs in of.items():
-            row = {"of": key[0], "distance": key[1], "method": method} | mantel(tree, pairs, draws=draws)
+            row = {"of": key[0], "distance": key[1], "method": method, "classes": len(path), "permutations": n}
+            row |= mantel(tree, pairs, draws=draws) | {"split_r": float(tree.whole @ halves.whole)}
+            row |= _named("within", mantel(tree, pairs, [halves], draws=draws))
             if key not in fixed:
-                beyond = mantel(tree, pairs, list(fixed.values()), draws=draws)
-                row |= {"beyond": beyond["r"], **{f"beyond_{k}": beyond[k] for k in ("lo", "hi", "p")}}
-                more = gain(tree, pairs, fixed[best])
+                row |= _named("beyond", mantel(tree, pairs, [halves, *fixed.values()], draws=draws))
+                more = gain(tree, pairs, fixed[best], [halves])
                 row |= {"over": best[1], "gain": more["value"], "gain_lo": more["lo"], "gain_hi": more["hi"]}
             rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _named(name: str, found: Mapping) -> dict:
+    return {name: found["r"], **{f"{name}_{key}": found[key] for key in ("lo", "hi", "p")}}
+
+
+def inside(path, distances: Mapping[tuple[str, str], np.ndarray], families: Mapping[str, np.ndarray], method, n=999):
+    """Mantel's tests among the classes of one family at a time, families name -> (C,) bool.
+
+    Columns: family, classes, of, distance, method, permutations, r, lo, hi, p.
+    """
+    rows = []
+    for family, members in families.items():
+        part = np.ix_(members, members)
+        tree = Pairs(np.asarray(path)[part], method)
+        draws = tree.permuted(n)
+        for (of, distance), matrix in distances.items():
+            row = {"family": family, "classes": int(members.sum()), "of": of, "distance": distance, "method": method}
+            rows.append(row | {"permutations": n} | mantel(tree, Pairs(matrix[part], method), draws=draws))
     return pd.DataFrame(rows)
 
 

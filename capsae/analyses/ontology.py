@@ -27,6 +27,7 @@ from .wordnet import Taxonomy
 BARS = (0.7, 0.9)  # a synset whose F1 reaches the bar is covered
 FOLDS = 5
 LEAST = 4  # classes under a synset that is judged by classes unseen
+FEWEST = 8  # synsets below which a difference gets no verdict: they are drawn again for its interval
 BINS = 32  # thresholds a unit in the search over images
 _TIE = 1e-9
 
@@ -95,6 +96,14 @@ def trivial_f1(members: np.ndarray) -> np.ndarray:
     """F1 (S,) of calling every class a member, for members (C, S): what a large synset gives away."""
     sizes = members.sum(axis=0)
     return 2 * sizes / (len(members) + sizes)
+
+
+def asked(taxonomy: Taxonomy) -> tuple[str, ...]:
+    """The synsets that are asked for: those above at most half of the classes.
+
+    Of one above nearly all of them, a unit that fires everywhere is a good account.
+    """
+    return tuple(s for s in taxonomy.synsets if 2 * taxonomy.members(s).sum() <= len(taxonomy.leaves))
 
 
 # --- the best unit by classes
@@ -238,6 +247,23 @@ class Judged:
         return of(getattr(self, key)) + again - again.mean(axis=0)
 
 
+def every_class(labels, members: np.ndarray, n: int) -> Judged:
+    """The control that calls every class, and every test image, a member; permuting the classes changes nothing.
+
+    Parameters
+    ----------
+    labels : (N,) of the test rows
+    members : (C, S) bool
+    n : replicates, all alike
+    """
+    labels, n_synsets = np.asarray(labels), members.shape[1]
+    found, images = trivial_f1(members), trivial_f1(members[labels])
+    choice = Choice(np.full(n_synsets, -1), np.full(n_synsets, -np.inf), found)
+    again = {"by_class": np.tile(found, (n, 1)), "by_image": np.tile(images, (n, 1))}
+    unseen = np.where(members.sum(axis=0) >= LEAST, found, np.nan)
+    return Judged(choice, found, images, unseen, again, {"by_class": found[None]})
+
+
 def judge(
     units: Units, labels, test_labels, members: np.ndarray, place, weights, permutations=0, for_unseen=0, seed=0
 ) -> Judged:
@@ -308,27 +334,27 @@ def by_synset(judged: Mapping[str, Sequence[Judged]], taxonomy: Taxonomy) -> pd.
     """One row a dictionary and synset, in the order of the tree.
 
     Columns: method, synset, name, members, indent, unit (of the first draw), f1_train, f1, lo, hi (over test images),
-    p and q (permutations; q by Benjamini and Hochberg over a dictionary's synsets; NaN without), unseen, images,
-    every_class. Where a dictionary was drawn several times, F1s are means over the draws, p of the first.
+    p and q (permutations; q by Benjamini and Hochberg over a dictionary's synsets; NaN without), unseen, images. Where
+    a dictionary was drawn several times, F1s are means over the draws, p of the first.
     """
     from scipy.stats import false_discovery_control
 
-    synsets = taxonomy.synsets
+    synsets = asked(taxonomy)
     members = np.stack([taxonomy.members(s) for s in synsets], axis=1)
     about = {
         "synset": synsets,
         "name": [taxonomy.name(s) for s in synsets],
         "members": members.sum(axis=0),
         "indent": indents(taxonomy, synsets),
-        "every_class": trivial_f1(members),
     }
     order = sorted(range(len(synsets)), key=lambda i: tree_way(taxonomy, synsets[i]))
     frames = []
     for method, draws in judged.items():
         first = draws[0]
+        permuted = len(first.null.get("by_class", ())) > 1
         around = np.clip(np.mean([one.around("by_class") for one in draws], axis=0), 0, 1)
         lo, hi = np.quantile(around, [0.025, 0.975], axis=0)
-        p = p_values(first.by_class, first.null["by_class"]) if first.null else np.full(len(synsets), np.nan)
+        p = p_values(first.by_class, first.null["by_class"]) if permuted else np.full(len(synsets), np.nan)
         found = {
             "unit": first.choice.unit,
             "f1_train": np.mean([one.choice.f1 for one in draws], axis=0),
@@ -336,7 +362,7 @@ def by_synset(judged: Mapping[str, Sequence[Judged]], taxonomy: Taxonomy) -> pd.
             "lo": lo,
             "hi": hi,
             "p": p,
-            "q": false_discovery_control(p) if first.null else p,
+            "q": false_discovery_control(p) if permuted else p,
             "unseen": np.mean([one.unseen for one in draws], axis=0),
             "images": np.mean([one.by_image for one in draws], axis=0),
         }
@@ -345,7 +371,13 @@ def by_synset(judged: Mapping[str, Sequence[Judged]], taxonomy: Taxonomy) -> pd.
 
 
 _MEASURES = {"mean F1": lambda x: x, **{f"share of F1 from {b}": (lambda x, b=b: (x >= b - 1e-9) * 1.0) for b in BARS}}
-_BY = {"classes": "by_class", "unseen classes": "unseen", "images": "by_image"}
+ABOVE = "above chance"
+_BY = {"images": "by_image", "unseen classes": "unseen", "classes": "by_class"}
+
+
+def _measures(null: np.ndarray | None) -> dict:
+    """What is averaged over synsets: measure -> function of F1 (..., S); above chance only where there is a null."""
+    return _MEASURES | ({} if null is None else {ABOVE: lambda x: x - null.mean(axis=0)})
 
 
 def measured(judged: Mapping[str, Sequence[Judged]], seed: int = 0) -> tuple[pd.DataFrame, dict]:
@@ -353,13 +385,15 @@ def measured(judged: Mapping[str, Sequence[Judged]], seed: int = 0) -> tuple[pd.
 
     A replicate draws test images within each class (but for unseen classes) and synsets, the same for all dictionaries.
     Synsets overlap, so an interval is a guide and not a level. Draws of a dictionary (seeds) are averaged; their spread
-    stands beside.
+    stands beside. "above chance" is F1 less the mean of the first draw's permutations, synset by synset: searches among
+    more units, or among units of other kinds, find more by chance.
 
     Returns
     -------
     DataFrame
-        method, by ("classes", "unseen classes", "images"), measure, value, lo, hi, least, largest (over the draws),
-        null, null_lo, null_hi, p (of the first draw; NaN where nothing was permuted).
+        method, by ("images", "unseen classes", "classes"), measure, synsets (how many), draws, value, lo, hi, least,
+        largest (over the draws), null, null_lo, null_hi, p, permutations (of the first draw; NaN where nothing was
+        permuted).
     dict
         (method, by, measure) -> (value, replicates (R,)).
     """
@@ -372,35 +406,43 @@ def measured(judged: Mapping[str, Sequence[Judged]], seed: int = 0) -> tuple[pd.
         rng = np.random.default_rng(seed)  # the same synsets for all dictionaries
         drawn = asked[rng.integers(0, len(asked), size=(n, len(asked)))]
         for method, draws in judged.items():
-            for measure, of in _MEASURES.items():
-                values = [float(of(getattr(draw, key)[asked]).mean()) for draw in draws]
+            null = draws[0].null.get(key)
+            for measure, of in _measures(null).items():
+                values = [float(of(getattr(draw, key))[asked].mean()) for draw in draws]
                 if key == "unseen":
                     again = np.mean([of(draw.unseen)[drawn].mean(axis=1) for draw in draws], axis=0)
                 else:
                     around = np.mean([draw.around(key, of) for draw in draws], axis=0)
                     again = np.take_along_axis(around, drawn, axis=1).mean(axis=1)
-                chance = draws[0].null.get(key)
-                chance = np.full(1, np.nan) if chance is None else of(chance[:, asked]).mean(axis=1)
+                chance = np.full(1, np.nan) if null is None else of(null)[:, asked].mean(axis=1)
                 p = float(p_values(values[0], chance)) if len(chance) > 1 else np.nan
                 lo, hi = np.quantile(again, [0.025, 0.975])
                 null_lo, null_hi = np.quantile(chance, [0.025, 0.975])
-                about = {"method": method, "by": by, "measure": measure, "value": float(np.mean(values))}
-                spread = {"lo": max(lo, 0), "hi": min(hi, 1), "least": min(values), "largest": max(values)}
-                rows.append(about | spread | {"null": chance.mean(), "null_lo": null_lo, "null_hi": null_hi, "p": p})
+                about = {"method": method, "by": by, "measure": measure, "synsets": len(asked), "draws": len(draws)}
+                least = -1 if measure == ABOVE else 0
+                about |= {"value": float(np.mean(values)), "lo": max(lo, least), "hi": min(hi, 1)}
+                about |= {"least": min(values), "largest": max(values), "null": chance.mean()}
+                about |= {"null_lo": null_lo, "null_hi": null_hi, "p": p}
+                rows.append(about | {"permutations": len(chance) if len(chance) > 1 else np.nan})
                 kept[method, by, measure] = float(np.mean(values)), again
     return pd.DataFrame(rows), kept
 
 
-def differences(kept: Mapping, method: str, others: Sequence[str]) -> pd.DataFrame:
-    """A dictionary's means less those of others, by the same replicates. Columns: other, by, measure, value, lo, hi,
-    verdict ("better", "worse" where the interval is on one side of 0, else "undecided").
+def differences(kept: Mapping, summary: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Mean F1, and mean F1 above chance, of one dictionary less another's, by the same replicates.
+
+    Columns: dictionary, other, by, measure, synsets, value, lo, hi, verdict ("better", "worse" where the interval is on
+    one side of 0, else "undecided"; "too few synsets" where there are fewer than FEWEST).
     """
-    rows = []
-    for (name, by, measure), (value, again) in kept.items():
-        if name in others:
-            own, own_again = kept[method, by, measure]
-            lo, hi = np.quantile(own_again - again, [0.025, 0.975])
-            verdict = "better" if lo > 0 else "worse" if hi < 0 else "undecided"
-            about = {"other": name, "by": by, "measure": measure, "value": own - value}
-            rows.append(about | {"lo": lo, "hi": hi, "verdict": verdict})
+    rows, counts = [], summary.groupby("by")["synsets"].first()
+    for by in dict.fromkeys(summary["by"]):
+        for measure in ("mean F1", ABOVE):
+            for method, other in pairs:
+                if (method, by, measure) in kept and (other, by, measure) in kept:
+                    (own, own_again), (value, again) = kept[method, by, measure], kept[other, by, measure]
+                    lo, hi = np.quantile(own_again - again, [0.025, 0.975])
+                    verdict = "better" if lo > 0 else "worse" if hi < 0 else "undecided"
+                    about = {"dictionary": method, "other": other, "by": by, "measure": measure, "synsets": counts[by]}
+                    verdict = verdict if counts[by] >= FEWEST else "too few synsets"
+                    rows.append(about | {"value": own - value, "lo": lo, "hi": hi, "verdict": verdict})
     return pd.DataFrame(rows)

@@ -6,18 +6,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..figures import BLUE, GREEN, GREY, ORANGE, PURPLE, _figure, _text_colour
-from .ontology_study import CLS, RANDOM, SAE, UNTRAINED
+from ..figures import BLUE, GREEN, GREY, ORANGE, _figure, _text_colour
+from .ontology_study import CLS, EVERY, RANDOM, SAE
 
 # Colour and marker (or dashes) say the same.
-_LOOK = {SAE: (BLUE, "o", "-"), CLS: (ORANGE, "s", "--"), RANDOM: (GREY, "D", ":"), UNTRAINED: (PURPLE, "^", "-.")}
+_LOOK = {SAE: (BLUE, "o", "-"), CLS: (ORANGE, "s", "--"), RANDOM: (GREY, "D", ":")}
 _PART = (GREEN, "v", (0, (5, 1)))
 
 
 def synset_dots(data: pd.DataFrame, methods: tuple[str, ...] = (RANDOM, CLS, SAE)) -> Figure:
     """F1 of the best unit by synset, by classes and by images, synsets as a tree.
 
-    Columns: method, name, members, indent, f1, lo, hi, q, images, every_class. Filled: q < 0.05 by classes.
+    Columns: method, name, members, indent, f1, lo, hi, q, images. Filled: q < 0.05 by classes. The
+    tick is the control that calls every class a member.
     """
     rows = data[data["method"] == SAE].reset_index(drop=True)
     places = np.arange(len(rows))
@@ -35,10 +36,8 @@ def synset_dots(data: pd.DataFrame, methods: tuple[str, ...] = (RANDOM, CLS, SAE
                 part[column], places, s=30, marker=marker, edgecolors=colour, facecolors=faces, linewidths=1.3,
                 label=method, zorder=3 if method == SAE else 2,
             )  # fmt: skip
-        if column == "f1":
-            ax.scatter(
-                rows["every_class"], places, s=60, marker="|", color=_text_colour(), linewidths=1.1, label="every class"
-            )
+        every = data[data["method"] == EVERY][column]
+        ax.scatter(every, places, s=60, marker="|", color=_text_colour(), linewidths=1.1, label=EVERY)
         ax.set(xlim=(-0.04, 1.04), xticks=[0, 0.25, 0.5, 0.75, 1], xticklabels=["0", "", ".5", "", "1"], xlabel=label)
     names = [
         f"{'· ' * depth}{row['name']} ({row['members']})"
@@ -66,7 +65,7 @@ def coverage_curves(data: pd.DataFrame) -> Figure:
     figure, axes = _figure(7.6, 3.6, 1, len(panels), sharey=True)
     for ax, by in zip(axes[0], panels, strict=True):
         for method, part in data[data["by"] == by].groupby("method", sort=False):
-            colour, _, dashes = _LOOK.get(method, _PART)
+            colour, _, dashes = (_text_colour(), "|", (0, (1, 3))) if method == EVERY else _LOOK.get(method, _PART)
             ax.plot(part["bar"], 100 * part["share"], color=colour, linestyle=dashes, label=method)
         ax.set(title=f"by {by}", xlabel="bar for F1", xlim=(0, 1), ylim=(0, 101), xticks=[0, 0.5, 1])
     axes[0, 0].set_ylabel("synsets that reach it, %")

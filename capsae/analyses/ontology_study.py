@@ -10,14 +10,17 @@ import pandas as pd
 from ..caps import ClassActivationProfiles
 from ..comparisons import p_text
 from . import mantel, wordnet
-from .ontology import BARS, Judged, Units, image_draws, judge, tree_order
+from .ontology import ABOVE, Judged, Units, asked, every_class, image_draws, judge, tree_order
 
-SAE, RANDOM, UNTRAINED, CLS = "SAE", "random dictionary", "untrained SAE", "CLS coordinates"
+SAE, RANDOM, CLS, EVERY = "SAE", "random dictionary", "CLS coordinates", "every class"
 MEANS = "CLS class means"
 SEEDS = (0, 1, 2)
 REPLICATES = 200
 MANY, FEW, LARGE = 999, 199, 1000  # permutations; the fewer where classes x synsets are more than LARGE: they take time
 HEADLINE = ("cosine", "spearman")  # the distance and the coefficient of the verdicts: path lengths have an order only
+ANIMAL = "n00015388"  # the first division of ImageNet's classes: animals, and all else
+FAMILIES = (ANIMAL, "n02083346", "n02084071", "n00021939")  # animal, canine, dog, artifact: looked into one by one
+LEAST_CLASSES = 8  # of a family that is looked into
 
 
 def taxonomy(run) -> wordnet.Taxonomy:
@@ -37,33 +40,30 @@ def part_name(run) -> str:
 
 
 def dictionaries(run, seeds: Sequence[int] = SEEDS) -> dict[str, list]:
-    """The run's SAE first, the same of other seeds, random dictionaries, and the SAE before its first step.
+    """The run's SAE first, the same of other seeds; and random dictionaries, which is what an SAE is before it learns.
 
     The other seeds' SAEs come from the store, where the chapter on scores leaves them, or are trained.
     """
-    import torch
-
     from ..pipeline import Run
     from ..sae import dictionaries as untaught
-    from ..sae.rows import start
 
     config, train = run.profile.sae, run.features("train").cls
     saes = [run.sae]
     for seed in [seed for seed in seeds if seed != config.seed][: len(seeds) - 1]:
         saes.append(Run(run.profile, {"sae.seed": seed, "n_boot": 0}, run.store, run.device, run.progress).sae)
     chance = [untaught.create("random", config.latents, config.k, config.normalize, seed).fit(train) for seed in seeds]
-    before = start(torch.as_tensor(np.asarray(train)), config, torch.device("cpu"))[0]
-    return {SAE: saes, RANDOM: chance, UNTRAINED: [before]}
+    return {SAE: saes, RANDOM: chance}
 
 
 def judged(run, found: Mapping[str, list], seeds: Sequence[int] = SEEDS, permutations: int | None = None) -> dict:
     """Every dictionary and control on every synset: method -> list of Judged, one a draw; first draws are permuted.
 
-    Two controls join ``found`` (of :func:`dictionaries`): the coordinates of the normalised features with both signs,
-    and as many latents of the SAEs, drawn from those that fire. ``permutations``: default MANY, or FEW for large trees.
+    Three controls join ``found`` (of :func:`dictionaries`): the coordinates of the normalised features with both signs,
+    as many latents of the SAEs, drawn from those that fire, and calling every class a member. ``permutations``: default
+    MANY, or FEW for large trees.
     """
     tree, train, test = taxonomy(run), run.features("train"), run.features("test")
-    members = np.stack([tree.members(synset) for synset in tree.synsets], axis=1)
+    members = np.stack([tree.members(synset) for synset in asked(tree)], axis=1)
     permutations = (MANY if members.size <= LARGE else FEW) if permutations is None else permutations
     given = (train.labels, test.labels, members, tree_order(tree), image_draws(test.labels, REPLICATES))
     part, n = part_name(run), 2 * train.cls.shape[1]
@@ -72,12 +72,25 @@ def judged(run, found: Mapping[str, list], seeds: Sequence[int] = SEEDS, permuta
         for seed, model in zip(seeds, models, strict=False):
             units = Units.of_codes(model.encode(train.cls), model.encode(test.cls))
             mine = out.setdefault(method, [])
-            n_permuted = 0 if mine or method == UNTRAINED else permutations  # the untrained SAE is a random dictionary
+            n_permuted = 0 if mine else permutations
             mine.append(judge(units, *given, n_permuted, n_permuted // 2 if method == SAE else 0))
             if method == SAE:
-                out.setdefault(part, []).append(judge(units.drawn(n, seed), *given))
+                out.setdefault(part, []).append(judge(units.drawn(n, seed), *given, n_permuted))
     plain = Units.of_features(*(run.sae.normalize(of.cls) for of in (train, test)))
-    return out | {CLS: [judge(plain, *given, permutations)]}
+    every = every_class(test.labels, members, REPLICATES)
+    return out | {CLS: [judge(plain, *given, permutations)], EVERY: [every]}
+
+
+def compared(run) -> list[tuple[str, str]]:
+    """The pairs whose difference is asked for: the SAE and each control, then as many latents as the CLS has units."""
+    part = part_name(run)
+    return [(SAE, other) for other in (RANDOM, EVERY, CLS, part)] + [(part, CLS), (part, EVERY)]
+
+
+def families(tree: wordnet.Taxonomy) -> dict[str, np.ndarray]:
+    """Name -> (C,) bool of the families with at least LEAST_CLASSES classes."""
+    found = {tree.name(one): tree.members(one) for one in FAMILIES if one in tree.lemmas}
+    return {name: members for name, members in found.items() if members.sum() >= LEAST_CLASSES}
 
 
 def distances(run, found: Mapping[str, list]) -> dict[tuple[str, str], np.ndarray]:
@@ -137,88 +150,117 @@ def _row(table: pd.DataFrame, **wanted) -> pd.Series:
     return table.iloc[0]
 
 
+def _p(p: float, permutations: float) -> str:
+    """A p of permutations in words: "≤" where none of them did as well, so that more might have made it smaller."""
+    return p_text(p, at_most=p <= 1.0001 / (1 + permutations))
+
+
+def _gap(row: Mapping) -> str:
+    return f"{row['value']:+.2f}, {row['lo']:+.2f} to {row['hi']:+.2f}"
+
+
+NONE = "too few synsets"  # for a verdict
+_WORDS = {"better": "better than", "worse": "worse than", "undecided": "not told from"}
+_COLUMNS = {"images": "images", "classes": "f1", "unseen classes": "unseen"}
+
+
+def beaten(synsets: pd.DataFrame, by: str, method: str = SAE, other: str = EVERY) -> tuple[int, int]:
+    """On how many synsets, and of how many, a dictionary's F1 is above another's."""
+    own, others = (
+        synsets[synsets["method"] == name].set_index("synset")[_COLUMNS[by]].dropna() for name in (method, other)
+    )
+    return int((own > others + 1e-9).sum()), len(own)
+
+
+def against_text(summary: pd.DataFrame, differences: pd.DataFrame, synsets: pd.DataFrame, by: str) -> str:
+    """The SAE beside random dictionaries and beside calling every class a member, in one way of judging."""
+    mean = {name: _row(summary, method=name, by=by, measure="mean F1") for name in (SAE, RANDOM, EVERY)}
+    gaps = [_row(differences, dictionary=SAE, other=name, by=by, measure="mean F1") for name in (EVERY, RANDOM)]
+    won, n = beaten(synsets, by)
+    names = ("every class", "random dictionaries")
+    if gaps[0]["verdict"] == NONE:
+        told = " and ".join(f"{_gap(gap)} from {name}" for gap, name in zip(gaps, names, strict=True))
+        told = f"{n} synsets are too few for a verdict, the {SAE} differs by {told}"
+    else:
+        told = " and ".join(
+            f"{_WORDS[gap['verdict']]} {name} ({_gap(gap)})" for gap, name in zip(gaps, names, strict=True)
+        )
+        told = f"the {SAE} is {told}"
+    return (
+        f"By {by}, the best latents of the {SAE} reach a mean F1 of {mean[SAE]['value']:.2f} over {n} synsets, "
+        f"calling every class a member {mean[EVERY]['value']:.2f}, random dictionaries {mean[RANDOM]['value']:.2f}: "
+        f"{told}, and beats every class on {won} of {n} synsets."
+    )
+
+
+def equal_text(differences: pd.DataFrame) -> str:
+    """As many latents as the CLS has coordinates with signs, against these."""
+    rows = differences[(differences["other"] == CLS) & (differences["dictionary"] != SAE)]
+    rows = rows[rows["measure"] == "mean F1"]
+    cells = []
+    for _, row in rows.iterrows():
+        few = row["verdict"] == NONE
+        told = f"without a verdict on {row['synsets']} synsets" if few else f"{_WORDS[row['verdict']]} these"
+        cells.append(f"{told} by {row['by']} ({_gap(row)})")
+    n = rows["dictionary"].iloc[0].split()[1]
+    return f"{n} latents of the {SAE}, as many as the CLS has coordinates with either sign, are {', '.join(cells)}."
+
+
 def chance_text(summary: pd.DataFrame, synsets: pd.DataFrame, method: str = SAE) -> str:
-    """What a dictionary finds beside what the same search finds among permuted classes."""
+    """What a dictionary finds by classes beside what the same search finds among permuted classes, and others do."""
     row, own = _row(summary, method=method, by="classes", measure="mean F1"), synsets[synsets["method"] == method]
     clear, n = int((own["q"] < 0.05).sum()), len(own)
-    seeds = f"; {row['least']:.2f} to {row['largest']:.2f} over its draws" if row["largest"] > row["least"] else ""
     told = "more than chance" if row["p"] < 0.05 else "no more than chance"
+    above = summary[(summary["by"] == "classes") & (summary["measure"] == ABOVE) & (summary["method"] != EVERY)]
+    others = ", ".join(f"{r.method} {r.value:.2f}" for r in above.itertuples())
     return (
         f"By classes, the best unit of the {method} reaches a mean F1 of {row['value']:.2f} ({row['lo']:.2f} to "
-        f"{row['hi']:.2f}{seeds}). With the classes of the tree permuted, the same search still reaches "
-        f"{row['null']:.2f} ({row['null_lo']:.2f} to {row['null_hi']:.2f}): it is {told}, {p_text(row['p'])}, and "
-        f"{clear} of {n} synsets stand out one by one (q < 0.05)."
+        f"{row['hi']:.2f}; {row['least']:.2f} to {row['largest']:.2f} over {row['draws']} draws). With the classes of "
+        f"the tree permuted ({row['permutations']:.0f} times, first draw), the same search still reaches "
+        f"{row['null']:.2f}: it is {told} ({_p(row['p'], row['permutations'])}), and {clear} of {n} synsets stand out "
+        f"one by one (q < 0.05). F1 above each one's own chance: {others}."
     )
 
 
-def _listed(names: Sequence[str]) -> str:
-    names = [f"the {name}" for name in names]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _best(table: pd.DataFrame, column: str, **wanted) -> pd.Series:
+    for name, value in wanted.items():
+        table = table[table[name] == value]
+    return table.sort_values(column).iloc[-1]
 
 
-def control_text(differences: pd.DataFrame, by: str, measure: str = "mean F1") -> str:
-    """Against which controls the SAE is better, worse, undecided, in one measure."""
-    rows = differences[(differences["by"] == by) & (differences["measure"] == measure)]
-    parts = []
-    for verdict, words in (("better", "better than"), ("undecided", "not told from"), ("worse", "worse than")):
-        part = rows[rows["verdict"] == verdict]
-        if len(part):
-            gaps = ", ".join(f"{r.value:+.2f} ({r.lo:+.2f} to {r.hi:+.2f})" for r in part.itertuples())
-            parts.append(f"{words} {_listed(part['other'].tolist())}: {gaps}")
-    return f"By {by}, in {measure}, the {SAE} is {'; '.join(parts)}."
-
-
-def ontology_verdict(summary: pd.DataFrame, differences: pd.DataFrame, where: str) -> str:
-    """The answer to the chapter's question, from the mean F1 against chance and against each control."""
-    p = _row(summary, method=SAE, by="classes", measure="mean F1")["p"]
-    rows = differences[(differences["measure"] == "mean F1") & ~differences["other"].str.startswith(SAE)]
-    n, better, worse = len(rows), *((rows["verdict"] == word).sum() for word in ("better", "worse"))
-    if p >= 0.05:
-        return f"On {where}, the best latents fit WordNet no better than chance would ({p_text(p)})."
-    if better == n:
-        told = f"better than every control, whichever way it is judged ({n} comparisons)"
-    elif better > worse:
-        told = f"better than its controls in {better} of {n} comparisons and worse in {worse}"
-    else:
-        told = f"but no better than the controls: better in {better} of {n} comparisons, worse in {worse}"
-    return f"On {where}, the best latents fit WordNet better than chance would ({p_text(p)}), {told}."
-
-
-def coverage_text(summary: pd.DataFrame, method: str = SAE) -> str:
-    """The shares of synsets over the bars, by classes and by images."""
-    cells = []
-    for by in ("classes", "images"):
-        rows = [_row(summary, method=method, by=by, measure=f"share of F1 from {bar}") for bar in BARS]
-        shares = " and ".join(f"{100 * r['value']:.0f} % ({100 * r['lo']:.0f} to {100 * r['hi']:.0f})" for r in rows)
-        cells.append(f"by {by} {shares}")
-    bars = " and ".join(f"{bar:g}" for bar in BARS)
-    return f"Coverage, the share of synsets with an F1 of at least {bars}: {'; '.join(cells)}."
-
-
-def mantel_text(table: pd.DataFrame, where: str, of: str = SAE) -> str:
-    """Whether CAP distance agrees with path distance."""
+def mantel_text(table: pd.DataFrame, inside: pd.DataFrame, where: str, of: str = SAE) -> str:
+    """How much of the agreement with path distance is the split between animals and all else."""
     distance, method = HEADLINE
     row = _row(table, of=of, distance=distance, method=method)
-    told = "agrees with" if row["p"] < 0.05 else "does not clearly agree with"
-    others = table[(table["of"] == of) & (table["p"] < 0.05)]
+    means = _best(table, "within", of=MEANS, method=method)
+    own = inside[(inside["of"] == of) & (inside["distance"] == distance)]
+    clear = [f"{r.family}s" for r in own.itertuples() if r.p < 0.05 and r.lo > 0]
+    cells = ", ".join(f"{r.family}s {r.r:.2f} ({_p(r.p, r.permutations)})" for r in own.itertuples())
+    names = "each" if len(clear) == len(own) else f"{' and '.join(clear)} only" if clear else "none"
     return (
-        f"On {where}, the {distance} distance of the {of}'s CAPs {told} WordNet's path distance: Mantel's r = "
-        f"{row['r']:.2f} ({row['lo']:.2f} to {row['hi']:.2f}; {method.title()}), {p_text(row['p'])}; of all "
-        f"{(table['of'] == of).sum()} pairs of a distance and a coefficient, {len(others)} have p < 0.05."
+        f"On {where}, the {distance} distance of the {of}'s profiles follows WordNet's paths with r = {row['r']:.2f}, "
+        f'but "one is an animal, the other not" alone has r = {row["split_r"]:.2f}'
+        f"{', no less' if row['split_r'] >= row['r'] - 0.005 else ''}; given that split, r is {row['within']:.2f} "
+        f"({row['within_lo']:.2f} to {row['within_hi']:.2f}, {_p(row['within_p'], row['permutations'])}) beside "
+        f"{means['within']:.2f} of class means ({means['distance']}), and inside families agreement is clear "
+        f"(p < 0.05, interval above 0) for {names}: {cells}."
     )
 
 
-def beyond_text(table: pd.DataFrame, of: str = SAE) -> str:
-    """Whether the CAPs add to what the distances of the raw mean features say, and whether they say it better."""
+def beyond_text(table: pd.DataFrame, inside: pd.DataFrame, of: str = SAE) -> str:
+    """Whether the CAPs add to the split and the raw mean features, say it better, and how these do inside families."""
     distance, method = HEADLINE
     row = _row(table, of=of, distance=distance, method=method)
-    added = row["beyond_p"] < 0.05
+    added = row["beyond_p"] < 0.05 and row["beyond_lo"] > 0
     more = "better" if row["gain_lo"] > 0 else "worse" if row["gain_hi"] < 0 else "neither clearly better nor worse"
+    best = [_best(inside, "r", of=MEANS, family=family) for family in dict.fromkeys(inside["family"])]
+    cells = ", ".join(f"{r['family']}s {r['r']:.2f} ({r['distance']})" for r in best)
     return (
-        f"The {of}'s CAPs {'add' if added else 'add nothing clear'} to what the class means of the raw CLS say of the "
-        f"tree (partial r = {row['beyond']:.2f} given all their distances, {row['beyond_lo']:.2f} to "
-        f"{row['beyond_hi']:.2f}, {p_text(row['beyond_p'])}); alone, they agree with it {more} than the best of those, "
-        f"{row['over']} ({row['gain']:+.2f}, {row['gain_lo']:+.2f} to {row['gain_hi']:+.2f})."
+        f"The {of}'s profiles {'add' if added else 'add nothing clear'} to what the split and all distances of the "
+        f"class means of the raw CLS say together (partial r = {row['beyond']:.2f}, {row['beyond_lo']:.2f} to "
+        f"{row['beyond_hi']:.2f}, {_p(row['beyond_p'], row['permutations'])}); given the split alone, they agree with "
+        f"the tree {more} than the best of the means, {row['over']} ({row['gain']:+.2f}, {row['gain_lo']:+.2f} to "
+        f"{row['gain_hi']:+.2f}). Inside families, the best of the class means has r: {cells}."
     )
 
 
@@ -228,6 +270,6 @@ def training_text(gains: pd.DataFrame) -> str:
     row = _row(gains, distance=distance, method=method)
     told = "helps" if row["lo"] > 0 else "hurts" if row["hi"] < 0 else "makes no clear difference"
     return (
-        f"Training {told}: against a random dictionary's CAPs, r changes by {row['value']:+.2f} ({row['lo']:+.2f} to "
-        f"{row['hi']:+.2f})."
+        f"Training {told}: against a random dictionary's CAPs, r over all pairs changes by {row['value']:+.2f} "
+        f"({row['lo']:+.2f} to {row['hi']:+.2f})."
     )
