@@ -6,7 +6,8 @@ In the SAE's own normalised space, u is the input, u_hat its reconstruction and 
 
 After Engels, Smith and Tegmark, "Decomposing the dark matter of sparse autoencoders" (arXiv 2410.14670) [s]; theirs is
 on language models. Ours [r]: errors of the rows that the SAE was trained on are smaller than those of others, so each
-regression is fitted in three ways (:data:`FITS`), and the part e_lin is the second of them. Scores on the parts are in
+regression is fitted in three ways (:data:`FITS`), and the part e_lin is the second of them. Every share so found is a
+lower bound of what is linear: of finitely many rows a map predicts less than of many. Scores on the parts are in
 :mod:`capsae.analyses.dark_matter_scores`, sentences in :mod:`capsae.analyses.dark_matter_words`.
 """
 
@@ -28,7 +29,8 @@ FITS = {
     "rescaled": "training rows, rescaled on validation rows",
     "unseen": "rows the SAE has not seen",
 }
-TARGETS = {"vector": "error vector", "norm2": "squared norm", "norm": "norm"}
+MAIN = "rescaled"  # of FITS: that of the part e_lin, and of all comparisons
+TARGETS = {"vector": "error vector", "norm2": "squared norm"}
 FOLDS = 10
 
 
@@ -156,9 +158,8 @@ def row_weights(n: int, n_boot: int, seed: int = 0) -> np.ndarray:
 
 
 def targets(e: np.ndarray) -> dict[str, np.ndarray]:
-    """What is predicted of errors e (N, d): the vector, its squared norm and its norm (N, 1)."""
-    squared = (e**2).sum(1, keepdims=True)
-    return {"vector": e, "norm2": squared, "norm": np.sqrt(squared)}
+    """What is predicted of errors e (N, d): the vector and its squared norm (N, 1)."""
+    return {"vector": e, "norm2": (e**2).sum(1, keepdims=True)}
 
 
 def predictability(coders: Mapping[str, object], train, val, test, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -176,9 +177,10 @@ def predictability(coders: Mapping[str, object], train, val, test, n_boot: int =
     -------
     DataFrame
         coder, target (of :data:`TARGETS`), fit (of :data:`FITS`; for the vector also "one number": e is a constant
-        times u, both means taken off, the constant from validation rows), value, lo, hi (R^2 with a 95 % interval over
-        test rows; the fit itself stays as it is), penalty (NaN where there is none, or one for each fold), fvu_train
-        and fvu_test (share of the variance that the coder leaves unexplained).
+        times u, both means taken off, the constant from validation rows; for the norm also "constant": the training
+        rows' mean), value, lo, hi (R^2 with a 95 % interval over test rows; the fit itself stays as it is), penalty
+        (NaN where there is none, or one for each fold), rows (how many it is fitted on, validation rows of a rescaled
+        fit aside), fvu_train and fvu_test (share of the variance that the coder leaves unexplained).
     """
     rows, control, bases, shuffle = [], [], None, np.random.default_rng(seed)
     for name, coder in coders.items():
@@ -209,9 +211,12 @@ def _fits(ridge: Ridge, crossed: CrossFit, train, val, test, n_boot: int, seed: 
         if target == "vector":
             same = Linear(np.eye(y.shape[1]), ridge.mean, ridge.mean)
             guesses["one number"] = rescaled(same, crossed.u_val, y_val)(crossed.u_test)
+        else:
+            guesses["constant"] = np.repeat(y.mean(0)[None], len(y_test), axis=0)
+        seen = {"unseen": len(y_val) + len(y_test) * (FOLDS - 1) // FOLDS, "one number": len(y_val)}
         for fit, cell in r2_intervals(y_test, guesses, n_boot, seed).items():
             penalty = plain.penalty if fit in ("train", "rescaled") else np.nan
-            rows.append({"target": target, "fit": fit, **cell, "penalty": penalty})
+            rows.append({"target": target, "fit": fit, **cell, "penalty": penalty, "rows": seen.get(fit, len(y))})
     return rows
 
 
@@ -277,20 +282,20 @@ CROSSED = (("reconstruction", "linear"), ("reconstruction", "rest"), ("linear", 
 
 
 def structure(split: Mapping[str, Mapping[str, np.ndarray]], n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Shares of the input's variance and cosines of the three parts, set by set.
+    """Shares of the three parts and of their overlaps in the input's variance, set by set.
 
     Parameters
     ----------
     split : set -> :func:`parts`
-        Variances and cosines of every set are about the means of the set "train", which has no rows of its own in the
+        Variances of every set are about the means of the set "train", which has no rows of its own in the
         result, nor has "val".
 
     Returns
     -------
     DataFrame
-        set, group ("id", "near", "far"), measure, what, value, lo, hi, with 95 % intervals over rows. measure "share":
-        of each part, 2 <a, b> of each pair ("a x b"), and of all pairs ("cross"), over the sum of |u - mean|^2; parts
-        and cross sum to 1. measure "cosine": mean over rows of the cosine of two parts, or of a part and the input.
+        set, group ("id", "near", "far"), what, value, lo, hi, with 95 % intervals over rows: the share of each part,
+        2 <a, b> of each pair ("a x b"), and of all pairs ("cross"), over the sum of |u - mean|^2; parts and cross sum
+        to 1.
     """
     rows, means = [], {part: split["train"][part].mean(0) for part in ("input", *THREE)}
     for where, of in split.items():
@@ -306,10 +311,5 @@ def structure(split: Mapping[str, Mapping[str, np.ndarray]], n_boot: int = 1000,
         for what, values in top.items():
             draws = (weights @ values) / (weights @ square["input"])
             cell = (float(values.sum() / square["input"].sum()), *interval(draws))
-            rows.append((where, group, "share", what, *cell))
-        for a, b in (*CROSSED, *(("input", part) for part in THREE)):
-            length = np.sqrt(square[a] * square[b])
-            cosine = (centred[a] * centred[b]).sum(1) / np.maximum(length, 1e-300)
-            cell = (float(cosine.mean()), *interval(weights @ cosine / len(cosine)))
-            rows.append((where, group, "cosine", f"{a} x {b}", *cell))
-    return pd.DataFrame(rows, columns=["set", "group", "measure", "what", "value", "lo", "hi"])
+            rows.append((where, group, what, *cell))
+    return pd.DataFrame(rows, columns=["set", "group", "what", "value", "lo", "hi"])

@@ -1,11 +1,12 @@
 """Scores on the parts of the input that an SAE splits it into: where is the OOD signal?
 
-What runs where. Detectors that read features alone (:data:`ON_PARTS`) are fitted on training rows of a part and score
-the same part of other rows, all in the SAE's normalised space (the features themselves in their own). Detectors that
-read logits or the head run on the features and on the reconstruction, brought back to the features' space, through the
-profile's own head. On error, linear part and rest they do not apply: logits are evidence for a class, the head's
-constants belong to whole features, and an error has no class. EPD and RPD read the code, of which the reconstruction is
-a linear map, so they stand in its column.
+What runs where. Detectors that read features alone (:data:`ON_PARTS`) are fitted on rows of a part and score the same
+part of other rows, all in the SAE's normalised space: on training rows, and those that are judged on validation rows as
+well (:data:`FITS`), since the SAE's errors on training rows are not like others. Detectors that read logits or the head
+run on the features and on the reconstruction, brought back to the features' space, through the profile's own head. On
+error, linear part and rest they do not apply: logits are evidence for a class, the head's constants belong to whole
+features, and an error has no class. EPD and RPD read the code, of which the reconstruction is a linear map, so they
+stand in its column.
 
 The linear part is a linear map of the input: a score that no invertible linear map changes (MDS, RMDS) gives it and
 the input the same result, whatever the SAE does.
@@ -27,7 +28,7 @@ from ..detectors import Detector, Observations
 from ..evaluate import compare, group_of
 from ..metrics import Thresholds, fpr95_id_pos, fpr95_ood_pos
 from ..sae import dictionaries
-from ..stats import FPR95, bootstrap, delong, exact_interval, interval, placements
+from ..stats import FPR95, bootstrap, delong, exact_interval, holm, interval, placements
 from . import dark_matter
 
 COLUMNS = {
@@ -39,17 +40,22 @@ COLUMNS = {
     "rest": "rest",
     "pca_rest": "PCA's error",
 }
-ON_PARTS = ("mds", "mds++", "rmds", "rmds++", "knn", "feature_norm")  # and "length"
-JUDGED = ("mds", "mds++", "length")  # the whole geometry; direction alone; length alone
+PARTS = tuple(part for part in COLUMNS if part != "features")
+ON_PARTS = ("mds", "mds++", "rmds", "rmds++", "distance")
+JUDGED = ("mds", "mds++", "distance")
+HEADED = ("energy", "vim")  # of those through the head: compared on the reconstruction and on the features
 INVARIANT = ("mds", "rmds")  # under invertible linear maps: they give the linear part and the input one result
-EXTRA = {"length": "Length", "epd+error": "EPD + error's length"}
+SLOW = ("knn", "nnguide")  # left out: neighbours among all training rows, seven times over
+FITS = {"train": "training rows", "val": "validation rows"}  # what a detector is fitted on
+EXTRA = {"distance": "Distance", "epd+error": "EPD + error's length"}
 SEP = " | "
+REPLICATES, PAIRED = 300, 4000  # of the bootstrap: of intervals, and of paired comparisons
 _SHARES = {"fpr95_ood_pos": fpr95_ood_pos, "fpr95_id_pos": fpr95_id_pos}
 
 
 @dataclass
 class Length(Detector):
-    """Distance of a part from its mean over the training rows; the longer, the more OOD, whatever the part."""
+    """Distance of a part from its mean over the fitting rows; the longer, the more OOD."""
 
     title: ClassVar[str] = "Length"
     group: ClassVar[str] = "control"
@@ -63,6 +69,27 @@ class Length(Detector):
 
     def score(self, obs: Observations) -> np.ndarray:
         return np.linalg.norm(obs.cls64 - self._mean, axis=1)
+
+
+@dataclass
+class Distance(Length):
+    """How far a part's :class:`Length` lies from the median of the fitting rows, in MADs, to either side.
+
+    The normalised input has one length, so on it this is a function of the direction.
+    """
+
+    title: ClassVar[str] = "Distance"
+    formula: ClassVar[str] = r"\bigl| \lVert z - \bar z \rVert - \mathrm{med} \bigr| / \mathrm{MAD}"
+
+    def fit(self, obs: Observations, validation: Observations | None = None) -> Distance:
+        super().fit(obs, validation)
+        length = super().score(obs)
+        self._median = np.median(length)
+        self._mad = np.median(np.abs(length - self._median)) or 1.0
+        return self
+
+    def score(self, obs: Observations) -> np.ndarray:
+        return np.abs(super().score(obs) - self._median) / self._mad
 
 
 @dataclass
@@ -109,9 +136,10 @@ def title(name: str) -> str:
 
 
 def through_head() -> list[str]:
-    """Baselines that read logits or the head: for them the errors are not applicable."""
+    """Baselines that read logits or the head, without :data:`SLOW`: for them the errors are not applicable."""
     known = {name: detectors.info(name) for name in detectors.available()}
-    return [n for n, of in known.items() if of["group"] == "baseline" and {"logits", "head"} & set(of["needs"])]
+    headed = [n for n, of in known.items() if of["group"] == "baseline" and {"logits", "head"} & set(of["needs"])]
+    return [name for name in headed if name not in SLOW]
 
 
 def observe(run, linear: dark_matter.Linear, sets: Iterable[str]) -> dict[str, PartObservations]:
@@ -139,33 +167,61 @@ def arrays(observed: Mapping[str, PartObservations]) -> dict[str, dict[str, np.n
     return {name: {part: obs.parts[part].cls64 for part in wanted} for name, obs in observed.items()}
 
 
+def key(name: str, part: str, fit: str = "train") -> str:
+    """The name of a detector on a part, fitted on rows of :data:`FITS`."""
+    return SEP.join((name, part, fit))
+
+
 def fitted(run, train: PartObservations, val: PartObservations) -> dict[str, OnPart]:
-    """Every detector on every part where it applies, by "detector | column", fitted on training rows of that part."""
+    """Every detector on every part where it applies, by :func:`key`; :data:`JUDGED` fitted on validation rows, too."""
     found = {}
-    for name in (*ON_PARTS, "length"):
-        for part in COLUMNS:
-            one = Length() if name == "length" else detectors.create(name, **run.detector_options(name))
-            found[name + SEP + part] = OnPart(one.fit(train.parts[part], val.parts[part]), part)
+    for fit, rows, names in (("train", train, ON_PARTS), ("val", val, JUDGED)):
+        for name in names:
+            for part in PARTS:
+                one = Distance() if name == "distance" else detectors.create(name, **run.detector_options(name))
+                found[key(name, part, fit)] = OnPart(one.fit(rows.parts[part], val.parts[part]), part)
     for name in through_head():
         for column, part in (("features", "own"), ("reconstruction", "decoded")):
             one = detectors.create(name, **run.detector_options(name))
-            found[name + SEP + column] = OnPart(one.fit(train.parts[part], val.parts[part]), part)
+            found[key(name, column)] = OnPart(one.fit(train.parts[part], val.parts[part]), part)
     for name in ("epd", detectors.OURS):
-        found[name + SEP + "reconstruction"] = OnPart(run.detectors([name])[name], "own")
-    both = Summed((found["epd" + SEP + "reconstruction"], found["length" + SEP + "error"]))
-    found["epd+error" + SEP + "input"] = both.fit(train, val)
+        found[key(name, "reconstruction")] = OnPart(run.detectors([name])[name], "own")
+    length = OnPart(Length().fit(train.parts["error"]), "error")
+    found[key("epd+error", "input")] = Summed((found[key("epd", "reconstruction")], length)).fit(train, val)
     return found
 
 
-def part_table(scorers: Mapping, id_test, ood: Mapping, n_boot: int = 300, seed: int = 0) -> pd.DataFrame:
-    """Results of scorers named "detector | column": three of :func:`capsae.evaluate`'s metrics, at a tenth of its cost.
+def lengths(observed: Mapping[str, PartObservations], ood: Iterable[str]) -> pd.DataFrame:
+    """How often an OOD row of a part lies farther from the training mean than an ID test row.
 
     Returns
     -------
     DataFrame
-        method (the detector), part (the column), set ("mean" with group "near", "far" and "all"), group, metric
-        (both FPR95, AUROC), value, lo, hi: shares, 95 % intervals by a bootstrap over ID and OOD samples for FPR95
-        (Clopper and Pearson's where no replicate differs), DeLong's for AUROC.
+        part (reconstruction, error), set ("mean": over all OOD sets), value, lo, hi: the share of pairs of an ID and an
+        OOD row, 0.5 where neither lies farther, with DeLong's 95 % interval.
+    """
+    rows = []
+    for part in ("reconstruction", "error"):
+        one, placed = Length().fit(observed["train"].parts[part]), {}
+        known = one.score(observed["test"].parts[part])
+        for where in ood:
+            placed[where] = placements(known, one.score(observed[where].parts[part]))
+        for where, over in {**{w: [w] for w in placed}, "mean": list(placed)}.items():
+            value, error = delong([placed[w] for w in over])
+            reach = norm.isf(0.025) * error
+            rows.append((part, where, value, max(0, value - reach), min(1, value + reach)))
+    return pd.DataFrame(rows, columns=["part", "set", "value", "lo", "hi"])
+
+
+def part_table(scorers: Mapping, id_test, ood: Mapping, n_boot: int = REPLICATES, seed: int = 0) -> pd.DataFrame:
+    """Results of scorers named by :func:`key`: three of :func:`capsae.evaluate`'s metrics, at a tenth of its cost.
+
+    Returns
+    -------
+    DataFrame
+        method (the detector), part (the column), fit (of :data:`FITS`), set ("mean" with group "near", "far" and
+        "all"), group, metric (both FPR95, AUROC), value, lo, hi: shares, 95 % intervals by a bootstrap over ID and
+        OOD samples for FPR95 (Clopper and Pearson's where no replicate differs), DeLong's for AUROC.
     """
     sets = {"": id_test, **ood}
     scores = {name: {where: one.score(obs) for where, obs in sets.items()} for name, one in scorers.items()}
@@ -190,27 +246,47 @@ def part_table(scorers: Mapping, id_test, ood: Mapping, n_boot: int = 300, seed:
             value, error = delong([placed[w] for w in over])
             reach = norm.isf(0.025) * error
             rows.append((*name.split(SEP), label, group, "auroc", value, max(0, value - reach), min(1, value + reach)))
-    return pd.DataFrame(rows, columns=["method", "part", "set", "group", "metric", "value", "lo", "hi"])
+    return pd.DataFrame(rows, columns=["method", "part", "fit", "set", "group", "metric", "value", "lo", "hi"])
 
 
 def pairs() -> list[tuple[str, str]]:
-    """What is compared, all in one correction, by "detector | column".
+    """What is compared, all in one correction, by :func:`key`.
 
-    For each of :data:`JUDGED` the reconstruction with the input, the three parts with each other (the linear one not
-    where the score is invariant), the error with PCA's; and EPD with the error's length added with EPD.
+    For each of :data:`JUDGED`, fitted on training and on validation rows, the reconstruction with the input, the three
+    parts with each other (the linear one not where the score is invariant), and the error with PCA's; and for
+    :data:`HEADED` the reconstruction with the features.
     """
     found = []
-    for name in JUDGED:
-        apart = [p for p in dark_matter.CROSSED if name not in INVARIANT or "linear" not in p]
-        wanted = [("reconstruction", "input"), *apart, ("error", "pca_rest")]
-        found += [(name + SEP + a, name + SEP + b) for a, b in wanted]
-    return [*found, ("epd+error" + SEP + "input", "epd" + SEP + "reconstruction")]
+    for fit in FITS:
+        for name in JUDGED:
+            apart = [p for p in dark_matter.CROSSED if name not in INVARIANT or "linear" not in p]
+            wanted = [("reconstruction", "input"), *apart, ("error", "pca_rest")]
+            found += [(key(name, a, fit), key(name, b, fit)) for a, b in wanted]
+    return [*found, *((key(name, "reconstruction"), key(name, "features")) for name in HEADED)]
 
 
-def compared(scorers: Mapping, id_test, ood: Mapping, n_boot: int = 6000, seed: int = 0) -> pd.DataFrame:
-    """:func:`capsae.evaluate.compare` of :func:`pairs`. Columns: method, part, other, other_part, set, metric, ..."""
-    table = compare(scorers, id_test, ood, pairs(), n_boot=n_boot, seed=seed)
-    for column, part in (("method", "part"), ("other", "other_part")):
-        table[[column, part]] = table[column].str.split(SEP, expand=True, regex=False).to_numpy()
-    first = ["method", "part", "other", "other_part"]
-    return table[[*first, *(column for column in table.columns if column not in first)]]
+def compared(scorers: Mapping, id_test, ood: Mapping, n_boot: int = PAIRED, seed: int = 0) -> pd.DataFrame:
+    """:func:`capsae.evaluate.compare` of :func:`pairs`, by FPR95 (OOD positive) and AUROC.
+
+    Columns: method, part, other_part, fit, set, metric, ...
+    """
+    table = compare(scorers, id_test, ood, pairs(), metrics=(FPR95[0], "auroc"), n_boot=n_boot, seed=seed)
+    left, right = (table[c].str.split(SEP, expand=True, regex=False) for c in ("method", "other"))
+    table = table.drop(columns=["method", "other"])
+    for at, (name, column) in enumerate(
+        {"method": left[0], "part": left[1], "other_part": right[1], "fit": left[2]}.items()
+    ):
+        table.insert(at, name, column)
+    return table
+
+
+def beside_epd(scorers: Mapping, id_test, ood: Mapping, n_boot: int = PAIRED, seed: int = 0) -> pd.DataFrame:
+    """EPD with the error's length less EPD, by FPR95 (OOD positive), set by set; p corrected by Holm over the sets.
+
+    Columns of :func:`capsae.evaluate.compare`, without the mean: it hides that sets differ in sign.
+    """
+    pair = key("epd+error", "input"), key("epd", "reconstruction")
+    table = compare(scorers, id_test, ood, [pair], metrics=(FPR95[0],), n_boot=n_boot, seed=seed)
+    table = table[table["set"] != "mean"].assign(p_holm=lambda t: holm(t["p"]))
+    sure = np.where(table["value"] < 0, "better", "worse")
+    return table.assign(verdict=np.where(table["p_holm"] < 0.05, sure, "undecided"))
