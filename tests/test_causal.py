@@ -117,12 +117,15 @@ def test_transplants_are_those_of_the_codes():
         share = (head.logits(new.astype(np.float32)).argmax(1) == b).mean()
         row = pairs[(pairs["of"] == a) & (pairs["into"] == b)].iloc[0]
         assert row["predicted"] == pytest.approx(share)
+    planted = causal_curves.transplants(_planted())
+    assert (planted["predicted"] == 1).all() and (planted["top2"] == 1).all() and (planted["shuffled"] < 1).all()
+    assert (planted["reordered"] == 1).all(), "a core of one latent has one order"
 
 
 def test_controls_have_exactly_the_cores_energy_and_the_random_one_its_number():
     bench, _ = _random_bench()
     for c, found in causal.deletions(bench, bench.x.mean(0)):
-        core, count, _ = found["core"]
+        core, count, *_ = found["core"]
         energy = (core**2).sum(1)
         for name in (*causal_effects.MATCHED, "head_direction"):
             delta = found[name][0]
@@ -163,6 +166,73 @@ def test_a_decoder_that_is_not_linear_and_shapes_that_do_not_fit_are_refused():
         causal.Bench(bench.sae, few, bench.caps, bench.x, bench.labels, 0.2)
     with pytest.raises(ValueError, match="indices were changed"):
         bench.change(SparseCodes(bench.codes.values, bench.codes.indices[:, ::-1], bench.codes.n_latents))
+
+
+def test_partial_deletion_takes_exactly_the_energy_in_order_and_never_stretches():
+    bench, _ = _random_bench()
+    slots = bench.codes.values != 0
+    first = np.argmax(bench.codes.values, 1)
+    order = -bench.codes.values
+    whole = bench.delta(-bench.codes.values)
+    most = (whole**2).sum(1)
+    one = np.where(np.arange(K) == first[:, None], -bench.codes.values, 0.0)
+    alone = (bench.delta(one) ** 2).sum(1)
+    part = causal.partial(bench, slots, order, alone / 4)
+    np.testing.assert_allclose(part, bench.delta(one) / 2, atol=1e-9)  # half of the first, none of the others
+    np.testing.assert_allclose(causal.partial(bench, slots, order, 1e9 + most), whole, atol=1e-9)
+    some = causal.partial(bench, slots, bench.codes.indices, most * 0.3)
+    np.testing.assert_allclose((some**2).sum(1), most * 0.3, rtol=1e-9)
+    assert not causal.partial(bench, slots & False, order, most).any()
+    for c, found in causal.deletions(bench, bench.x.mean(0)):
+        energy = {name: (found[name][0] ** 2).sum(1) for name in ("core", "outside_plain", *causal_effects.FAIR)}
+        for name in causal_effects.FAIR:
+            reached = energy["core"] >= energy["outside_plain"]
+            np.testing.assert_allclose(energy[name][reached], energy["outside_plain"][reached], rtol=1e-9)
+        values = np.where(bench.core[c][bench.codes.indices], 0.0, -bench.codes.values)
+        np.testing.assert_allclose(found["outside_plain"][0], bench.delta(values))
+        assert (found["outside_plain"][2] == 0).all()
+
+
+def test_draws_hold_all_other_classes_and_the_gap_of_each():
+    bench, _ = _random_bench()
+    data = causal_effects.draws(bench, directions=5)
+    assert data.groupby("control").size().to_dict() == {
+        "other_core": C * (C - 1), "random_order": 5 * C, "random_active": 5 * C,
+    }  # fmt: skip
+    row = data[(data["control"] == "other_core") & (data["class"] == 1) & (data["draw"] == 3)].iloc[0]
+    own = bench.labels == 1
+
+    def gone(mask):
+        return bench.delta(np.where(mask[bench.codes.indices], -bench.codes.values, 0.0))[own]
+
+    mine, other = gone(bench.core[1]), gone(bench.core[3])
+    factor = causal.stretch(other, (mine**2).sum(1))
+    gap = (mine - factor[:, None] * other) @ bench.weight[1]
+    assert row["gap"] == pytest.approx(np.nanmean(gap)) and row["unmatched"] == np.isnan(gap).mean()
+    assert row["stretch"] == pytest.approx(np.nanmedian(factor))
+    table, _, _ = causal_effects.effects(bench, bench.x.mean(0))
+    told = causal_effects.stretching(data, table).set_index("control")
+    assert told.loc[causal.TITLES["outside"], "shared"] == 0 and (told["least"] <= told["most"]).all()
+
+
+def test_over_draws_counts_classes_over_draws_and_pairs():
+    gaps = np.array([[-3.0, -3.1, -2.9, -3.0], [3.0, 3.1, 2.9, np.nan], [-1.0, 1.0, -1.1, 1.1]])
+    rows = [("other_core", c, d, gaps[c, d], 0.1 * c) for c in range(3) for d in range(4)]
+    data = pd.DataFrame(rows, columns=["control", "class", "draw", "gap", "unmatched"])
+    found = causal_effects.over_draws(data).iloc[0]
+    assert (found["larger"], found["smaller"], found["classes"], found["pairs"]) == (1, 1, 3, 11)
+    assert found["wins"] == pytest.approx(5 / 11) and found["unmatched_most"] == pytest.approx(0.2)
+    assert found["lo"] < found["value"] < found["hi"]
+
+
+def test_core_shares_and_the_empty_code():
+    bench = _planted()
+    shares = causal_effects.core_shares(bench).groupby("rows")[["latents", "squares"]].mean()
+    assert shares.loc["of other classes"].max() == 0
+    assert shares.loc["of the class", "latents"] == pytest.approx(1 / 3)
+    square = (bench.codes.values[:, 0] ** 2 / (bench.codes.values**2).sum(1)).mean()
+    assert shares.loc["of the class", "squares"] == pytest.approx(square)
+    assert (causal_effects.emptied(bench) == 0).all(), "all logits zero: the first class wins the tie"
 
 
 # --- effects
@@ -213,8 +283,13 @@ def test_epd_notices_a_missing_core_and_not_a_change_of_nothing():
     bench, _ = _random_bench("none")
     _, _, moved = causal_effects.effects(bench, bench.x.mean(0))
     moved["nothing"] = np.zeros_like(bench.x)
-    found = causal_effects.epd_after(bench, moved, ("core", "nothing"), n_boot=50).set_index("intervention")["auroc"]
+    whole = causal_effects.epd_after(bench, moved, ("core", "nothing"), n_boot=50).set_index("intervention")
+    found = whole["auroc"]
     assert found["nothing"] == pytest.approx(0.5) and found["core"] > 0.6
+    assert whole.loc["nothing", "gap"] == pytest.approx(found["core"] - 0.5) and whole.loc["core", "gap"] == 0
+    assert whole.loc["nothing", "gap_lo"] < whole.loc["nothing", "gap"] < whole.loc["nothing", "gap_hi"]
+    assert whole.loc["nothing", "changed"] == 0 and np.isnan(whole.loc["nothing", "auroc_changed"])
+    assert whole.loc["nothing", "auroc_same"] == pytest.approx(0.5)
 
 
 # --- curves, steering, APP
@@ -249,9 +324,11 @@ def test_curves_are_those_of_keeping_and_deleting_codes():
 def test_one_latent_suffices_and_is_needed_where_it_is_the_class():
     bench = _planted()
     data, areas = causal_curves.curves(bench, causal_curves.places(bench), [1, 2, 12])
-    assert causal_curves.enough(data, "cap") == {"n": 1, "latents": 1.0, "value": 1.0}
+    assert causal_curves.enough(data, "cap") == {"n": 1, "latents": 1.0, "value": 1.0, "lo": 1.0, "hi": 1.0}
+    wide = data.assign(lo=np.where(data["n"] == 1, 0.8, data["lo"]))
+    assert causal_curves.enough(wide, "cap")["n"] == 2 and causal_curves.enough(wide, "cap", sure=False)["n"] == 1
     assert causal_curves.enough(data, "union")["latents"] == C
-    needed = causal_curves.enough(data, "attribution", "necessity", share=0.7)
+    needed = causal_curves.enough(data, "attribution", "necessity", share=0.7, sure=False)
     assert needed["n"] == 1, "without it the first class wins every tie: a quarter of the rows"
     claimed = data[(data["measure"] == "claimed") & (data["n"] == 1)]["value"].item()
     assert claimed <= 0.25, "keeping another class's latent does not make that class"
@@ -284,6 +361,9 @@ def test_steering_is_scaling_the_core():
             logits = (bench.logits + bench.logit_delta(change))[bench.labels == c]
             margins.append((logits[:, c] - np.delete(logits, c, 1).max(1)).mean())
         assert rows[rows["alpha"] == alpha]["value"].item() == pytest.approx(np.mean(margins))
+    at = data[(data["rows"] == "of the class") & (data["measure"] == "margin") & (data["alpha"] == 3.0)]
+    at = at.set_index("series")["value"]
+    assert at["difference"] == pytest.approx(at["core"] - at["random"])
 
 
 def test_posterior_of_planted_activations_and_attenuation():
@@ -350,55 +430,118 @@ def test_sentences_say_no_where_it_is_not():
     assert "only that one? No" in causal_text.only_that_one(table, matrix, kept, list("abcd"))
 
 
+def _means(*names, **cells):
+    """All measures of the interventions at 0.5 (0.4 to 0.6), but for the ``name__measure`` given."""
+    rows = [{"intervention": i, "measure": m, "value": 0.5, "lo": 0.4, "hi": 0.6}
+            for i in names for m in causal_effects.MEASURES]  # fmt: skip
+    table = pd.DataFrame(rows).set_index(["intervention", "measure"])
+    for key, cell in cells.items():
+        table.loc[tuple(key.split("__"))] = cell
+    return table.reset_index()
+
+
+_MORE, _LESS, _SAME = (dict(zip(("value", "lo", "hi"), cell, strict=True))
+                       for cell in ((-2.0, -3.0, -1.0), (2.0, 1.0, 3.0), (0.1, -1.0, 1.0)))  # fmt: skip
+
+
+def _drawn(cell, wins=0.25):
+    row = {"control": "other_core", "larger": 3, "smaller": 1, "classes": 4, "wins": wins, "pairs": 12}
+    return pd.DataFrame([row | cell])
+
+
+def _plain(cell):
+    return pd.DataFrame([{"of": of, "larger": 3, "smaller": 1, "classes": 4} | cell for of in causal_effects.FAIR])
+
+
 def test_sentences_on_controls_go_both_ways():
-    means = pd.DataFrame(
-        [{"intervention": "outside", "measure": m, "value": 0.5, "lo": 0.4, "hi": 0.6} for m in causal_effects.MEASURES]
-    )
-    row = {"control": "outside", "larger": 3, "smaller": 1, "classes": 4}
-    more = causal_text.controls(pd.DataFrame([row | {"value": -2.0, "lo": -3.0, "hi": -1.0}]), means)[0]
-    assert "lowers the class's logit by 2.0 (1.0 to 3.0) more than" in more
-    less = causal_text.controls(pd.DataFrame([row | {"value": 2.0, "lo": 1.0, "hi": 3.0}]), means)[0]
-    assert "lowers the class's logit by 2.0 (1.0 to 3.0) less than" in less
-    same = causal_text.controls(pd.DataFrame([row | {"value": 0.1, "lo": -1.0, "hi": 1.0}]), means)[0]
-    assert (
-        "is not told apart (0.1 (-1.0 to 1.0)) from" in same and "50.0 % (40.0 to 60.0) are of the core itself" in same
-    )
-    nothing = means.assign(value=np.where(means["measure"] == "shared", 0.0, means["value"]))
-    found = pd.DataFrame([row | {"value": 0.1, "lo": -1.0, "hi": 1.0}])
-    assert "touches, none are of the core" in causal_text.controls(found, nothing)[0]
+    means = _means("other_core", "core", "outside", "outside_plain", *causal_effects.FAIR, outside__stretch=(4, 3, 5))
+    words = {"lowers the class's logit by 2.0 (1.0 to 3.0) more than": _MORE,
+             "lowers the class's logit by 2.0 (1.0 to 3.0) less than": _LESS,
+             "shows no significant difference (0.1 (-1.0 to 1.0)) from": _SAME}  # fmt: skip
+    for told, cell in words.items():
+        found = causal_text.controls(_drawn(cell), means)[0]
+        assert told in found and "in 25.0 % of the 12 pairs" in found and "core is not the specific one" in found
+        assert causal_text.fair(_plain(cell), means).count(told) == 2
+        assert told in causal_text.stretched(pd.DataFrame([{"control": "outside"} | cell]), means)
+    assert "specific" not in causal_text.controls(_drawn(_MORE, wins=0.0), means)[0]
+    row = pd.DataFrame([{"control": "outside"} | _MORE])
+    assert "this is no deletion: in the median row values are turned to -3.0" in causal_text.stretched(row, means)
+    damped = _means("outside", outside__stretch=(0.5, 0.4, 0.6))
+    assert "values are only damped" in causal_text.stretched(row, damped)
+
+
+def test_the_sentence_on_the_default_names_the_classes_that_keep_their_accuracy_or_says_there_are_none():
+    core = pd.DataFrame({"intervention": "core", "class": range(4), "kept": [0.0, 0.7, 0.1, 0.02]})
+    told = causal_text.default(core, [1, 1, 1, 2], list("abcd"))
+    assert "median class keeps 6.0 %, but *b* 70.0 %. They are the head's default" in told
+    assert "75.0 % of all images are taken for *b*" in told
+    assert "default does not single out" in causal_text.default(core, [2, 2, 2, 1], list("abcd"))
+    none = causal_text.default(core.assign(kept=0.1), [1, 1, 1, 2], list("abcd"))
+    assert "and none more than 20 %. The default does not" in none
+
+
+def test_the_answer_goes_both_ways():
+    bench = _planted()
+    curves, _ = causal_curves.curves(bench, causal_curves.places(bench), [1, 2])
+    low = {"core__logit": (-2, -3, -1), "core__others_kept": (1, 0.995, 1)}
+    yes = causal_text.answer(_means("core", **low), _plain(_MORE), _drawn(_MORE, 0.0), curves)
+    assert yes.startswith("Yes, the core matters") and "And it is theirs alone" in yes and "the first 1 of" in yes
+    no = causal_text.answer(_means("core", **low), _plain(_SAME), _drawn(_MORE, 0.3), curves[curves["n"] == 0])
+    assert no.startswith("That the core matters is not shown") and "not for it alone" in no and "No number" in no
+    shared = causal_text.answer(_means("core"), _plain(_MORE), _drawn(_MORE, 0.0), curves)
+    assert shared.startswith("That the core matters is not shown") and "not for it alone" in shared
 
 
 def test_sentences_on_transplants_steering_app_and_epd_go_both_ways():
-    pairs = pd.DataFrame([(a, b, 0.9, 0.1, 0.0) for a in range(3) for b in range(3) if a != b],
-                         columns=["of", "into", "predicted", "deleted", "before"])  # fmt: skip
-    assert "profile does make the head see" in causal_text.transplant(pairs)
-    assert "profile does not make" in causal_text.transplant(pairs.assign(predicted=0.1))
-    steer = causal_curves.steering(_random_bench()[0], (1.0, 4.0))
-    elsewhere = (steer["rows"] == "of other classes") & (steer["measure"] == "predicted")
-    for value, words in ((0.9, "active, more images are"), (0.01, "active, hardly more images are")):
-        top = np.where(elsewhere & (steer["alpha"] == 4), value, np.where(elsewhere, 0.02, steer["value"]))
-        assert words in causal_text.steering(steer.assign(value=top, lo=top - 0.005, hi=top + 0.005))
+    pairs = pd.DataFrame([(a, b, 0.9, 0.1, 0.0, 0.8, 0.5, 0.1) for a in range(3) for b in range(3) if a != b],
+                         columns=["of", "into", "predicted", "deleted", "before", "top2", "reordered", "shuffled"])  # fmt: skip  # noqa: E501
+    told = causal_text.transplant(pairs)
+    assert "other class is predicted" in told and "The latents count, not" in told and "do more than shuffled" in told
+    none = causal_text.transplant(pairs.assign(predicted=0.1))
+    assert "other class is not predicted" in none and "do no more than the length" in none
+    assert "do not significantly more than shuffled" in none
+    bench = _random_bench()[0]
+    steer, shares = causal_curves.steering(bench, (1.0, 4.0)), causal_effects.core_shares(bench)
+    elsewhere = (steer["rows"] == "of other classes") & (steer["measure"] == "margin") & (steer["alpha"] == 4)
+    for value, words in ((-99.0, "there steers away from"), (99.0, "there does not steer away from")):
+        moved = {key: np.where(elsewhere, value, steer[key]) for key in ("value", "lo", "hi")}
+        assert words in causal_text.steering(steer.assign(**moved), shares)
+    gap = steer["series"] == "difference"
+    for cell, words in ((_MORE, "paired by class, less:"), (_LESS, "class, more:"), (_SAME, "no significant diff")):
+        paired = {key: np.where(gap, cell[key], steer[key]) for key in cell}
+        assert words in causal_text.steering(steer.assign(**paired), shares)
     rows = [("deletion", c, n, 2.0 * n, 1, 1 - 0.1 * n) for c in range(3) for n in range(4)]
     whole = pd.DataFrame(rows, columns=["method", "class", "n", "fall", "own_kept", "others_kept"])
-    assert "6.0 (6.0 to 6.0) takes the first 2 of its 3 latents: 4.0 (4.0 to 4.0)" in causal_text.harm(whole)
-    assert "keep 80.0 % (80.0 to 80.0) of their accuracy, and 70.0 %" in causal_text.harm(whole)
-    means = pd.DataFrame([{"intervention": i, "measure": m, "value": 0.5, "lo": 0.4, "hi": 0.6}
-                          for i in ("core", "app_core", "app_all") for m in causal_effects.MEASURES])  # fmt: skip
-    for kept, words in ((0.95, "spares the other classes more"), (0.5, "other classes less"), (0.85, "not told")):
+    harm = causal_text.harm(whole)
+    assert "first 2 of a core's 3 latents lowers the logit by 4.0 (4.0 to 4.0), deleting all of them by 6.0" in harm
+    assert "keep 80.0 % (80.0 to 80.0) of their accuracy, and 70.0 %" in harm
+    means = _means("core", "app_core", "app_all")
+    for kept, words in ((0.95, "spares the other classes more"), (0.5, "classes less"), (0.85, "no significant")):
         apps = [(name, c, -1, 3.0, 1, kept) for c in range(3) for name in ("app_core", "app_all")]
         data = pd.DataFrame(rows + apps, columns=["method", "class", "n", "fall", "own_kept", "others_kept"])
         assert all(words in told for told in causal_text.app(data, means))
-    after = pd.DataFrame({"intervention": ["core", "outside"], "auroc": [0.9, 0.6], "lo": [0.8, 0.5], "hi": [1.0, 0.7]})
-    assert "EPD does notice" in causal_text.noticed(after)
-    assert "EPD does not notice" in causal_text.noticed(after.assign(lo=0.5, hi=0.9))
+    after = pd.DataFrame({"intervention": ["core", "outside", "head_direction"], "auroc": [0.95, 0.6, 0.92],
+                          "lo": 0.5, "hi": 1.0, "gap": [0, 0.35, 0.03], "gap_lo": [0, 0.3, 0.01],
+                          "gap_hi": [0, 0.4, 0.05], "changed": [0.9, 0.1, 0.9], "rows_same": 30,
+                          "auroc_same": [0.9, 0.6, 0.7], "auroc_changed": [0.99, 0.6, 0.97]})  # fmt: skip
+    told = causal_text.noticed(after)
+    assert "more than the strongest control, head's direction" in told and "notices much besides" in told
+    assert "1 of 2 controls reach 0.9" in told and "these controls 0.970 to 0.970" in told
+    assert "core deleted 0.900 (30 rows), head's direction" in told
+    assert "no significant difference from the strongest" in causal_text.noticed(after.assign(gap_lo=-0.1))
+    assert "less than the strongest" in causal_text.noticed(after.assign(gap_lo=-0.3, gap_hi=-0.1))
+    weak = causal_text.noticed(after.assign(auroc=[0.95, 0.6, 0.7], changed=[0.9, 0.1, 0.2]))
+    assert "notices little besides" in weak and "no control changes as many" in weak
 
 
 def test_sentences_on_numbers_name_what_was_not_reached():
     bench = _planted()
     data, _ = causal_curves.curves(bench, causal_curves.places(bench), [1, 2])
     told = causal_text.sufficiency(data)
-    assert "the first 1 latents of the predicted class's profile suffice" in told
-    assert "1 a class, 4 in all" in told and "by another class's profile more than 2" in told
+    assert "by the predicted class's profile 1 (100.0 %, 100.0 to 100.0)" in told
+    assert "1 a class (100.0 %, 100.0 to 100.0), 4 in all" in told and "by another class's profile more than 2" in told
+    most = data[(data["measure"] == "claimed") & (data["n"] > 0)]["value"].max()
+    assert f"claim that class in at most {100 * most:.1f} %" in told
     assert "more than 2 by profile," in causal_text.necessity(data), "a quarter is left: ties go to class 0"
 
 
@@ -440,20 +583,31 @@ def test_the_sentences_of_the_published_page_hold_against_its_numbers(profile):
     curves, frontier = data["curves"], data["suppression"]
     assert found["verdicts"] == [
         causal_text.falls(table, means),
+        causal_text.default(table, [number[name] for name in found["emptied"]], names),
         causal_text.only_that_one(table, matrix, means, names),
         causal_text.destination(table, means, names),
     ]
-    compared = [*causal_text.controls(against, means), causal_text.bound(means), causal_text.error_term(means)]
+    plain, overall = pd.DataFrame(found["plain"]), pd.DataFrame(found["draws"])
+    compared = [causal_text.fair(plain, means), *causal_text.controls(overall, means)]
+    compared += [causal_text.stretched(against, means), causal_text.bound(means), causal_text.error_term(means)]
     assert found["controls"] == compared
+    assert found["answer"] == causal_text.answer(means, plain, overall, curves)
+    drawn = data["draws"]
+    assert drawn.groupby("control").size()["other_core"] == len(names) * (len(names) - 1)
+    for row in overall.to_dict("records"):
+        part = drawn[drawn["control"] == row["control"]]
+        assert row["value"] == pytest.approx(part["gap"].mean(), abs=1e-3)
+        assert row["wins"] == pytest.approx((part["gap"] > 0).mean(), abs=1e-3)
     assert found["numbers"] == [causal_text.sufficiency(curves), causal_text.necessity(curves)]
     pairs = data["transplants"]
     pairs = pairs.assign(of=pairs["of"].map(number), into=pairs["into"].map(number))
-    assert found["moves"] == [causal_text.steering(data["dose_response"]), causal_text.transplant(pairs)]
+    shares = data["core_shares"]
+    assert found["moves"] == [causal_text.steering(data["dose_response"], shares), causal_text.transplant(pairs)]
     assert found["cost"] == [causal_text.harm(frontier), *causal_text.app(frontier, means)]
     assert found["sanity"] == causal_text.noticed(data["epd_after"])
     text = path.read_text(encoding="utf-8")
     told = [found[key] for key in ("verdicts", "controls", "numbers", "moves", "cost")]
-    for sentence in [*sum(told, []), found["sanity"]]:
+    for sentence in [*sum(told, []), found["sanity"], found["answer"]]:
         assert json.dumps(sentence, ensure_ascii=False)[1:-1] in text
     # Without the functions that made the sentences: the counts, and energies of the controls.
     core = table[table["intervention"] == "core"].set_index("class")

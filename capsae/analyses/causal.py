@@ -26,7 +26,10 @@ TITLES = {
     "core": "core deleted",
     "core_no_error": "core deleted, SAE's error left out",
     "random_active": "random active latents",
-    "outside": "active latents outside the core",
+    "outside": "active latents outside the core, stretched",
+    "outside_plain": "all outside the core deleted, not stretched",
+    "part_first": "as much of the core, by profile",
+    "part_random": "as much of the core, random order",
     "other_core": "core of another class",
     "random_order": "latents along a random direction",
     "head_direction": "head's direction, same energy (bound)",
@@ -34,7 +37,6 @@ TITLES = {
     "app_core": "APP on the core",
     "app_all": "APP on all latents",
 }
-MATCHED = ("random_active", "outside", "other_core", "random_order")  # each at exactly the core's energy
 
 
 # --- interventions on codes
@@ -190,15 +192,52 @@ def _scale(sae, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --- controls of equal energy
 
 
-def matched(delta: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """Changes (N, d) stretched so that each row's squared length is ``energy`` (N,).
+def stretch(delta: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """Factors (N,) that give each row of a change (N, d) the squared length ``energy`` (N,).
 
-    A row that is zero cannot be stretched: NaN, unless its energy is to be zero.
+    A row that is zero cannot be stretched: NaN, unless its energy is to be zero. Of a deletion, a factor f leaves
+    1 - f times the value: below 1 it only damps, above 1 it turns the sign, which no deletion does.
     """
     own = (delta**2).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        factor = np.where(energy == 0, 0.0, np.where(own > 0, np.sqrt(energy / own), np.nan))
-    return delta * factor[:, None]
+        return np.where(energy == 0, 0.0, np.where(own > 0, np.sqrt(energy / own), np.nan))
+
+
+def matched(delta: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """Changes (N, d) stretched, or shrunk, so that each row's squared length is ``energy`` (N,)."""
+    return delta * stretch(delta, energy)[:, None]
+
+
+def partial(bench: Bench, slots: np.ndarray, order: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """Delete the chosen slots (N, k) in an order until ``energy`` (N,) is gone; the last latent only in part.
+
+    A deletion throughout: no value is stretched, none changes its sign. A row whose slots hold less is deleted whole.
+
+    Parameters
+    ----------
+    order : (N, k)
+        Slots with the lowest keys go first.
+
+    Returns
+    -------
+    (N, d), the change of x
+    """
+    values = np.where(slots, bench.codes.values, 0.0).astype(np.float64) * bench.row_scale
+    sequence = np.where(values != 0, order, np.inf).argsort(1, kind="stable")
+    gone, open_ = np.zeros_like(bench.x), np.ones(len(values), bool)
+    for j in range(values.shape[1]):
+        slot = sequence[:, j]
+        rows = np.arange(len(values))
+        step = -values[rows, slot][:, None] * bench.decoder[bench.codes.indices[rows, slot]]
+        step[~open_] = 0.0
+        # |gone + t step|^2 = energy: the first t in 0..1, else the whole step.
+        a, b, short = (step**2).sum(1), (gone * step).sum(1), energy - (gone**2).sum(1)
+        over = open_ & (((gone + step) ** 2).sum(1) >= energy)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            part = (np.sqrt(np.maximum(b * b + a * short, 0.0)) - b) / a
+        gone += np.where(over, np.clip(np.nan_to_num(part), 0.0, 1.0), 1.0)[:, None] * step
+        open_ &= ~over
+    return gone
 
 
 def random_active(codes: SparseCodes, count: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -226,10 +265,12 @@ def head_direction(bench: Bench, of_class: int) -> np.ndarray:
 def deletions(bench: Bench, centre: np.ndarray, seed: int = 0) -> Iterator[tuple[int, dict[str, tuple]]]:
     """For each class, what deleting its core and what the controls do to *every* row.
 
-    Yields (class, {intervention: (delta (N, d), latents touched (N,), those of them in the core (N,))}). Controls, each
-    stretched to the squared length of what deleting the core takes from the same row: equally many random active
-    latents (the core's own among them, by chance); the active latents outside the core; the core of another class and
-    the top latents along a random direction, both sets as large as the core; the head's own direction.
+    Yields (class, {intervention: (delta (N, d), latents touched (N,), those of them in the core (N,), factor (N,))}).
+    Controls, each stretched by a factor to the squared length of what deleting the core takes from the same row:
+    equally many random active latents (the core's own among them, by chance); the active latents outside the core; the
+    core of another class and the top latents along a random direction, both sets as large as the core; the head's own
+    direction. Without any stretching: ``outside_plain`` deletes the active latents outside the core, ``part_first``
+    and ``part_random`` as much of the core (:func:`partial`), by profile or in random order.
     ``head_projection`` takes out the part of x - centre along that direction, at its own energy; ``core_no_error``
     deletes the core and the SAE's error.
 
@@ -240,7 +281,7 @@ def deletions(bench: Bench, centre: np.ndarray, seed: int = 0) -> Iterator[tuple
     """
     rng = np.random.default_rng(seed)
     other, fires = other_class(bench.n_classes, rng), bench.codes.values != 0
-    size = bench.caps.core_size(bench.core_fraction)
+    size, orders_rng = bench.caps.core_size(bench.core_fraction), np.random.default_rng([seed, 1])
 
     def taken(slots):
         counts = (slots & fires).sum(1), (slots & fires & inside).sum(1)
@@ -259,11 +300,20 @@ def deletions(bench: Bench, centre: np.ndarray, seed: int = 0) -> Iterator[tuple
         }
         energy = (core**2).sum(1)
         none = np.zeros(len(core), int)
-        found = {"core": (core, count, count), "core_no_error": (core + bench.x_hat - bench.x, count, count)}
+        plain = np.ones(len(core))
+        whole = core + bench.x_hat - bench.x
+        found = {"core": (core, count, count, plain), "core_no_error": (whole, count, count, plain)}
         for name, chosen in slots.items():
             delta, *counts = taken(chosen)
-            found[name] = matched(delta, energy), *counts
+            factor = stretch(delta, energy)
+            found[name] = delta * factor[:, None], *counts, factor
+        outside, *counts = taken(~inside)
+        found["outside_plain"] = outside, *counts, plain
+        orders = {"first": -bench.caps.mean[c][bench.codes.indices], "random": orders_rng.random(fires.shape)}
+        for name, order in orders.items():
+            delta = partial(bench, inside, order, (outside**2).sum(1))
+            found[f"part_{name}"] = delta, count, count, plain
         w = head_direction(bench, c)
-        found["head_direction"] = -np.sqrt(energy)[:, None] * w, none, none
-        found["head_projection"] = -((bench.x - centre) @ w)[:, None] * w, none, none
+        found["head_direction"] = -np.sqrt(energy)[:, None] * w, none, none, plain
+        found["head_projection"] = -((bench.x - centre) @ w)[:, None] * w, none, none, plain
         yield c, found

@@ -21,7 +21,7 @@ BINS = 20
 _BLOCK = 1024  # rows whose k x C contributions are held at a time
 ORDERS = {
     "cap": "profile (CAP)",
-    "attribution": "profile x head",
+    "attribution": "profile x head (direct logit attribution)",
     "union": "profiles of all classes together",
     "random": "random, of those that fire in the class",
     "other": "profile of another class",
@@ -36,7 +36,8 @@ def places(bench: Bench, seed: int = 0) -> dict[str, np.ndarray]:
     """Place of each latent in some orders (C, M), 0 = first, from training rows and the head alone.
 
     ``cap``: by its entry in the class's profile. ``attribution``: by its entry x (what a unit of it adds to the class's
-    logit, less what it adds to the mean logit). ``union``: its best place in any class's profile, so that the first n
+    logit, less what it adds to the mean logit): direct logit attribution.
+    ``union``: its best place in any class's profile, so that the first n
     are the first n of *every* class together, the same for all images. ``random``: random, but latents that ever fire
     in the class come first. ``other``: by its entry in another class's profile. Ties go to the lower index.
     """
@@ -139,19 +140,21 @@ def area(n: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.tensordot(np.diff(x), (values[1:] + values[:-1]) / 2, 1) / (x[-1] - x[0])
 
 
-def enough(data: pd.DataFrame, order: str, test: str = "sufficiency", share: float = 0.9) -> dict | None:
-    """The least n on the grid from which on the accuracy stays at or above a share: n, latents, value; None if none.
+def enough(
+    data: pd.DataFrame, order: str, test: str = "sufficiency", share: float = 0.9, sure: bool = True
+) -> dict | None:
+    """The least n on the grid from which on the accuracy stays at or above a share: n, latents, value, lo, hi, or None.
 
-    With "necessity": at or below 1 - share.
+    With "necessity": at or below 1 - share. ``sure``: the whole 95 % interval must, not its middle alone.
     """
     part = data[(data["order"] == order) & (data["test"] == test) & (data["measure"] == "accuracy") & (data["n"] > 0)]
-    value = part["value"].to_numpy()
-    fine = value <= 1 - share if test == "necessity" else value >= share
+    ends = ("hi", "lo") if sure else ("value", "value")
+    fine = (part[ends[0]] <= 1 - share if test == "necessity" else part[ends[1]] >= share).to_numpy()
     stays = np.logical_and.accumulate(fine[::-1])[::-1]
     if not stays.any():
         return None
     found = part.iloc[int(stays.argmax())]
-    return {"n": int(found["n"]), "latents": float(found["latents"]), "value": float(found["value"])}
+    return {"n": int(found["n"]), **{key: float(found[key]) for key in ("latents", "value", "lo", "hi")}}
 
 
 # --- steering
@@ -163,10 +166,11 @@ def steering(bench: Bench, alphas: Iterable[float] = ALPHAS, seed: int = 0) -> p
     Returns
     -------
     DataFrame
-        series ("core"; "random": equally many active latents drawn at random, their change stretched to the core's energy), rows
-        ("of the class", "of other classes"), alpha, measure ("margin": the class's logit less the best other one's;
-        "predicted": share predicted as the class), value, lo, hi over classes.
-    """  # noqa: E501
+        series ("core"; "random": equally many active latents drawn at random, their change stretched to the core's
+        energy; "difference": core less random, class by class), rows ("of the class", "of other classes"), alpha,
+        measure ("margin": the class's logit less the best other one's; "predicted": share predicted as the class),
+        value, lo, hi over classes.
+    """
     alphas, rng = tuple(alphas), np.random.default_rng(seed)
     found = {}
     for c in range(bench.n_classes):
@@ -185,6 +189,8 @@ def steering(bench: Bench, alphas: Iterable[float] = ALPHAS, seed: int = 0) -> p
                 for rows, chosen in (("of the class", bench.labels == c), ("of other classes", bench.labels != c)):
                     for measure, of in (("margin", mine - best), ("predicted", (mine > best).astype(float))):
                         found.setdefault((series, rows, alpha, measure), []).append(np.nanmean(of[chosen]))
+    for _, *key in [key for key in found if key[0] == "core"]:
+        found["difference", *key] = np.subtract(found["core", *key], found["random", *key])
     names = ("series", "rows", "alpha", "measure")
     return pd.DataFrame(
         [dict(zip(names, key, strict=True)) | class_interval(np.array(of), seed) for key, of in found.items()]
@@ -194,33 +200,62 @@ def steering(bench: Bench, alphas: Iterable[float] = ALPHAS, seed: int = 0) -> p
 # --- transplants
 
 
-def transplants(bench: Bench) -> pd.DataFrame:
+TRANSPLANTS = {
+    "predicted": "its core profile",
+    "top2": "its top 2 latents alone",
+    "reordered": "its core's values, shuffled within the core",
+    "shuffled": "its core's values, on random latents outside it",
+    "deleted": "nothing (both cores out)",
+}
+
+
+def transplants(bench: Bench, draws: int = 20, seed: int = 0) -> pd.DataFrame:
     """Put class b's core profile into the images of class a, in place of a's core (and of what they have on b's).
 
     Columns: ``of`` (a), ``into`` (b), ``predicted`` (share of a's rows then predicted as b), ``deleted`` (the same
     share when both cores are only taken out: the difference is what the profile adds), ``before`` (share without any
-    intervention).
+    intervention). What is put in otherwise, stretched to the length of the profile's change: ``top2`` (b's first two
+    latents alone), ``reordered`` (b's values shuffled within its core), ``shuffled`` (the same values on random latents
+    outside b's core), the last two means over ``draws``.
     """
-    mean, rows = bench.caps.mean, []
+    mean, rows, rng = bench.caps.mean, [], np.random.default_rng(seed)
+    place = _places(-mean)
     own = bench.core[bench.labels[:, None], bench.codes.indices]
     for b in range(bench.n_classes):
         out = own | bench.core[b][bench.codes.indices]
         emptied = bench.logits + bench.logit_delta(np.where(out, -bench.codes.values, 0.0))
-        put = bench.row_scale * (np.where(bench.core[b], mean[b], 0.0) @ bench.latent_logits)
-        now, without = (emptied + put).argmax(1), emptied.argmax(1)
+        profile = np.where(bench.core[b], mean[b], 0.0)
+        core, rest = np.flatnonzero(bench.core[b]), np.flatnonzero(~bench.core[b])
+        length = np.linalg.norm(profile @ bench.decoder)
+
+        def seen(put, length=length, b=b, emptied=emptied):
+            own = np.linalg.norm(put @ bench.decoder)
+            put = put * (length / own if own else 0.0)
+            return (emptied + bench.row_scale * (put @ bench.latent_logits)).argmax(1) == b
+
+        def drawn(onto, core=core, profile=profile, seen=seen):
+            puts = np.zeros((draws, len(profile)))
+            for put in puts:
+                some = min(len(core), len(onto))
+                put[rng.permutation(onto)[:some]] = rng.permutation(profile[core])[:some]
+            return np.mean([seen(put) for put in puts], axis=0)
+
+        found = {
+            "predicted": seen(profile), "deleted": emptied.argmax(1) == b, "before": bench.predicted == b,
+            "top2": seen(np.where(place[b] < 2, profile, 0.0)), "reordered": drawn(core), "shuffled": drawn(rest),
+        }  # fmt: skip
         for a in range(bench.n_classes):
             if a != b:
                 mine = bench.labels == a
-                shares = (now == b, without == b, bench.predicted == b)
-                rows.append((a, b, *(float(share[mine].mean()) for share in shares)))
-    return pd.DataFrame(rows, columns=["of", "into", "predicted", "deleted", "before"])
+                rows.append({"of": a, "into": b} | {name: float(share[mine].mean()) for name, share in found.items()})
+    return pd.DataFrame(rows)
 
 
 def transplant_means(pairs: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Means over all pairs, with intervals over the receiving classes: predicted, deleted, before, gain."""
-    pairs = pairs.assign(gain=pairs["predicted"] - pairs["deleted"])
-    of = pairs.groupby("into")
-    names = ("predicted", "deleted", "before", "gain")
+    """Means over all pairs, with intervals over the receiving classes: each column, and over each control the gain."""
+    gains = {f"over {name}": pairs["predicted"] - pairs[name] for name in TRANSPLANTS if name != "predicted"}
+    of = pairs.assign(**gains).groupby("into")
+    names = (*TRANSPLANTS, "before", *gains)
     return {name: class_interval(of[name].mean().to_numpy(), seed) for name in names}
 
 
@@ -232,7 +267,8 @@ class Posterior:
 
     Source: APP of Fereidouni, Haider, Ju, Siddique, "Evaluating Sparse Autoencoders for Monosemantic Representation",
     arXiv 2508.15094 (Findings of EACL 2026) [s]: an activation is scaled by 1 - P(concept | activation), densities of
-    activations by concept from histograms. Their full text was not at hand; bins of equal width up to the latent's
+    activations by concept from histograms. From their abstract alone, their full text not consulted;
+    bins of equal width up to the latent's
     largest training value, classes as concepts, equal priors, and 1/C in a bin that no training row fell into are ours
     [r]. A silent latent stays silent, whatever its posterior.
     """

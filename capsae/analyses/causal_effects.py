@@ -14,12 +14,13 @@ import pandas as pd
 from ..caps import energy_profile_divergence
 from ..metrics import auroc
 from ..stats import holm, interval
-from .causal import TITLES, Bench, deletions
+from .causal import TITLES, Bench, deletions, random_active, stretch
 
 LEVEL = 0.05
 MATCHED = ("random_active", "outside", "other_core", "random_order")  # each at exactly the core's energy
 MEASURES = ("logit", "others", "rms_others", "probability", "changed", "kept", "runner_up", "others_kept", "elsewhere",
-            "efficiency", "energy", "latents", "shared", "unmatched")  # fmt: skip
+            "efficiency", "energy", "latents", "shared", "unmatched", "stretch", "shrunk")  # fmt: skip
+FAIR = ("part_first", "part_random")  # as much of the core as the deletion of all outside takes
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -48,7 +49,7 @@ def t_test(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndar
     return mean, stdtrit(n - 1, (1 + level) / 2) * error, p
 
 
-def effect(bench: Bench, c: int, delta: np.ndarray, latents: np.ndarray, shared: np.ndarray) -> dict[str, float]:
+def effect(bench: Bench, c: int, delta: np.ndarray, latents, shared, factor) -> dict[str, float]:
     """What one intervention on class c (delta (N, d) of every row) does, on rows of the class and on all others.
 
     Returns
@@ -63,7 +64,8 @@ def effect(bench: Bench, c: int, delta: np.ndarray, latents: np.ndarray, shared:
         ``energy`` (squared length of the change), ``efficiency`` (fall of the class's logit against the mean logit, as
         a share of what an equally long change could do at most).
         On rows of other classes: ``others_kept`` (accuracy, over before), ``elsewhere`` (mean change of logit c).
-        Rows that a control could not match are left out: ``unmatched`` is their share.
+        Rows that a control could not match are left out: ``unmatched`` is their share. ``stretch``: median factor over
+        rows of the class, ``shrunk``: share of these rows with a factor below 1.
     """
     fine = ~np.isnan(delta[:, 0])  # a row is NaN as a whole
     own, rest = (bench.labels == c) & fine, (bench.labels != c) & fine
@@ -87,6 +89,7 @@ def effect(bench: Bench, c: int, delta: np.ndarray, latents: np.ndarray, shared:
         "class": c, "rows": int(own.sum()), "unmatched": float((~fine[bench.labels == c]).mean()),
         "latents": float(latents[own].mean()), "shared": float(shared[own].sum() / max(latents[own].sum(), 1)),
         "energy": float(energy.mean()),
+        "stretch": float(np.median(factor[own])), "shrunk": float((factor[own] < 1).mean()),
         "logit": float(mean[c]), "logit_lo": float(mean[c] - reach[c]), "logit_hi": float(mean[c] + reach[c]),
         "p": float(p[c]), "others": float(mean[not_c].mean()),
         "rms_others": float(np.sqrt((move[own][:, not_c] ** 2).mean())),
@@ -125,7 +128,8 @@ def effects(bench: Bench, centre: np.ndarray, extra: Mapping | None = None, seed
         for name, change in (extra or {}).items():
             values = change(c)
             inside = bench.core[c][bench.codes.indices]
-            found[name] = bench.delta(values), (values != 0).sum(1), (inside & (values != 0)).sum(1)
+            counts = (values != 0).sum(1), (inside & (values != 0)).sum(1)
+            found[name] = bench.delta(values), *counts, np.ones(len(values))
         for name, (delta, *counts) in found.items():
             rows.append({"intervention": name} | effect(bench, c, delta, *counts))
             moved.setdefault(name, np.empty_like(bench.x))[own] = delta[own]
@@ -155,39 +159,174 @@ def over_classes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def against_controls(bench: Bench, moved: Mapping, names: Iterable[str] = MATCHED, seed: int = 0) -> pd.DataFrame:
-    """The core's effect on the class's logit less each control's, on the same rows at the same energy.
+def against_controls(bench: Bench, moved: Mapping, names=("outside",), seed: int = 0, of: str = "core") -> pd.DataFrame:
+    """Effect on the class's logit of one intervention (the core's) less that of others, on the same rows.
 
-    Columns: control, value, lo, hi (mean over classes; negative: the core lowers the logit more), larger and smaller
-    (classes in which that is clear: paired t test, Holm over classes), classes.
+    Columns: control, value, lo, hi (mean over classes; negative: the first lowers the logit more), larger and smaller
+    (classes in which that is significant: paired t test over rows, Holm over classes), classes.
     """
     own, rows = bench.weight[bench.labels], []
     for name in names:
-        gap = ((moved["core"] - moved[name]) * own).sum(1)
+        gap = ((moved[of] - moved[name]) * own).sum(1)
         tested = [t_test(gap[bench.labels == c]) for c in range(bench.n_classes)]
-        mean, _, p = (np.array(of) for of in zip(*tested, strict=True))
-        clear = holm(p) < LEVEL
-        counts = {"larger": int((clear & (mean < 0)).sum()), "smaller": int((clear & (mean > 0)).sum())}
-        rows.append({"control": name} | class_interval(mean, seed) | counts | {"classes": bench.n_classes})
+        mean, _, p = (np.array(part) for part in zip(*tested, strict=True))
+        rows.append({"control": name} | class_interval(mean, seed) | _clear(mean, p))
     return pd.DataFrame(rows)
+
+
+def plain_gaps(bench: Bench, moved: Mapping, seed: int = 0) -> pd.DataFrame:
+    """:func:`against_controls` without stretching, as much of the core (``of``) less all outside it deleted."""
+    rows = [against_controls(bench, moved, ("outside_plain",), seed, of).assign(of=of) for of in FAIR]
+    return pd.concat(rows, ignore_index=True)
+
+
+def _clear(mean: np.ndarray, p: np.ndarray) -> dict[str, int]:
+    clear = holm(p) < LEVEL
+    return {"larger": int((clear & (mean < 0)).sum()), "smaller": int((clear & (mean > 0)).sum()), "classes": len(mean)}
+
+
+def draws(bench: Bench, directions: int = 20, seed: int = 0) -> pd.DataFrame:
+    """The core's effect on the class's logit less that of each of many controls, at the core's energy.
+
+    Controls: the cores of *all* other classes; sets as large as the core along random directions (the same directions
+    for all classes); equally many random active latents, drawn anew.
+
+    Columns: control, class, draw (the other class, or a number), gap (mean over the class's rows; negative: the core
+    lowers the logit more), stretch (median factor), shrunk (share of rows with a factor below 1), shared (share of the
+    active latents touched that are of the core), unmatched (share of rows that nothing could be taken from, left out).
+    """
+    rng, rows = np.random.default_rng(seed), []
+    size = bench.caps.core_size(bench.core_fraction)
+    drawn = rng.normal(size=(directions, bench.decoder.shape[1]))
+    along = np.zeros((directions, bench.codes.n_latents), bool)
+    np.put_along_axis(along, np.argsort(-drawn @ bench.decoder.T, axis=1)[:, :size], True, axis=1)
+    for c in range(bench.n_classes):
+        inside = bench.core[c][bench.codes.indices]
+        core = bench.delta(np.where(inside, -bench.codes.values, 0.0))
+        own = np.flatnonzero(bench.labels == c)
+        energy, count = (core[own] ** 2).sum(1), (inside & (bench.codes.values != 0)).sum(1)
+        mine = core[own] @ bench.weight[c]
+        sets = [("other_core", o, bench.core[o][bench.codes.indices]) for o in range(bench.n_classes) if o != c]
+        sets += [("random_order", i, mask[bench.codes.indices]) for i, mask in enumerate(along)]
+        sets += [("random_active", i, random_active(bench.codes, count, rng)) for i in range(directions)]
+        for name, draw, slots in sets:
+            change = np.zeros(slots.shape)
+            change[own] = np.where(slots[own], -bench.codes.values[own], 0.0)
+            delta = bench.delta(change)[own]
+            factor = stretch(delta, energy)
+            fine = ~np.isnan(factor)
+            gap = mine[fine] - factor[fine] * (delta[fine] @ bench.weight[c])
+            of = {"control": name, "class": c, "draw": draw, "gap": np.nan, "stretch": np.nan, "shrunk": np.nan}
+            if fine.any():
+                of |= {"gap": gap.mean(), "stretch": np.median(factor[fine]), "shrunk": (factor[fine] < 1).mean()}
+            touched = (change[own] != 0).sum()
+            shared = ((change != 0) & inside)[own].sum() / max(touched, 1)
+            rows.append(of | {"shared": float(shared), "unmatched": float((~fine).mean())})
+    return pd.DataFrame(rows)
+
+
+def over_draws(data: pd.DataFrame, seed: int = 0, n_boot: int = 2000) -> pd.DataFrame:
+    """:func:`draws` in short, a row a control.
+
+    Columns: control, value, lo, hi (mean gap; classes and draws, such as the other classes, both drawn with
+    replacement), larger and smaller (classes in which the core lowers the logit significantly more or less: t test
+    over the *draws*, Holm over classes), classes, wins (share of the pairs of class and draw in which the control
+    lowers the logit more), pairs, unmatched (mean, and ``unmatched_most`` over classes).
+    """
+    rows = []
+    for name, part in data.groupby("control", sort=False):
+        wide = part.pivot(index="class", columns="draw", values="gap").to_numpy()
+        rng, again = np.random.default_rng(seed), []
+        for _ in range(n_boot):
+            i, j = (rng.integers(0, n, n) for n in wide.shape)
+            again.append(np.nanmean(wide[np.ix_(i, j)]))
+        lo, hi = interval(np.array(again))
+        tested = [t_test(row[~np.isnan(row)]) for row in wide]
+        mean, p = np.array([t[0] for t in tested]), np.array([t[2] for t in tested])
+        lost = part.groupby("class")["unmatched"].mean()
+        known = part["gap"].dropna()
+        about = {"control": name, "value": float(np.nanmean(wide)), "lo": float(lo), "hi": float(hi)} | _clear(mean, p)
+        about |= {"wins": float((known > 0).mean()), "pairs": len(known)}
+        rows.append(about | {"unmatched": float(lost.mean()), "unmatched_most": float(lost.max())})
+    return pd.DataFrame(rows)
+
+
+def stretching(drawn: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """How far the controls are stretched, and what they touch: a row a control.
+
+    Columns: control (title), stretch (mean over classes and draws of the median factor, with least and most), shrunk,
+    shared, unmatched (means), unmatched_most (of one class and draw). From :func:`draws` and :func:`effects`.
+    """
+    outside = table[table["intervention"] == "outside"].assign(control="outside")
+    rows = []
+    for name, part in pd.concat([drawn, outside]).groupby("control", sort=False):
+        about = {"control": TITLES[name], "stretch": part["stretch"].mean()}
+        about |= {"least": part["stretch"].min(), "most": part["stretch"].max()}
+        about |= {key: part[key].mean() for key in ("shrunk", "shared", "unmatched")}
+        rows.append(about | {"unmatched_most": part["unmatched"].max()})
+    return pd.DataFrame(rows)
+
+
+def core_shares(bench: Bench) -> pd.DataFrame:
+    """How much of a row's code lies in a class's core: a row a class and kind of image.
+
+    Columns: class, rows ("of the class", "of other classes"), latents (share of the active latents that are of the
+    core), squares (share of the sum of squared values).
+    """
+    values, found = bench.codes.values.astype(np.float64), []
+    fires = values != 0
+    for c in range(bench.n_classes):
+        inside = bench.core[c][bench.codes.indices] & fires
+        latents = inside.sum(1) / fires.sum(1)
+        squares = (values**2 * inside).sum(1) / (values**2).sum(1)
+        for rows, chosen in (("of the class", bench.labels == c), ("of other classes", bench.labels != c)):
+            found.append((c, rows, latents[chosen].mean(), squares[chosen].mean()))
+    return pd.DataFrame(found, columns=["class", "rows", "latents", "squares"])
+
+
+def emptied(bench: Bench) -> np.ndarray:
+    """What the head says (N,) where the whole code is taken out: pre-bias, the SAE's error and the head's bias."""
+    return (bench.logits + bench.logit_delta(-bench.codes.values)).argmax(1)
 
 
 def epd_after(bench: Bench, moved: Mapping, names: Iterable[str], n_boot: int = 500, seed: int = 0) -> pd.DataFrame:
     """Does EPD notice? Changed features are encoded and classified anew; EPD against that of the untouched rows.
 
-    Columns: intervention, auroc (of changed against untouched rows; 0.5: EPD sees nothing) with lo, hi (rows drawn
-    with replacement, the same on both sides). Rows that a control could not match are left out.
+    Returns
+    -------
+    DataFrame
+        A row an intervention: ``auroc`` (of changed against untouched rows; 0.5: EPD sees nothing) with lo, hi (rows
+        drawn with replacement, the same on both sides); ``gap`` with gap_lo, gap_hi (the first intervention's AUROC
+        less this one's, on the same draws of the same rows); ``changed`` (share of rows whose prediction changed),
+        ``auroc_changed`` and ``auroc_same`` (on these rows and on the others, with rows_changed and rows_same; NaN
+        below 20 rows). Rows that a control could not match are left out (of the gap, on both sides).
     """
     before = energy_profile_divergence(bench.codes, bench.predicted, bench.caps, bench.core_fraction)
-    rows = []
+    rows, first, n = [], None, len(bench.x)
+    drawn = np.random.default_rng(seed).integers(0, n, (n_boot, n))
+
+    def areas(after, fine):
+        chosen = [i[fine[i]] for i in drawn]
+        return np.array([auroc(before[i], after[i]) for i in chosen])
+
     for name in names:
-        fine = np.flatnonzero(~np.isnan(moved[name]).any(1))
-        x = bench.x[fine] + moved[name][fine]
+        fine = ~np.isnan(moved[name]).any(1)
+        x = np.where(fine[:, None], bench.x + moved[name], bench.x)
         predicted = (x @ bench.weight.T + bench.bias).argmax(1)
         codes = bench.sae.encode(x.astype(np.float32))
         after = energy_profile_divergence(codes, predicted, bench.caps, bench.core_fraction)
-        drawn = np.random.default_rng(seed).integers(0, len(fine), (n_boot, len(fine)))
-        again = np.array([auroc(before[fine][i], after[i]) for i in drawn])
-        lo, hi = interval(again)
-        rows.append({"intervention": name, "auroc": auroc(before[fine], after), "lo": lo, "hi": hi})
+        again = areas(after, fine)
+        if first is None:
+            first = after, fine
+        both = fine & first[1]
+        gaps = areas(first[0], both) - areas(after, both) if rows else np.zeros(1)
+        (lo, hi), (gap_lo, gap_hi) = interval(again), interval(gaps)
+        about = {"intervention": name, "auroc": auroc(before[fine], after[fine]), "lo": lo, "hi": hi}
+        about |= {"gap": auroc(before[both], first[0][both]) - auroc(before[both], after[both])}
+        about |= {"gap_lo": gap_lo, "gap_hi": gap_hi, "changed": float((predicted != bench.predicted)[fine].mean())}
+        for kind, part in (("changed", predicted != bench.predicted), ("same", predicted == bench.predicted)):
+            part = part & fine
+            about[f"rows_{kind}"] = int(part.sum())
+            about[f"auroc_{kind}"] = auroc(before[part], after[part]) if part.sum() >= 20 else np.nan
+        rows.append(about)
     return pd.DataFrame(rows)
