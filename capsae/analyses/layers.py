@@ -14,10 +14,11 @@ goes on where it stopped: shards of features and finished sites lie in the store
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from ..stats import FPR95, bootstrap, bootstrap_p, delong_difference, exact_inte
 
 SEEDS = (0, 1)
 EPOCHS_SHARE = 0.4  # of the profile's own: the same for every site, a third of the time, nearly the same FVU
+END_TOLERANCE = 0.01  # of a vector's length: float16, and the arithmetic of another machine
 STRENGTH = 0.01  # of the probes' penalty, on standardised features: one for all sites, nothing is chosen
 N_BOOT = 2000
 GROUPS = ("near", "far", "all")
@@ -266,16 +268,57 @@ def layers(run, checkpoint=None, seeds=SEEDS, n_boot: int = N_BOOT, kinds=KINDS,
     Returns
     -------
     table, against : DataFrames
+    read : dict
+        What was read of the images, for :func:`write`: ``vectors``, a digest of all sites of a set; ``end``, what
+        :func:`end_against_profile` found.
+
+    Raises
+    ------
+    ValueError
+        Where the vectors read at ``final/cls`` are not the profile's.
     """
     from ..sites import run_sites
 
     sets = {name: run_sites(run, name, None, checkpoint, **options) for name in run.profile.sets}
+    end = end_against_profile({name: of[FINAL].cls for name, of in sets.items()}, lambda name: run.features(name).cls)
+    read = {"end": end, "vectors": {name: _digest_of_sites(of) for name, of in sets.items()}}
     sites = [site for site in next(iter(sets.values())) if site == FINAL or site.split("/")[1] in kinds]
     measured = {}
     for site in sorted(sites, key=lambda name: (name != FINAL, KINDS.index(name.split("/")[1]))):
         here = {name: of[site] for name, of in sets.items()}
         measured[site] = _kept(run, site, here, seeds)
-    return table_of({site: measured[site] for site in sites}, n_boot)
+    return *table_of({site: measured[site] for site in sites}, n_boot), read
+
+
+def end_against_profile(here: Mapping[str, np.ndarray], profile: Callable[[str], np.ndarray]) -> dict[str, float]:
+    """How far the vectors (N, d) read at ``final/cls`` lie from those of the profile (of its pack, if it has one).
+
+    Returns
+    -------
+    {set: float}
+        The largest distance of a row, as a share of its length.
+
+    Raises
+    ------
+    ValueError
+        Above :data:`END_TOLERANCE`: other weights, another crop, or other images under the same names.
+    """
+    found = {}
+    for name, x in here.items():
+        known = np.asarray(profile(name), np.float32)
+        length = np.linalg.norm(known, axis=1)
+        found[name] = float((np.linalg.norm(x - known, axis=1) / np.where(length > 0, length, 1)).max())
+        if not found[name] <= END_TOLERANCE:
+            raise ValueError(
+                f"{name}: {FINAL} as read here lies up to {100 * found[name]:.2g} % of its length from the profile's "
+                f"features, {100 * END_TOLERANCE:.0f} % is allowed; take the profile's own weights and images"
+            )
+    return found
+
+
+def _digest_of_sites(of: Mapping[str, FeatureSet]) -> str:
+    text = json.dumps({site: features.digest() for site, features in of.items()})
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def _kept(run, site: str, here: dict[str, FeatureSet], seeds):
@@ -341,8 +384,8 @@ def outdated(profile: str) -> str | None:
     return f"{', '.join(changed)} changed since the tables were made: {made['command']}" if changed else None
 
 
-def write(run, table: pd.DataFrame, against: pd.DataFrame, cpu_s: float, weights: str | None = None) -> dict[str, Path]:
-    """Write a profile's tables and their provenance; returns their places."""
+def write(run, table: pd.DataFrame, against: pd.DataFrame, read: Mapping, cpu_s: float, weights: str | None = None):
+    """Write a profile's tables and their provenance, ``read`` as :func:`layers` gives it; returns their places."""
     from ..store import machine, source_digest, versions
 
     at = files(run.profile.name)
@@ -364,7 +407,9 @@ def write(run, table: pd.DataFrame, against: pd.DataFrame, cpu_s: float, weights
             for name in run.profile.sets
             if not (name == "val" and run.inputs.holdout)
         },
-        "features": run.digest("features")[:20],
+        "vectors": read["vectors"],
+        "end_against_profile": {name: float(f"{value:.2g}") for name, value in read["end"].items()},
+        "profile_features": run.digest("features")[:20],
         "head": run.digest("head")[:20],
         "code": {name: source_digest([name])[:20] for name in CODE},
         "code_recorded_only": {"capsae.sae": source_digest(["capsae.sae"])[:20]},
@@ -396,9 +441,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.process_time()
     run = Run(options.profile, _overrides(options.set), device="cpu")
     given = {"batch_size": options.batch_size, "workers": options.workers}
-    table, against = layers(run, options.checkpoint, kinds=options.kinds, **given)
+    table, against, read = layers(run, options.checkpoint, kinds=options.kinds, **given)
     weights = SiteReader(run.inputs.backbone_settings(options.checkpoint), FINAL).weights
-    at = write(run, table, against, time.process_time() - started, weights)
+    at = write(run, table, against, read, time.process_time() - started, weights)
     sys.stdout.write("".join(f"{path}\n" for path in at.values()))
     return 0
 

@@ -15,25 +15,28 @@ _STYLE = {"cls": (BLUE, "o", "-"), "attn": (ORANGE, "s", "--"), "patches": (GREE
 _GROUP = {"near": "near OOD", "far": "far OOD", "all": "all OOD sets"}
 
 
-def _curves(ax, rows: pd.DataFrame, band: bool = True) -> None:
-    """Value along the depth, a line a kind, first seed; other seeds as small dots; the network's end as a star."""
-    first = rows["seed"].min()
+def _curves(ax, rows: pd.DataFrame) -> None:
+    """Value along the depth, a line a kind and seed, all seeds alike; a star for the network's end in each seed.
+
+    A band (at the end a bar) is the rows' own interval over images, and stands only where no seed plays a part.
+    """
+    seeds = sorted(rows["seed"].unique())
+    alone = len(seeds) == 1 and rows["lo"].notna().all()
     for kind, (colour, marker, line) in _STYLE.items():
-        part = rows[rows["kind"] == kind]
-        own = part[part["seed"] == first].sort_values("depth")
-        if own.empty:
-            continue
-        ax.plot(own["depth"], own["value"], line, marker=marker, markersize=4.5, color=colour, label=KIND_TITLES[kind])
-        if band and own["lo"].notna().all():
-            ax.fill_between(own["depth"], own["lo"], own["hi"], color=colour, alpha=0.16, linewidth=0)
-        others = part[part["seed"] != first]
-        ax.scatter(others["depth"], others["value"], s=9, color=colour, alpha=0.8, linewidths=0, zorder=3)
-    end = rows[(rows["kind"] == "final") & (rows["seed"] == first)]
-    ax.axhline(end["value"].iloc[0], color=_text_colour(), linewidth=0.9, linestyle=":")
-    if end["lo"].notna().all():
+        for seed in seeds:
+            own = rows[(rows["kind"] == kind) & (rows["seed"] == seed)].sort_values("depth")
+            if own.empty:
+                continue
+            ax.plot(own["depth"], own["value"], line, marker=marker, markersize=3.6, linewidth=1.5, color=colour,
+                    label=KIND_TITLES[kind] if seed == seeds[0] else None)  # fmt: skip
+            if alone:
+                ax.fill_between(own["depth"], own["lo"], own["hi"], color=colour, alpha=0.16, linewidth=0)
+    end = rows[rows["kind"] == "final"]
+    ax.axhline(end["value"].mean(), color=_text_colour(), linewidth=0.9, linestyle=":")
+    if alone:
         gap = np.abs(end[["lo", "hi"]].to_numpy() - end[["value"]].to_numpy()).T
         ax.errorbar(end["depth"], end["value"], gap, color=_text_colour(), elinewidth=1.2, capsize=2, fmt="none")
-    ax.plot(end["depth"], end["value"], "*", color=_text_colour(), markersize=9, label="the network's end")
+    ax.plot(end["depth"], end["value"], "*", color=_text_colour(), markersize=8, label="the network's end")
 
 
 def _depth_axis(ax, last: int) -> None:
@@ -63,15 +66,17 @@ def forming(data: pd.DataFrame, metrics: Sequence[str] = PANELS) -> Figure:
 
 
 def separation(data: pd.DataFrame, metric: str = "AUROC", methods: Sequence[str] = tuple(METHOD_TITLES)) -> Figure:
-    """One metric along the depth, a row a method, near beside far.
+    """One metric along the depth, a row a method, near beside far, all on one scale; chance (50 %) is dashed.
 
     Columns: kind, depth, method, group, seed, value, lo, hi (%).
     """
-    figure, axes = _figure(7, 2.25 * len(methods) + 0.6, len(methods), 2, sharey="row")
+    figure, axes = _figure(7, 2.25 * len(methods) + 0.6, len(methods), 2, sharey=True)
     last = int(data["depth"].max()) - 1
     for row, method in zip(axes, methods, strict=True):
         for ax, group in zip(row, ("near", "far"), strict=True):
             _curves(ax, data[(data["method"] == method) & (data["group"] == group)])
+            if metric == "AUROC":
+                ax.axhline(50, color=GREY, linewidth=1.2, linestyle=(0, (2, 2)))
             ax.set_title(f"{METHOD_TITLES[method].split(' on ')[0]}: {group}", fontsize=10.5)
             _depth_axis(ax, last)
         row[0].set_ylabel(f"{metric}, %")
@@ -85,7 +90,7 @@ _VERDICTS = {"better": (BLUE, "o"), "undecided": (GREY, "D"), "worse": (RED, "s"
 
 
 def against_end(data: pd.DataFrame, metric: str = "AUROC") -> Figure:
-    """Every site less the network's end, near beside far. Columns: site, group, value, lo, hi, verdict (shares)."""
+    """Every site less the network's end, near beside far. Columns as :func:`.layers_told.over_end` gives them."""
     sites = list(dict.fromkeys(data["site"]))
     figure, axes = _figure(7, 1.3 + 0.19 * len(sites), 1, 2, sharey=True, sharex=True)
     place = {site: i for i, site in enumerate(sites)}
@@ -94,7 +99,7 @@ def against_end(data: pd.DataFrame, metric: str = "AUROC") -> Figure:
         for verdict, (colour, marker) in _VERDICTS.items():
             part = rows[rows["verdict"] == verdict]
             gaps = np.abs(100 * (part[["lo", "hi"]].to_numpy() - part[["value"]].to_numpy())).T
-            label = "not told apart" if verdict == "undecided" else f"{verdict} than the end"
+            label = "no significant difference" if verdict == "undecided" else f"{verdict} than the end"
             ax.errorbar(100 * part["value"], part["site"].map(place), xerr=gaps if len(part) else None, fmt=marker,
                         color=colour, markersize=4, elinewidth=1.2, label=label)  # fmt: skip
         ax.axvline(0, color=_text_colour(), linewidth=0.9)

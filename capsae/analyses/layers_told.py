@@ -107,7 +107,7 @@ def forming(table: pd.DataFrame) -> list[str]:
     end = ", ".join(f"{name} {100 * values[metric][FINAL]:.1f} %" for metric, name in names.items())
     told.append(f"Accuracy at the network's end: {end}.")
     for kind in [k for k in KIND_TITLES if any(kind_of(site) == k for site in values["gap"].index)]:
-        reached = ", ".join(f"by {name} {_at(values[metric], kind, last)}" for metric, name in names.items())
+        reached = ", ".join(f"by {name} {at_block(values[metric], kind, last)}" for metric, name in names.items())
         told.append(f"{KIND_TITLES[kind]}: {100 * SHARE:.0f} % of the accuracy at the end is reached {reached}.")
         told.append(_stability_text(values, kind, last))
     return [*told, _dead_text(over_seeds(table, "dead"))]
@@ -123,7 +123,7 @@ def _dead_text(dead: pd.Series) -> str:
     return text
 
 
-def _at(values: pd.Series, kind: str, last: int) -> str:
+def at_block(values: pd.Series, kind: str, last: int) -> str:
     first = first_depth(values, kind)
     if first is None:
         return f"at no block (at most {100 * _along(values, kind).max() / values[FINAL]:.0f} %)"
@@ -135,14 +135,14 @@ def _at(values: pd.Series, kind: str, last: int) -> str:
 def _stability_text(values: Mapping[str, pd.Series], kind: str, last: int) -> str:
     within, between = (_along(values[name], kind) for name in ("stability", "between"))
     opening, ends = within.index[0], {name: f"{of[FINAL]:.2f}" for name, of in values.items()}
-    gap = f"less the cosine between classes it reaches {_THERE} ({ends['gap']}) {_at(values['gap'], kind, last)}"
+    gap = f"less the cosine between classes it reaches {_THERE} ({ends['gap']}) {at_block(values['gap'], kind, last)}"
     if first_depth(values["stability"], kind) == opening:
         return (
-            f"{KIND_TITLES[kind]}: stability alone tells nothing of the depth, it is {within[opening]:.2f} at block "
-            f"{opening} already (at the end {ends['stability']}), where the cosine between profiles of different "
-            f"classes is {between[opening]:.2f} (at the end {ends['between']}); {gap}."
+            f"{KIND_TITLES[kind]}: stability is at least {_THERE} at block {opening} already ({within[opening]:.2f}, "
+            f"at the end {ends['stability']}), where the cosine between profiles of different classes is "
+            f"{between[opening]:.2f} (at the end {ends['between']}); {gap}."
         )
-    reached = _at(values["stability"], kind, last)
+    reached = at_block(values["stability"], kind, last)
     return f"{KIND_TITLES[kind]}: stability reaches {_THERE} ({ends['stability']}) {reached}; {gap}."
 
 
@@ -199,30 +199,30 @@ def chosen_rows(table: pd.DataFrame, against: pd.DataFrame, metric: str = "auroc
     return pd.DataFrame([_row(against, values, site, metric, method, group) for values, method, group in cells])
 
 
-_METRIC = {"auroc": "AUROC", "fpr95_ood_pos": "FPR95 (OOD positive)", "fpr95_id_pos": "FPR95 (ID positive)"}
-_SETS = {"near": "near OOD", "far": "far OOD", "all": "all OOD sets"}
+METRIC = {"auroc": "AUROC", "fpr95_ood_pos": "FPR95 (OOD positive)", "fpr95_id_pos": "FPR95 (ID positive)"}
+SETS = {"near": "near OOD", "far": "far OOD", "all": "all OOD sets"}
 
 
 def best_text(row: Mapping) -> str:
     """A row of :func:`best_sites` in words."""
-    what = f"{METHOD_TITLES[row['method']]}, {_SETS[row['group']]}"
+    what = f"{METHOD_TITLES[row['method']]}, {SETS[row['group']]}"
     end = f"{100 * row['end']:.1f} %"
     if row["verdict"] == "end":
-        return f"{what}: no site is above the network's end in mean {_METRIC[row['metric']]} ({end})."
+        return f"{what}: no site is above the network's end in mean {METRIC[row['metric']]} ({end})."
     told = {
         "better": "clearly better than the end",
         "undecided": "not clearly better than the end",
         "worse": "worse than the end",
     }[row["verdict"]]
     return (
-        f"{what}: the best site is {row['site']} with mean {_METRIC[row['metric']]} {100 * row['value']:.1f} %, {told} "
+        f"{what}: the best site is {row['site']} with mean {METRIC[row['metric']]} {100 * row['value']:.1f} %, {told} "
         f"({end}): {_difference(row)}."
     )
 
 
 def _difference(row: Mapping) -> str:
     value, lo, hi = (f"{100 * row[key]:+.1f}" for key in ("difference", "lo", "hi"))
-    seed = " in the less favourable seed" if row["seeds"] > 1 else ""
+    seed = f" in the least favourable of {row['seeds']} seeds" if row["seeds"] > 1 else ""
     return f"{value} points ({lo} to {hi} uncorrected){seed}, {corrected(row)} (Holm)"
 
 
@@ -236,28 +236,33 @@ def choice_text(table: pd.DataFrame, rows: pd.DataFrame) -> str:
     )
     if site == FINAL:
         return told + ": the network's end itself, and nothing changes."
-    words = {"better": "better than", "worse": "worse than", "undecided": "not told from"}
+    words = {"better": "better than", "worse": "worse than", "undecided": "not significantly different from"}
     of = rows[(rows["group"] == "all") & rows["method"].isin(["epd", "rpd"])]
     parts = [
         f"{short(r['method'])} there is {words[r['verdict']]} {short(r['method'])} at the end by mean "
-        f"{_METRIC[r['metric']]} over all sets ({_difference(r)})"
+        f"{METRIC[r['metric']]} over all sets ({_difference(r)})"
         for r in of.to_dict("records")
     ]
     return told + "; " + "; ".join(parts) + "."
 
 
 def borrowed_text(table: pd.DataFrame, metric: str = "auroc") -> str:
-    """How much of EPD at early sites is the final head's class, in words: the first third of the blocks."""
+    """How much of EPD is the final head's class, in words, by thirds of the depth."""
     head, own = (over_seeds(table, metric, method, "all") for method in ("epd", "epd_site"))
-    last = max(depth_of(site, 0) for site in head.index)
-    early = [site for site in head.index if depth_of(site, last) <= max(1, last // 3)]
-    ahead = int((head[early] > own[early]).sum())
-    blocks = "first block" if last < 6 else f"first {last // 3} of {last} blocks"
+    last, parts, ahead_early = max(depth_of(site, 0) for site in head.index), [], 0.0
+    for blocks in np.array_split(np.arange(1, last + 1), min(3, last)):
+        sites = [site for site in head.index if site != FINAL and depth_of(site, last) in blocks]
+        ahead = (head[sites] > own[sites]).mean()
+        ahead_early = ahead if not parts else ahead_early
+        name = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"
+        parts.append(
+            f"{100 * head[sites].mean():.1f} and {100 * own[sites].mean():.1f} % in {name} (the head's class ahead at "
+            f"{round(ahead * len(sites))} of {len(sites)} sites)"
+        )
     return (
-        f"In the {blocks}, EPD's mean AUROC over all sets is {100 * head[early].mean():.1f} % with the class of the "
-        f"final head and {100 * own[early].mean():.1f} % with that of the site's own probe, in the mean over "
-        f"{len(early)} sites; the head's class is ahead at {ahead} of them."
-        + (" What EPD has there is in part the head's, read at the network's end." if ahead > len(early) / 2 else "")
+        f"EPD's mean AUROC over all sets, with the class of the final head and with that of the site's own probe: "
+        f"{', '.join(parts)}."
+        + (" What EPD has in the first of these is in part the head's, read at the end." if ahead_early > 0.5 else "")
     )
 
 
@@ -274,16 +279,6 @@ def beside_text(table: pd.DataFrame, metric: str = "auroc") -> str:
     )
 
 
-def made_text(made: Mapping) -> str:
-    """What the provenance of the committed tables says, in a sentence."""
-    about, sae = made["machine"], made["sae"]
-    return (
-        f"{len(made['sites'])} sites of {made['backbone']}; SAEs with {sae['latents']} latents, k = {sae['k']}, "
-        f"{sae['epochs']} epochs, seeds {' and '.join(map(str, made['seeds']))}; made on {about['system']} "
-        f"{about['machine']} with PyTorch {made['versions']['torch']}."
-    )
-
-
 def best_shown(tables: list[pd.DataFrame]) -> pd.DataFrame:
     """:func:`best_sites` of several metrics as text, a row a method and group."""
     words = {"end": "end", "better": "better", "undecided": "not clear", "worse": "worse"}
@@ -292,7 +287,7 @@ def best_shown(tables: list[pd.DataFrame]) -> pd.DataFrame:
         for r in data.to_dict("records"):
             row = rows.setdefault((r["method"], r["group"]), {"score": METHOD_TITLES[r["method"]], "OOD": r["group"]})
             name = "end" if r["site"] == FINAL else r["site"]
-            row[_METRIC[r["metric"]]] = (
+            row[METRIC[r["metric"]]] = (
                 f"{name} {100 * r['value']:.1f} (end {100 * r['end']:.1f}): {words[r['verdict']]}"
                 if r["verdict"] != "end"
                 else f"end {100 * r['end']:.1f}"
@@ -301,8 +296,12 @@ def best_shown(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def sites_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a site, a column a measure; both seeds, with a slash, where the seed matters."""
+    """A row a site, a column a measure: the mean over seeds and, in brackets, the lowest and the highest of them."""
     rows = table[(table["method"] == "site") & table["metric"].isin(MEASURE_TITLES)]
-    text = rows.groupby(["site", "metric"], sort=False)["value"].agg(lambda of: " / ".join(f"{v:.3f}" for v in of))
-    wide = text.unstack()[list(MEASURE_TITLES)].reindex(dict.fromkeys(rows["site"]))
+    cells = rows.groupby(["site", "metric"], sort=False)["value"]
+    wide = cells.agg(_mean_and_range).unstack()[list(MEASURE_TITLES)].reindex(dict.fromkeys(rows["site"]))
     return wide.rename(columns=MEASURE_TITLES).rename_axis("site").reset_index()
+
+
+def _mean_and_range(of: pd.Series) -> str:
+    return f"{of.mean():.2f}" + (f" ({of.min():.2f}–{of.max():.2f})" if len(of) > 1 else "")
