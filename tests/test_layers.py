@@ -240,7 +240,7 @@ def test_the_spread_of_seeds_in_words_both_ways():
     assert found.loc["block01/cls", "seed_half"] == pytest.approx(1.96 * 10 / 2**0.5)
     assert found["outside"].tolist() == [1, 0, 1] and found["image_half"].tolist() == pytest.approx([1, 1, 1])
     told = layers_seeds.spread_text(rows)
-    assert told.startswith("far OOD: 2 SAEs that differ by their seed alone lie 2.0 points of EPD's mean AUROC apart")
+    assert told.startswith("EPD, far OOD: 2 SAEs that differ by their seed alone lie 2.0 points of mean AUROC apart")
     assert "over 3 sites, 10.0 at block01/cls. The seed moves the score more than the images do (1.96 standard" in told
     assert told.endswith("in 67 % of the pairs.")
     told = layers_seeds.spread_text(rows.assign(lo=rows["value"] - 0.2, hi=rows["value"] + 0.2))
@@ -387,7 +387,7 @@ def test_what_a_published_page_says_holds_against_the_tables(profile):
     epd = table[(table["method"] == "epd") & (table["metric"] == "auroc") & (table["set"] == "mean")]
     epd = epd[epd["group"] == "far"].pivot(index="site", columns="seed", values="value")
     apart = 100 * (epd[0] - epd[1]).abs()
-    assert f"lie {apart.median():.1f} points of EPD's" in found["told"][1] and len(made["seeds"]) == 2
+    assert f"lie {apart.median():.1f} points of mean AUROC apart" in found["told"][1] and len(made["seeds"]) == 2
     assert f"{apart.max():.1f} at {apart.idxmax()}." in found["told"][1]
     low, head = epd.mean(axis=1), found["told"][4].split("; ")[0]
     assert all((f"{site} (" in head) == (value < 0.5) for site, value in low.items())

@@ -43,7 +43,7 @@ def spread_text(table: pd.DataFrame, group: str = "far") -> str:
     half, images = rows["seed_half"].median(), rows["image_half"].median()
     more = "more than the images do" if half > images else "no more than the images do"
     return (
-        f"{SETS[group]}: {seeds} SAEs that differ by their seed alone lie {width.median():.1f} points of EPD's mean "
+        f"EPD, {SETS[group]}: {seeds} SAEs that differ by their seed alone lie {width.median():.1f} points of mean "
         f"AUROC apart in the median over {len(rows)} sites, {width.max():.1f} at {rows['site'][width.idxmax()]}. The "
         f"seed moves the score {more} (1.96 standard deviations over seeds: {half:.1f} points, half a 95 % interval "
         f"over images for a given SAE: {images:.1f}, medians over sites), and a seed's value lies outside another's "
