@@ -111,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="FILE.csv", help="also write the whole table")
 
     command = add("compare", "find the latents that differ between two sets of images", parents=(profiled, weights))
+    command.epilog = """for example:
+  capsae compare --profile imagenet20 holiday/ archive/ --out differences.csv
+                                       two folders of images (needs the backbone's weights)
+  capsae compare --profile imagenet20 test far/textures
+                                       two sets of the profile (needs neither images nor weights)"""
     command.add_argument("a", metavar="A", help="a folder of images, or a set of the profile, e.g. test")
     command.add_argument("b", metavar="B", help="another, e.g. far/textures")
     command.add_argument("--fdr", type=float, default=0.05, help="false discovery rate accepted (default: 0.05)")

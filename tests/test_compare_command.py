@@ -48,6 +48,7 @@ def test_two_sets_of_a_profile_without_any_image(compare, profile, tmp_path):
     assert status == 0 and len(said.split("  latent ")) <= 5
     assert "A: set test of profile small, 80 images" in said and "B: set near/shifted" in said
     assert f"{len(table)} latents fire in some image, {table['q'].notna().sum()} of them often enough" in said
+    assert "unadjusted: those of the largest differences" in said and "only the images in which a latent fires" in said
     assert f"{table['differs'].sum()} of {table['q'].notna().sum()} differ in how often they fire" in said
     assert table["differs"].sum() > 3 and (table["differs"] == (table["q"] <= 0.05)).all()
     assert {"name", "kind", "classes", "examples_a", "lo", "hi", "q_strength"} <= set(table)
@@ -60,7 +61,14 @@ def test_two_sets_of_a_profile_without_any_image(compare, profile, tmp_path):
 def test_a_set_and_itself_do_not_differ(compare, profile):
     status, said, _ = compare("test", "test", "-p", profile)
     assert status == 0 and said.count("\n0 of ") == 2 and "The most certain difference" in said
+    assert "unadjusted" not in said
     assert "80 images are in A and in B" in said
+
+
+def test_the_help_has_an_example_with_two_folders(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert "capsae compare --profile imagenet20 holiday/ archive/" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

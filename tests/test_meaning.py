@@ -1,4 +1,4 @@
-"""Names of latents: made from the classes' energy, lifted by a taxonomy, checked on other rows and against chance."""
+"""Names of latents: made from the classes' activation, lifted by a taxonomy, checked on other rows and by chance."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _codes(dense):
     return SparseCodes(dense, indices, dense.shape[1])
 
 
-def test_the_fewest_classes_that_hold_the_energy():
+def test_the_fewest_classes_that_hold_the_activation():
     shares = np.array([[0.5, 0.3, 0.2], [0.8, 0.2, 0.0], [1 / 3, 1 / 3, 1 / 3], [0, 0, 0]])
     assert meaning.held(shares, 0.8).tolist() == [[True, True, False], [True, False, False], [True] * 3, [False] * 3]
     assert meaning.held(shares, 1.0)[1].tolist() == [True, True, False]
@@ -76,6 +76,10 @@ def test_names_are_classes_then_the_lowest_synset_that_is_filled_enough():
     caps.active[:, 6] = np.where(caps.sums[:, 6] > 0, meaning.LEAST - 1, 0)
     named = meaning.name_latents(caps, NAMES, Taxonomy())
     assert named.table["kind"].tolist() == ["class", "synset", "synset", "none", "none", "dead", "rare"]
+    assert named.table["base"].tolist() == pytest.approx([0.2, 0.4, 0.6, 0, 0, 0, 0])
+    counted = meaning.name_counts(named)
+    assert counted["name"].tolist() == ["animal", "dog"] and counted["latents"].tolist() == [1, 1]
+    assert counted["classes"].tolist() == [3, 2] and counted["share"].tolist() == [0.5, 0.5]
     assert named.table["name"].tolist() == ["beagle", "dog", "animal", "", "", "", ""]
     assert named.members.sum(1).tolist() == [1, 2, 3, 0, 0, 0, 0]
     assert named.named.tolist() == [True] * 3 + [False] * 4
@@ -85,7 +89,8 @@ def test_names_are_classes_then_the_lowest_synset_that_is_filled_enough():
     assert plain.table["kind"].tolist()[:3] == ["class", "none", "none"]
     assert plain.table["classes"][1] == "beagle, husky"
     shares = meaning.kind_shares(named)
-    assert shares["named"] == pytest.approx(3 / 7) and sum(shares[k] for k in meaning.KINDS) == pytest.approx(1)
+    assert shares["named"] == pytest.approx(3 / 7) and shares["narrow"] == pytest.approx(1 / 7)
+    assert sum(shares[k] for k in meaning.KINDS) == pytest.approx(1)
 
 
 def test_names_and_taxonomy_must_fit_the_profiles():
@@ -142,6 +147,7 @@ def test_names_are_checked_on_other_rows(planted):
     cells = summary[summary["kind"] == "named"].set_index("measure")
     assert cells.loc["lift", "value"] == pytest.approx(2 / 3) and cells.loc["lift", "lo"] > 0.5
     assert cells.loc["recall", "lo"] < each["recall"][0] < cells.loc["recall", "hi"]
+    assert not summary.loc[summary["kind"] == "narrow", "latents"].any()  # a class of a third of the rows is broad
     # On rows with other labels, the name is worth nothing.
     other = meaning.check_names(named, codes, np.random.default_rng(1).permutation(labels), n_boot=50)[1]
     lift = other[other["kind"] == "named"].set_index("measure").loc["lift"]
@@ -159,6 +165,13 @@ def test_a_dictionary_with_cleaner_latents_has_more_names(planted):
     assert found.loc[("clean", "dead"), "value"] == 0.25
     holds = meaning.over_holds(both, labels, ["a", "b", "c"], holds=(0.4, 0.9))
     assert holds["dictionary"].unique().tolist() == ["clean", "half", "clean, labels permuted"]
+    at = holds[(holds["dictionary"] == "half") & (holds["kind"] == "class")].set_index("hold")
+    assert at.loc[0.9, "difference"] == 0.25 and at.loc[0.9, "difference_lo"] > 0
+    alone = meaning.compare_shares(both, labels, ["a", "b", "c"], holds=(0.9,)).set_index(["dictionary", "kind"])
+    gap = alone.loc[("half", "none")]  # several thresholds: wider intervals
+    again = holds[(holds["dictionary"] == "half") & (holds["kind"] == "none")].set_index("hold").loc[0.9]
+    assert gap["difference"] == again["difference"]
+    assert again["difference_hi"] - again["difference_lo"] >= gap["difference_hi"] - gap["difference_lo"]
     wide = holds[holds["kind"] == "named"].pivot(index="hold", columns="dictionary", values="value")
     assert wide.loc[0.9, "clean"] == 0.25 and wide.loc[0.9, "clean, labels permuted"] == 0
 

@@ -96,3 +96,14 @@ def test_clusters_are_judged_by_classes_and_with_their_starts(sets):
     assert lo == pytest.approx(1) and hi == pytest.approx(1)
     assert wide.loc[("worse", "nmi"), "hi"] - wide.loc[("worse", "nmi"), "lo"] > 0.2
     assert set(neighbours.panels(rows.reset_index())["panel"]) == {"NMI of k-means", "ARI of k-means"}
+
+
+def test_rows_drawn_twice_do_not_lift_the_intervals():
+    """Clusters that know nothing, many of them: replicates agree more than the rows do, basic intervals hold 0."""
+    rng = np.random.default_rng(3)
+    labels, starts = rng.integers(0, 15, 120), rng.integers(0, 15, (10, 120))
+    row = neighbours.judge({"none": starts}, labels, n_boot=300).set_index("measure")
+    again = neighbours.judge({"none": starts}, labels, n_boot=1)
+    assert again.set_index("measure").loc["ari", "lo"] < row.loc["ari", "value"]  # the one replicate, turned around
+    assert row.loc["ari", "lo"] < 0.01 and row.loc["ari", "value"] == pytest.approx(0, abs=0.03)
+    assert row.loc["nmi", "lo"] < row.loc["nmi", "value"] and row.loc["nmi", "hi"] < row.loc["nmi", "value"] + 0.02

@@ -1,8 +1,9 @@
-"""Latents that fire together: planted pairs are found, those that classes explain are told apart, chance gives none."""
+"""Latents that fire together: planted pairs are found, those that classes explain are not, chance gives none."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import hypergeom
 
@@ -65,17 +66,82 @@ def test_a_shuffle_keeps_how_often_each_latent_fires_in_each_class(planted):
         assert ((dense[labels == c] > 0).sum(0) == (again[labels == c] > 0).sum(0)).all()
 
 
-def test_p_is_never_below_the_exact_tail():
-    n, a, b = 60, 20, 9
-    k = np.arange(10)
-    exact = hypergeom.sf(k - 1, n, a, b)
-    p = together._upper_tail(k.astype(float), np.full(10, a * b / n))
-    assert (p >= exact - 1e-12).all() and p[9] < 0.01
+def _exact(n, f_i, f_j):
+    """P(K >= k), k = 0, 1, ..., of a sum of hypergeometric counts over strata."""
+    pmf = np.ones(1)
+    for n_s, a, b in zip(n, f_i, f_j, strict=True):
+        pmf = np.convolve(pmf, hypergeom.pmf(np.arange(min(a, b) + 1), n_s, a, b))
+    return pmf[::-1].cumsum()[::-1]
+
+
+def _ours(n, f_i, f_j):
+    exact = _exact(n, f_i, f_j)
+    moments = (m[0, 1] for m in together._moments(np.array([f_i, f_j]).T, np.array(n)))
+    mean, variance, third = (np.full(len(exact), m) for m in moments)
+    return exact, together._upper_tail(np.arange(len(exact), dtype=float), mean, variance, third), (mean, variance)
+
+
+@pytest.mark.parametrize(
+    ("n", "f_i", "f_j"),
+    [
+        ([60], [20], [9]),  # variance 2: Poisson
+        ([400, 400, 400], [8, 300, 200], [10, 280, 220]),
+        ([900] * 4, [60, 80, 50, 30], [90, 40, 70, 80]),  # rare: skewed
+        ([100, 100], [95, 90], [60, 80]),
+        ([500, 500], [450, 440], [450, 430]),  # frequent
+    ],
+)
+def test_p_is_the_exact_tail_or_a_little_more(n, f_i, f_j):
+    exact, p, (mean, variance) = _ours(n, f_i, f_j)
+    told = (np.arange(len(exact)) > mean) & (exact > 1e-8)
+    assert (p[told] >= 0.97 * exact[told]).all()
+    if variance[0] >= 5:
+        close = told & (exact > 1e-4)
+        assert (p[close] <= 2 * exact[close]).all()
+
+
+def test_moments_are_those_of_the_exact_counts():
+    n, f_i, f_j = [50, 80], [20, 9], [31, 40]
+    exact = _exact(n, f_i, f_j)
+    pmf, k = exact - np.append(exact[1:], 0), np.arange(len(exact))
+    mean = (pmf * k).sum()
+    wanted = [mean, (pmf * (k - mean) ** 2).sum(), (pmf * (k - mean) ** 3).sum()]
+    found = [m[0, 1] for m in together._moments(np.array([f_i, f_j]).T, np.array(n))]
+    assert found == pytest.approx(wanted)
+
+
+def test_independent_latents_give_no_more_than_the_rate():
     rng, hits = np.random.default_rng(3), []
-    for _ in range(40):
-        table = together.pairs(_codes(rng.random((200, 25)) < 0.15))
-        hits.append(together.found(table)["found"] > 0)
+    for share in (0.15, 0.6):
+        for _ in range(30):
+            table = together.pairs(_codes(rng.random((200, 25)) < share))
+            hits.append(together.found(table)["found"] > 0)
     assert np.mean(hits) <= 0.15
+
+
+def test_a_pair_within_a_class_is_found_where_both_fire_often():
+    """What a Poisson tail misses: 40 latents that fire in most rows of their class, two of them together."""
+    rng, labels = np.random.default_rng(5), np.repeat([0, 1], 300)
+    share = np.where(labels == 0, 0.7, 0.05)[:, None]
+    fires = rng.random((600, 40)) < share
+    fires[:, 1] = np.where(rng.random(600) < 0.5, fires[:, 0], fires[:, 1])
+    codes = _codes(fires)
+    within = together.pairs(codes, labels, 2)
+    assert within.loc[within["q"] <= 0.05, ["i", "j"]].to_numpy().tolist() == [[0, 1]]
+    row = within.iloc[0]
+    assert row["z"] == pytest.approx((row["together"] - row["expected"]) / row["sd"])
+    poisson = together._upper_tail(*(np.array([x]) for x in (row["together"], row["expected"], 0.0, 0.0)))
+    assert poisson[0] * within.attrs["pairs"] > 0.05 > row["p"] * within.attrs["pairs"]
+    null = [together.pairs(together.shuffled(codes, labels, 2, seed=s), labels, 2) for s in range(20)]
+    assert sum(together.found(table)["found"] > 0 for table in null) <= 3
+    names = pd.DataFrame({"name": "", "classes": [f"c{i}" for i in range(40)]})
+    assert together.strongest(within, names)[["i", "j"]].to_numpy().tolist() == [[0, 1]]
+    # Classes account for how often latents meet, for less of it in the planted pair.
+    alone = together.pairs(codes)
+    assert together.excess(alone, within) == pytest.approx(1, abs=0.03)
+    pair = alone[(alone["i"] == 0) & (alone["j"] == 1)]
+    assert together.excess(pair, within[(within["i"] == 0) & (within["j"] == 1)]) < 0.8
+    assert np.isnan(together.excess(alone.assign(q=1.0), within))
 
 
 def test_groups_are_the_planted_classes(planted):
@@ -88,8 +154,8 @@ def test_groups_are_the_planted_classes(planted):
     inner = groups[groups["latent"] < 9]
     followed = together.follow_classes(inner, shares, n_boot=20)
     assert followed["ari"] == 1 and followed["lo"] > 0.9 and followed["purity"] == 1
-    dealt = inner.assign(community=np.random.default_rng(0).permutation(inner["community"]))
-    assert together.follow_classes(dealt, shares, n_boot=20)["ari"] < 0.6
+    permuted = inner.assign(community=np.random.default_rng(0).permutation(inner["community"]))
+    assert together.follow_classes(permuted, shares, n_boot=20)["ari"] < 0.6
     counted = together.group_classes(inner, shares, ["a", "b", "c"])
     assert counted["latents"].sum() == 9 and (counted["latents"] == 3).sum() == 3
     with pytest.raises(ValueError, match="too few for 50 groups"):

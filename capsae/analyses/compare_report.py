@@ -102,7 +102,8 @@ def report(table: pd.DataFrame, a: Side, b: Side, fdr: float = contrast.FDR, top
         f"{len(found)} of {tested} differ in how often they fire (Fisher's exact test, false discovery rate "
         f"{100 * fdr:g} %): {by.get('B', 0)} more often in B, {by.get('A', 0)} more often in A.",
         f"{strong} of {int(table['q_strength'].notna().sum())} that fire in both differ in how strongly "
-        "(Mann-Whitney, the same rate).",
+        "(Mann-Whitney, the same rate; this compares only the images in which a latent fires, which differ between A "
+        "and B).",
     ]
     for which, other in (("B", "A"), ("A", "B")):
         part = found[found["more"] == which]
@@ -111,6 +112,11 @@ def report(table: pd.DataFrame, a: Side, b: Side, fdr: float = contrast.FDR, top
             lines += ["", f"More often in {which} than in {other}, the largest differences:"]
         for row in part.itertuples(index=False):
             lines += _entry(row, which)
+    if len(found):
+        lines += [
+            "",
+            "Intervals are 95 % each, unadjusted: those of the largest differences, chosen of many, lie too far out.",
+        ]
     if not len(found) and len(table):
         first = table.iloc[0]
         p = f"p = {first['p']:.2g}" + (f", {first['q']:.2g} adjusted" if tested else ", not tested")

@@ -204,16 +204,30 @@ def doubts(n_a: int, n_b: int, tested: int) -> list[str]:
     return found
 
 
-def by_set(a, sets: dict[str, object], fdr: float = FDR) -> pd.DataFrame:
-    """Compare one set with several. Columns: set, n_b, alive, differs, more_a, more_b, largest (difference, absolute).
+def by_set(a, sets: dict[str, object], fdr: float = FDR, named=None) -> pd.DataFrame:
+    """Compare one set with several. False discoveries are controlled within each comparison.
 
-    False discoveries are controlled within each comparison.
+    Parameters
+    ----------
+    named : (M,) bool, optional
+        Which latents have a name.
+
+    Returns
+    -------
+    DataFrame
+        set, n_b, alive (latents that fire), tested, differs, more_a, more_b, largest (difference, absolute); with
+        ``named``: named_a, named_b, how many of more_a and more_b have a name.
     """
     rows = []
     for name, b in sets.items():
         table = compare(a, b, fdr, strength=False)
         counts = table["more"].value_counts()
         largest = float(table["difference"].abs().max())
-        row = (name, len(b), len(table), int(table["differs"].sum()), counts.get("A", 0), counts.get("B", 0), largest)
+        row = {"set": name, "n_b": len(b), "alive": len(table), "tested": int(table["q"].notna().sum())}
+        row |= {"differs": int(table["differs"].sum()), "more_a": counts.get("A", 0), "more_b": counts.get("B", 0)}
+        row["largest"] = largest
+        if named is not None:
+            known = np.asarray(named)[table["latent"]]
+            row |= {f"named_{s.lower()}": int(known[table["more"] == s].sum()) for s in "AB"}
         rows.append(row)
-    return pd.DataFrame(rows, columns=["set", "n_b", "alive", "differs", "more_a", "more_b", "largest"])
+    return pd.DataFrame(rows)

@@ -1,10 +1,11 @@
-"""What a latent means: the classes that hold its energy name it, WordNet generalises the name, test rows check it.
+"""What a latent means: the classes that hold its activation name it, WordNet generalises the name, test rows check it.
 
     p_i(c) = hbar_ci / sum_c' hbar_c'i        (hbar: class activation profiles, so every class counts the same)
 
 The name of latent i comes from the fewest classes that together hold the share ``hold`` of p_i: one class names it by
 itself; several do by the lowest WordNet synset above them all, if they are at least the share ``fill`` of the classes
 below that synset ("dog" for eight of ten breeds, not "animal" for a fish and a beagle). All of this is our own [r].
+``hold`` is four fifths by convention: no data chose it, and what it decides is shown at other values.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 HOLD, FILL = 0.8, 0.5
 HOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+BROAD = 0.25  # share of the rows above which a name's classes are called broad
 LEAST = 5  # training rows that a latent must fire in to be named: fewer fit any name
 FDR = 0.05
 KINDS = ("class", "synset", "none", "rare", "dead")
@@ -44,8 +46,9 @@ class Named:
     ----------
     table : DataFrame
         One row a latent: latent, kind (one of KINDS), name ("" without one), held (classes that hold ``hold`` of its
-        energy), under (classes below the name), fired (training rows), density, selectivity (1 - entropy of p_i /
-        log C), classes (the held classes, strongest first, at most three).
+        activation), under (classes below the name), base (share of the training rows that they have), fired (training
+        rows), density, selectivity (1 - entropy of p_i / log C), classes (the held classes, strongest first, at most
+        three).
     members : (M, C) bool
         The classes below each latent's name; none without a name.
     """
@@ -60,7 +63,7 @@ class Named:
 
 
 def posterior(caps: ClassActivationProfiles) -> np.ndarray:
-    """Share (M, C) of each latent's energy by class, classes weighted alike; zeros for a latent that never fires."""
+    """Share (M, C) of each latent's summed activation by class, classes alike; zeros for a latent that never fires."""
     total = caps.mean.sum(axis=0)
     return np.divide(caps.mean, total, out=np.zeros_like(caps.mean), where=total > 0).T
 
@@ -68,7 +71,7 @@ def posterior(caps: ClassActivationProfiles) -> np.ndarray:
 def held(shares: np.ndarray, hold: float = HOLD) -> np.ndarray:
     """(M, C) bool: the fewest classes that together have the share ``hold`` of each row; ties go to the lower class."""
     if not 0 < hold <= 1:
-        raise ValueError(f"hold is {hold}: a share of the energy in (0, 1] would do, the default is {HOLD}")
+        raise ValueError(f"hold is {hold}: a share of the activation in (0, 1] would do, the default is {HOLD}")
     order = np.argsort(-shares, axis=1, kind="stable")
     before = np.cumsum(np.take_along_axis(shares, order, axis=1), axis=1)
     before = np.hstack([np.zeros((len(shares), 1)), before[:, :-1]])
@@ -87,7 +90,7 @@ def selectivity(shares: np.ndarray) -> np.ndarray:
 def name_latents(
     caps: ClassActivationProfiles, class_names: Sequence[str], taxonomy=None, hold: float = HOLD, fill: float = FILL
 ) -> Named:
-    """Name every latent after the classes that hold its energy.
+    """Name every latent after the classes that hold its activation.
 
     Parameters
     ----------
@@ -95,7 +98,7 @@ def name_latents(
     class_names : (C,) readable names
     taxonomy : capsae.analyses.wordnet.Taxonomy over the classes in their order, or None: then only classes are names
     hold : float
-        Share of the energy that the classes of a name must hold.
+        Share of a latent's summed activation that the classes of a name must hold.
     fill : float
         Share of a synset's classes that must be among them.
 
@@ -130,6 +133,7 @@ def name_latents(
             "name": name,
             "held": count,
             "under": members.sum(axis=1),
+            "base": members @ caps.counts / max(caps.counts.sum(), 1),
             "fired": fired,
             "density": fired / max(caps.counts.sum(), 1),
             "selectivity": selectivity(shares),
@@ -197,10 +201,19 @@ def false_discovery(p: np.ndarray) -> np.ndarray:
 
 
 def kind_shares(named: Named) -> dict[str, float]:
-    """Share of all latents by kind, and "named" (one class or a synset)."""
-    kind = named.table["kind"]
+    """Share of all latents by kind; "named" (one class or a synset), "narrow" (of classes with few rows: not BROAD)."""
+    kind, narrow = named.table["kind"], named.named & (named.table["base"] <= BROAD)
     found = {name: float((kind == name).mean()) for name in KINDS}
-    return found | {"named": found["class"] + found["synset"]}
+    return found | {"named": found["class"] + found["synset"], "narrow": float(narrow.mean())}
+
+
+def name_counts(named: Named) -> pd.DataFrame:
+    """How many latents have each synset's name. Columns: name, latents, classes (below it), base, share (of names)."""
+    of = named.table[named.table["kind"] == "synset"]
+    groups = of.groupby("name", sort=False)
+    found = groups.agg(latents=("latent", "size"), classes=("under", "first"), base=("base", "first")).reset_index()
+    found["share"] = found["latents"] / max(len(of), 1)
+    return found.sort_values(["latents", "name"], ascending=[False, True], ignore_index=True)
 
 
 def compare_shares(
@@ -208,6 +221,7 @@ def compare_shares(
     labels,
     class_names: Sequence[str],
     taxonomy=None,
+    holds: Sequence[float] = (HOLD,),
     halves: int = 20,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -221,38 +235,43 @@ def compare_shares(
     codes : mapping of a dictionary's title to SparseCodes of N rows; the first is compared with the others
     labels : (N,) int
     class_names, taxonomy : as for :func:`name_latents`
+    holds : thresholds of :func:`name_latents`
 
     Returns
     -------
     DataFrame
-        dictionary, kind, value, lo, hi (shares); difference, difference_lo, difference_hi: the first less this one.
+        dictionary, hold, kind (KINDS, named, narrow), value, lo, hi (shares); difference, difference_lo, difference_hi:
+        the first less this one, with intervals that cover all thresholds together (Bonferroni).
     """
+    from scipy.stats import norm
+
     n_classes = len(class_names)
     labels = check_labels(labels, len(next(iter(codes.values()))), n_classes)
-    titles, keys, rng = list(codes), [*KINDS, "named"], np.random.default_rng(seed)
+    rng, keys = np.random.default_rng(seed), [*KINDS, "named", "narrow"]
 
     def measured(rows):
         parts = []
         for of in codes.values():
             caps = ClassActivationProfiles.empty(n_classes, of.n_latents).update(of[rows], labels[rows])
-            shares = kind_shares(name_latents(caps, class_names, taxonomy))
-            parts.append([shares[key] for key in keys])
+            shares = [kind_shares(name_latents(caps, class_names, taxonomy, hold)) for hold in holds]
+            parts.append([[at[key] for key in keys] for at in shares])
         return np.array(parts)
 
     whole, parts = measured(np.arange(len(labels))), []
     for _ in range(halves):
         parts.append(measured(np.sort(rng.permutation(len(labels))[: len(labels) // 2])))
-    parts = np.array(parts)  # (halves, dictionaries, kinds)
-    reach, reach_of_gap = 1.96 * parts.std(axis=0), 1.96 * (parts[:, :1] - parts).std(axis=0)
-    rows = []
-    for i, title in enumerate(titles):
-        for j, kind in enumerate(keys):
-            gap = whole[0, j] - whole[i, j]
-            lo, hi = max(whole[i, j] - reach[i, j], 0.0), min(whole[i, j] + reach[i, j], 1.0)
-            cells = (gap, gap - reach_of_gap[i, j], gap + reach_of_gap[i, j]) if i else (np.nan,) * 3
-            rows.append((title, kind, whole[i, j], lo, hi, *cells))
+    parts = np.array(parts)  # (halves, dictionaries, holds, kinds)
+    lo, hi = (np.clip(whole + sign * 1.96 * parts.std(axis=0), 0, 1) for sign in (-1, 1))
+    gap, z = whole[:1] - whole, norm.isf(0.025 / len(holds))
+    reach, rows = z * (parts[:, :1] - parts).std(axis=0), []
+    for i, title in enumerate(codes):
+        for j, hold in enumerate(holds):
+            for k, kind in enumerate(keys):
+                at = i, j, k
+                cells = (gap[at], gap[at] - reach[at], gap[at] + reach[at]) if i else (np.nan,) * 3
+                rows.append((title, hold, kind, whole[at], lo[at], hi[at], *cells))
     gaps = ["difference", "difference_lo", "difference_hi"]
-    return pd.DataFrame(rows, columns=["dictionary", "kind", "value", "lo", "hi", *gaps])
+    return pd.DataFrame(rows, columns=["dictionary", "hold", "kind", "value", "lo", "hi", *gaps])
 
 
 # --- the name on rows that it was not made from
@@ -275,6 +294,7 @@ def check_names(named: Named, codes, labels, n_boot: int = 500, seed: int = 0) -
         of the rows of the name's classes in which it fires), f1, base (the share of all rows that these classes have:
         the precision of a latent that knows nothing). By kind ("named": both): measure (precision, base, lift =
         precision - base, recall, f1), value, lo, hi: means over the latents that fire in some test row; latents.
+        "narrow": names of classes with at most the share BROAD of the training rows.
     """
     fires = _matrix(codes)
     fires.data[:] = 1
@@ -301,8 +321,9 @@ def check_names(named: Named, codes, labels, n_boot: int = 500, seed: int = 0) -
     weight = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=n_boot).astype(np.float64)
     again, fired_again = rates(weight)
     alive, rows = fired[0] > 0, []
-    for kind in ("class", "synset", "named"):
-        of = alive & (about["kind"].eq(kind).to_numpy() | (kind == "named"))
+    narrow = named.table["base"].to_numpy()[chosen] <= BROAD
+    for kind in ("class", "synset", "named", "narrow"):
+        of = alive & {"named": np.ones_like(alive), "narrow": narrow}.get(kind, about["kind"].eq(kind).to_numpy())
         for key in ("precision", "base", "lift", "recall", "f1"):
             value = float(np.nanmean(found[key][0, of])) if of.any() else np.nan
             # A latent that fires in no row drawn has no precision; its recall is 0.
@@ -363,25 +384,12 @@ def of_run(run, hold: float = HOLD, fill: float = FILL) -> Named:
 def over_holds(
     codes: Mapping[str, object], labels, class_names: Sequence[str], taxonomy=None, holds=HOLDS, seed: int = 0
 ) -> pd.DataFrame:
-    """Shares of latents with a name against the share of energy that a name must hold.
-
-    Parameters
-    ----------
-    codes : mapping of a dictionary's title to SparseCodes of N rows; the first also under permuted labels
-    labels : (N,) int
-
-    Returns
-    -------
-    DataFrame
-        dictionary, hold, kind (class, synset, named), value (share of all latents).
-    """
-    n, rows = len(class_names), []
-    given = [(title, of, labels) for title, of in codes.items()]
-    first = next(iter(codes))
-    given.append((f"{first}, labels permuted", codes[first], np.random.default_rng(seed).permutation(labels)))
-    for title, of, known in given:
-        caps = ClassActivationProfiles.empty(n, of.n_latents).update(of, known)
-        for hold in holds:
-            shares = kind_shares(name_latents(caps, class_names, taxonomy, hold))
-            rows += [(title, hold, kind, shares[kind]) for kind in ("class", "synset", "named")]
-    return pd.DataFrame(rows, columns=["dictionary", "hold", "kind", "value"])
+    """:func:`compare_shares` at several thresholds, and the first dictionary under permuted labels (no intervals)."""
+    found = compare_shares(codes, labels, class_names, taxonomy, holds, seed=seed)
+    first, of = next(iter(codes.items()))
+    known = np.random.default_rng(seed).permutation(labels)
+    caps, rows = ClassActivationProfiles.empty(len(class_names), of.n_latents).update(of, known), []
+    for hold in holds:
+        shares = kind_shares(name_latents(caps, class_names, taxonomy, hold))
+        rows += [(f"{first}, labels permuted", hold, kind, value) for kind, value in shares.items()]
+    return pd.concat([found, pd.DataFrame(rows, columns=["dictionary", "hold", "kind", "value"])], ignore_index=True)

@@ -29,24 +29,23 @@ def selectivity_density(data: pd.DataFrame) -> Figure:
 
 
 def names_by_hold(data: pd.DataFrame) -> Figure:
-    """Share of latents with a name against the threshold. Columns: dictionary, hold, kind (named, class), value."""
+    """Share of latents with a name against the threshold. Columns: dictionary, hold, kind, value, lo, hi."""
     kinds = {"named": "one class or a synset", "class": "one class"}
-    kinds = {kind: title for kind, title in kinds.items() if not _same(data, kind)}
+    if not (data.loc[data["kind"] == "synset", "value"] > 0).any():
+        del kinds["named"]  # names are classes alone
     figure, axes = _figure(7, 3.4, 1, len(kinds), sharey=True)
     titles = list(dict.fromkeys(data["dictionary"]))
     for ax, (kind, heading) in zip(axes.flat, kinds.items(), strict=True):
         for title, colour, mark in zip(titles, _colours(titles).values(), "osD^v", strict=False):
             rows = data[(data["dictionary"] == title) & (data["kind"] == kind)]
-            ax.plot(100 * rows["hold"], 100 * rows["value"], marker=mark, color=colour, label=title)
-        ax.set(title=heading, xlabel="energy that a name must hold, %", ylim=(0, None))
+            reach = 100 * np.vstack([rows["value"] - rows["lo"], rows["hi"] - rows["value"]])
+            style = {"marker": mark, "color": colour, "label": title, "capsize": 3}
+            known = {} if np.isnan(reach).any() else {"yerr": reach}
+            ax.errorbar(100 * rows["hold"], 100 * rows["value"], **known, **style)
+        ax.set(title=heading, xlabel="activation that a name must hold, %", ylim=(0, None))
     axes[0, 0].set_ylabel("latents, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
-
-
-def _same(data: pd.DataFrame, kind: str) -> bool:
-    """Whether names are classes alone, so that a second panel would repeat the first."""
-    return kind == "class" and not (data.loc[data["kind"] == "synset", "value"] > 0).any()
 
 
 def volcano(data: pd.DataFrame, a: str, b: str) -> Figure:
@@ -55,7 +54,11 @@ def volcano(data: pd.DataFrame, a: str, b: str) -> Figure:
     ax = axes[0, 0]
     height = -np.log10(np.maximum(data["q"], 1e-300))
     often = {name: f"more often in {set_label(name)}" for name in (a, b)}
-    for more, colour, label in (("", GREY, "no difference found"), ("A", BLUE, often[a]), ("B", ORANGE, often[b])):
+    for more, colour, label in (
+        ("", GREY, "no significant difference"),
+        ("A", BLUE, often[a]),
+        ("B", ORANGE, often[b]),
+    ):
         of = (data["more"] == more).to_numpy()
         x, y, label = 100 * data["difference"][of], height[of], f"{label} ({of.sum()})"
         ax.scatter(x, y, s=16, color=colour, alpha=0.75, linewidths=0, label=label)
@@ -70,16 +73,16 @@ def volcano(data: pd.DataFrame, a: str, b: str) -> Figure:
 
 
 def contrast_bars(data: pd.DataFrame, a: str = "test") -> Figure:
-    """Latents that differ from one set, by set. Columns: set, alive, more_a, more_b."""
+    """Latents that differ from one set, by set. Columns: set, tested, more_a, more_b."""
     figure, axes = _figure(7, 1.6 + 0.42 * len(data))
     ax, place = axes[0, 0], np.arange(len(data))
-    ax.barh(place, -100 * data["more_a"] / data["alive"], color=BLUE, height=0.7, label=f"less often than in {a}")
-    ax.barh(place, 100 * data["more_b"] / data["alive"], color=ORANGE, height=0.7, label=f"more often than in {a}")
+    ax.barh(place, -100 * data["more_a"] / data["tested"], color=BLUE, height=0.7, label=f"less often than in {a}")
+    ax.barh(place, 100 * data["more_b"] / data["tested"], color=ORANGE, height=0.7, label=f"more often than in {a}")
     ax.axvline(0, color=_text_colour(), linewidth=0.8)
     ax.set_yticks(place, [set_label(name) for name in data["set"]])
     ax.invert_yaxis()
     ax.xaxis.set_major_formatter(lambda v, _: f"{abs(v):g}")
-    ax.set(xlabel="latents that differ, % of those that fire")
+    ax.set(xlabel="latents that differ, % of those tested")
     ax.grid(axis="y", visible=False)
     figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .meaning import KIND_TITLES
+from .meaning import BROAD, KIND_TITLES
+
+_NARROW = f"at most {100 * BROAD:.0f} % of the images"
 
 
 def _interval(value: float, lo: float, hi: float, sign: str = "") -> str:
@@ -14,7 +16,9 @@ def _interval(value: float, lo: float, hi: float, sign: str = "") -> str:
 
 def shares(table: pd.DataFrame) -> pd.DataFrame:
     """:func:`meaning.compare_shares`, a row a kind and a column a dictionary, in %."""
-    titles = KIND_TITLES | {"named": "a name: one class or a synset"}
+    titles = KIND_TITLES | {"named": "a name: one class or a synset", "narrow": f"a name of {_NARROW}"}
+    if not (table.loc[table["kind"] == "synset", "value"] > 0).any():
+        titles = {key: title for key, title in KIND_TITLES.items() if key != "synset"}
     cells = table.assign(text=[_interval(*row) for row in table[["value", "lo", "hi"]].to_numpy()])
     wide = cells.pivot(index="kind", columns="dictionary", values="text")[list(dict.fromkeys(table["dictionary"]))]
     wide = wide.loc[list(titles)].reset_index()
@@ -23,13 +27,30 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
 
 def checked(summary: pd.DataFrame) -> pd.DataFrame:
     """:func:`meaning.check_names`' summary, a row a kind and a column a measure, in %."""
-    titles = {"class": "one class", "synset": "a synset", "named": "both"}
-    kinds = [kind for kind in titles if (summary.loc[summary["kind"] == kind, "latents"] > 0).any()]
+    titles = {"class": "one class", "synset": "a synset", "named": "both", "narrow": _NARROW}
+    counts = summary.drop_duplicates("kind").set_index("kind")["latents"]
+    kinds = [kind for kind in titles if counts[kind] > 0] if counts["synset"] else ["class"]
     cells = summary.assign(text=[_interval(*row) for row in summary[["value", "lo", "hi"]].to_numpy()])
     wide = cells.pivot(index="kind", columns="measure", values="text")
-    wide = wide.loc[kinds, ["precision", "base", "recall", "f1"]].reset_index()
-    wide.insert(1, "latents", summary.drop_duplicates("kind").set_index("kind")["latents"].loc[kinds].to_numpy())
+    wide = wide.loc[kinds, ["precision", "base", "lift", "recall", "f1"]].reset_index()
+    wide.insert(1, "latents", counts.loc[kinds].to_numpy())
     return wide.assign(kind=wide["kind"].map(titles)).rename(columns={"kind": "name, %", "base": "chance", "f1": "F1"})
+
+
+def synsets(counts: pd.DataFrame) -> pd.DataFrame:
+    """:func:`meaning.name_counts` with shares in %."""
+    shown = counts.assign(**{key: (100 * counts[key]).map("{:.0f}".format) for key in ("base", "share")})
+    return shown.rename(columns={"base": "images of its classes, %", "share": "of all such names, %"})
+
+
+def by_set(table: pd.DataFrame, a: str) -> pd.DataFrame:
+    """Names among latents that fire more or less often, of :func:`contrast.by_set`: a row a set."""
+
+    def part(side):
+        pairs = table[[f"named_{side}", f"more_{side}"]].to_numpy()
+        return [f"{k} of {n} ({100 * k / n:.1f} %)" if n else "0 of 0" for k, n in pairs]
+
+    return pd.DataFrame({"set": table["set"], f"more often in {a}, named": part("a"), "more often here": part("b")})
 
 
 def top_rows(rows: pd.DataFrame, n: int = 8) -> pd.DataFrame:

@@ -57,7 +57,7 @@ def representations(run, seed: int = 0) -> dict[str, tuple]:
 # --- clustering
 
 
-def cluster(sets: Mapping[str, tuple], n_clusters: int, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, np.ndarray]:
+def cluster(sets: Mapping[str, tuple], n_clusters: int, seeds: Sequence[int] = range(10)) -> dict[str, np.ndarray]:
     """k-means fitted on training rows, applied to test rows: title -> clusters (S, Q) of the Q test rows, S starts."""
     from sklearn.cluster import KMeans
 
@@ -94,7 +94,7 @@ def agreement(tables: np.ndarray) -> dict[str, np.ndarray]:
     return {"nmi": nmi, "ari": ari, "purity": tables.max(axis=1).sum(axis=1) / total}
 
 
-def judge(clusters: Mapping[str, np.ndarray], labels, n_boot: int = 300, seed: int = 0) -> pd.DataFrame:
+def judge(clusters: Mapping[str, np.ndarray], labels, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """How well clusters agree with classes, with intervals, and the first representation less each other.
 
     Parameters
@@ -106,7 +106,8 @@ def judge(clusters: Mapping[str, np.ndarray], labels, n_boot: int = 300, seed: i
     -------
     DataFrame
         As :func:`retrieve` gives it, for the measures of :func:`agreement`: means over the starts. Replicates draw both
-        test rows (the same for all representations) and starts.
+        test rows (the same for all representations) and starts. Intervals are basic (2 value - quantiles): a row drawn
+        twice agrees with itself, which lifts all replicates.
     """
     labels, n = np.asarray(labels), len(labels)
     rng = np.random.default_rng(seed)
@@ -122,18 +123,24 @@ def judge(clusters: Mapping[str, np.ndarray], labels, n_boot: int = 300, seed: i
         drawn = rng.multinomial(len(starts), np.full(len(starts), 1 / len(starts)), size=n_boot) / len(starts)
         drawn = np.vstack([np.full(len(starts), 1 / len(starts)), drawn])
         measured[title] = {key: sum(d * f[key] for d, f in zip(drawn.T, found, strict=True)) for key in found[0]}
-    return _beside(measured)
+    return _beside(measured, basic=True)
 
 
-def _beside(measured: Mapping[str, Mapping[str, np.ndarray]]) -> pd.DataFrame:
+def _beside(measured: Mapping[str, Mapping[str, np.ndarray]], basic: bool = False) -> pd.DataFrame:
     """Tabulate title -> measure -> (1 + B,): the value, then its replicates, drawn alike for all titles."""
+
+    def reach(values, level=0.95):
+        lo, hi = interval(values[1:], level)
+        return (2 * values[0] - hi, 2 * values[0] - lo) if basic else (lo, hi)
+
     first, rows = next(iter(measured.values())), []
     level = 1 - 0.05 / max(len(measured) - 1, 1)
     for title, of in measured.items():
         for measure, values in of.items():
             gap = first[measure] - values
-            cells = (gap[0], *interval(gap[1:], level)) if of is not first else (np.nan,) * 3
-            rows.append((title, measure, values[0], *interval(values[1:]), *cells))
+            cells = (gap[0], *reach(gap, level)) if of is not first else (np.nan,) * 3
+            lo, hi = reach(values)
+            rows.append((title, measure, values[0], lo, min(hi, 1.0), *cells))
     gaps = ["difference", "difference_lo", "difference_hi"]
     return pd.DataFrame(rows, columns=["representation", "measure", "value", "lo", "hi", *gaps])
 
