@@ -305,6 +305,23 @@ def test_the_end_must_be_the_profiles():
             layers.end_against_profile({"test": x}, lambda name, other=other: other)
 
 
+def test_other_vectors_at_the_end_stop_the_table(monkeypatch):
+    """The right images under another network's weights have the right ids: the vectors tell."""
+    from capsae import sites
+
+    sets = {name: {FINAL: features} for name, features in _sets(2.0).items()}
+    monkeypatch.setattr(sites, "run_sites", lambda run, name, *rest, **options: sets[name])
+
+    class Run:
+        profile = type("Profile", (), {"sets": tuple(sets)})
+
+        def features(self, name):
+            return _sets(2.0 if name != "test" else 1.9)[name]
+
+    with pytest.raises(ValueError, match="test: final/cls as read here lies up to"):
+        layers.layers(Run())
+
+
 # --- figures, files, pages
 
 
@@ -367,6 +384,8 @@ def test_the_committed_tables_are_of_todays_code(profile):
     assert set(table["site"]) == set(made["sites"]) and FINAL in made["sites"]
     assert set(against["site"]) == set(made["sites"]) - {FINAL}
     assert set(table["method"]) == {"site", *layers.METHODS}
+    ends = made["end_against_profile"]
+    assert set(ends) == set(made["vectors"]) >= {"train", "val", "test"} and max(ends.values()) <= layers.END_TOLERANCE
     assert "/work" not in json.dumps(made) and "/home" not in json.dumps(made)
 
 
