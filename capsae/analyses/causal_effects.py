@@ -317,9 +317,10 @@ def epd_after(bench: Bench, moved: Mapping, names: Iterable[str], n_boot: int = 
         after = energy_profile_divergence(codes, predicted, bench.caps, bench.core_fraction)
         again = areas(after, fine)
         if first is None:
-            first = after, fine
+            first = after, fine, again
         both = fine & first[1]
-        gaps = areas(first[0], both) - areas(after, both) if rows else np.zeros(1)
+        reference = first[2] if (both == first[1]).all() else areas(first[0], both)
+        gaps = reference - (again if (both == fine).all() else areas(after, both))
         (lo, hi), (gap_lo, gap_hi) = interval(again), interval(gaps)
         about = {"intervention": name, "auroc": auroc(before[fine], after[fine]), "lo": lo, "hi": hi}
         about |= {"gap": auroc(before[both], first[0][both]) - auroc(before[both], after[both])}

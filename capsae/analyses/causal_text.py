@@ -134,7 +134,7 @@ def fair(against: pd.DataFrame, means: pd.DataFrame) -> str:
         f"{what} {_than(rows.loc[of], 'this')}, significantly so in {rows.loc[of, 'larger']} of "
         f"{rows.loc[of, 'classes']} classes, and leaves {percent(pick(means, of, 'kept'))}"
         for of, what in (
-            ("part_random", "in random order,"),
+            ("part_random", "in random order"),
             ("part_first", "with the profile's first latents first, it"),
         )
     ]
@@ -269,7 +269,7 @@ def transplant(pairs: pd.DataFrame) -> str:
     latents = "The latents count, not the length alone" if beyond else "The latents do no more than the length alone"
     more = "more" if found["over reordered"]["lo"] > 0 else "not significantly more"
     return (
-        f"Where a core profile is transplanted, the other class {clear} predicted: for "
+        f"Where a core profile is transplanted, the other class {clear} predicted more often: for "
         f"{percent(found['predicted'])} of the images over all pairs, against {percent(found['deleted'])} where both "
         f"cores are only taken out. Of changes of the same length, its top 2 latents alone do so for "
         f"{percent(found['top2'])}, its values shuffled within the core for {percent(found['reordered'])}, its values "
