@@ -27,7 +27,7 @@ def tree():
 
 
 def _members(tree):
-    return np.stack([tree.members(synset) for synset in ontology.asked(tree)], axis=1)
+    return np.stack([tree.members(synset) for synset in tree.synsets], axis=1)
 
 
 def _codes(active, n_latents, seed, k=6):
@@ -62,11 +62,11 @@ def nothing(tree):
 
 
 def test_one_latent_a_synset_is_found(tree, planted):
-    assert planted.choice.unit.tolist() == list(range(len(ontology.asked(tree))))
+    assert planted.choice.unit.tolist() == list(range(len(tree.synsets)))
     assert (planted.by_class == 1).all() and (planted.by_image == 1).all() and planted.choice.f1 == pytest.approx(1)
     large = _members(tree).sum(0) >= ontology.LEAST
     # "canine" and "dog" differ by the dingo alone: where it is held out, either latent may be chosen for both
-    assert (planted.unseen[large] > 0.9).all() and np.isnan(planted.unseen[~large]).all() and large.sum() == 4
+    assert (planted.unseen[large] > 0.9).all() and np.isnan(planted.unseen[~large]).all() and large.sum() == 6
     assert (planted.replicates["by_image"] == 1).all()
     assert planted.null["by_class"].mean() < 0.8 and planted.null["unseen"].shape[0] == 19
     assert (ontology.p_values(planted.by_class, planted.null["by_class"]) <= 0.4).all()
@@ -84,14 +84,17 @@ def test_where_nothing_is_planted_the_best_of_many_is_what_permutations_give(tre
 
 def test_every_class_is_a_control_that_knows_nothing_and_large_synsets_are_not_asked_for(tree, planted, nothing):
     members = _members(tree)
-    assert members.sum(0).max() == 10 and len(tree.synsets) == 11 and members.shape[1] == 9  # 12 and 11 are left out
+    assert (
+        members.sum(0)[ontology.asked(members)].max() == 10
+        and ontology.asked(members).sum() == 9 == members.shape[1] - 2
+    )
     labels = np.repeat(np.arange(20), 5)
     labels = np.append(labels, [0] * 50)  # one class has more images than others
     every = ontology.every_class(labels, members, 7)
     assert every.by_class == pytest.approx(2 * members.sum(0) / (20 + members.sum(0)))
     truth = members[labels]
     assert every.by_image == pytest.approx(ontology.f1(np.ones_like(truth), truth))
-    assert np.isnan(every.unseen).sum() == 5 and every.replicates["by_image"].shape == (7, 9)
+    assert np.isnan(every.unseen).sum() == 5 and every.replicates["by_image"].shape == (7, 11)
     weights = len(planted.replicates["by_class"])
     every = ontology.every_class(np.repeat(np.arange(20), PER_CLASS), members, weights)
     judged = {study.SAE: [planted], study.RANDOM: [nothing], study.EVERY: [every]}
@@ -100,16 +103,18 @@ def test_every_class_is_a_control_that_knows_nothing_and_large_synsets_are_not_a
     pairs = [(study.SAE, study.RANDOM), (study.SAE, study.EVERY), (study.RANDOM, study.EVERY)]
     gaps = ontology.differences(kept, summary, pairs)
     row = summary[(summary["method"] == study.EVERY) & (summary["by"] == "classes")].set_index("measure")["value"]
-    assert row["mean F1"] == pytest.approx(every.by_class.mean()) and row[ontology.ABOVE] == 0
+    assert row["mean F1"] == pytest.approx(every.by_class[every.asked].mean()) and row[ontology.ABOVE] == 0
     assert summary[summary["method"] == study.EVERY]["p"].isna().all()
-    assert study.beaten(synsets, "images") == (9, 9) and study.beaten(synsets, "unseen classes") == (4, 4)
-    assert study.beaten(synsets, "images", study.EVERY, study.SAE) == (0, 9)
+    assert study.beaten(synsets, "images") == (11, 11) and study.beaten(synsets, "unseen classes") == (6, 6)
+    assert study.beaten(synsets, "images", study.EVERY, study.SAE) == (0, 11)
     told = study.against_text(summary, gaps, synsets, "images")
-    assert "is better than every class" in told and "beats every class on 9 of 9 synsets" in told
+    assert "is better than every class" in told and told.endswith(
+        "beats every class on 9 of 9 synsets (4 of 4 of at least 4 classes; 2 of 2 left out as too large)."
+    )
     told = study.against_text(summary, gaps, synsets, "unseen classes")
     assert "4 synsets are too few for a verdict" in told and "better" not in told
     above = gaps[(gaps["measure"] == ontology.ABOVE) & (gaps["by"] == "classes")].set_index(["dictionary", "other"])
-    raw = planted.by_class.mean() - planted.null["by_class"].mean()
+    raw = (planted.by_class - planted.null["by_class"].mean(axis=0))[planted.asked].mean()
     assert above.loc[(study.SAE, study.EVERY), "value"] == pytest.approx(raw)
     assert (gaps[gaps["by"] == "unseen classes"]["verdict"] == "too few synsets").all()
 
@@ -207,7 +212,7 @@ def test_coordinates_have_both_signs_and_any_threshold():
 def test_draws_keep_the_rows_of_each_class_and_intervals_hold_the_estimate(tree):
     weights = ontology.image_draws(np.array([0, 0, 0, 1, 1]), 50)
     assert (weights[:, :3].sum(1) == 3).all() and (weights[:, 3:].sum(1) == 2).all() and weights.std(0).min() > 0
-    active = _members(tree) ^ (np.random.default_rng(0).random((20, 9)) < 0.1)
+    active = _members(tree) ^ (np.random.default_rng(0).random((20, 11)) < 0.1)
     noisy = _judge(active, tree, permutations=0)
     table = ontology.by_synset({study.SAE: [noisy, noisy]}, tree)
     assert (table["lo"] <= table["f1"] + 1e-9).all() and (table["f1"] <= table["hi"] + 1e-9).all()
@@ -259,6 +264,7 @@ def _gaps(every, random, part="worse", synsets=9):
 
 def _synsets():
     own = pd.DataFrame({"method": study.SAE, "synset": list("abc"), "images": [0.5, 0.2, 0.9], "q": [0.01, 0.2, 0.04]})
+    own = own.assign(members=[2, 5, 3], asked=True)
     return pd.concat([own, own.assign(method=study.EVERY, images=[0.5, 0.3, 0.4])])
 
 
@@ -266,7 +272,7 @@ def test_sentences_in_every_direction():
     told = study.against_text(_summary(), _gaps("better", "worse"), _synsets(), "images")
     assert "mean F1 of 0.70 over 3 synsets, calling every class a member 0.30, random dictionaries 0.50" in told
     assert "the SAE is better than every class (+0.10, +0.00 to +0.20) and worse than random dictionaries" in told
-    assert told.endswith("beats every class on 1 of 3 synsets.")
+    assert told.endswith("beats every class on 1 of 3 synsets (0 of 1 of at least 4 classes).")
     told = study.against_text(_summary(), _gaps("worse", "undecided"), _synsets(), "images")
     assert "worse than every class" in told and "not told from random dictionaries" in told
     told = study.against_text(_summary(), _gaps(study.NONE, study.NONE), _synsets(), "images")
@@ -355,10 +361,10 @@ def test_figures_are_drawn_in_both_themes(tree, planted, nothing):
         with style(theme):
             figure = drawn.synset_dots(synsets)
             labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-            assert labels[:2] == ["dog (10)", "· hunting dog (7)"]
+            assert labels[:3] == ["vertebrate (12)", "· canine (11)", "· · dog (10)"]
             for ax in figure.axes:  # the tick in both panels, at its own F1
                 ticks = next(one for one in ax.collections if one.get_label() == study.EVERY).get_offsets()
-                assert list(ticks[0]) == pytest.approx([2 * 10 / 30, 0], abs=0.02)
+                assert list(ticks[0]) == pytest.approx([2 * 12 / 32, 0], abs=0.02)
             curves = drawn.coverage_curves(study.covered(synsets, summary))
             assert len(curves.axes) == 3
             assert all(study.EVERY in [line.get_label() for line in ax.lines] for ax in curves.axes)
@@ -387,8 +393,14 @@ def test_the_pages_sentences_are_those_of_their_tables(profile):
     assert told["mantel"] == [of_paths, study.beyond_text(agreement, inside), study.training_text(tables["training"])]
     shown = "".join("".join(cell["source"]) for cell in json.loads(page.read_text(encoding="utf-8"))["cells"])
     assert "**Limits" in shown or "## Limits" in shown
+    large, synsets = synsets[~synsets["asked"]], synsets[synsets["asked"]]
     own = synsets[synsets["method"] == study.SAE]
-    assert len(own) == told["synsets"] and {study.EVERY, study.RANDOM, study.CLS} < set(synsets["method"])
+    assert (
+        len(own) == told["synsets"]
+        and large["q"].isna().all()
+        and large["images"].notna().all()
+        and {study.EVERY, study.RANDOM, study.CLS} < set(synsets["method"])
+    )
     for by, column in (("classes", "f1"), ("images", "images"), ("unseen classes", "unseen")):
         for method in (study.SAE, study.EVERY):
             mean = synsets[synsets["method"] == method][column].mean()

@@ -98,12 +98,12 @@ def trivial_f1(members: np.ndarray) -> np.ndarray:
     return 2 * sizes / (len(members) + sizes)
 
 
-def asked(taxonomy: Taxonomy) -> tuple[str, ...]:
-    """The synsets that are asked for: those above at most half of the classes.
+def asked(members: np.ndarray) -> np.ndarray:
+    """(S,) bool: the synsets above at most half of the classes, for members (C, S); means are over these.
 
-    Of one above nearly all of them, a unit that fires everywhere is a good account.
+    Of one above nearly all classes, a unit that fires everywhere is a good account.
     """
-    return tuple(s for s in taxonomy.synsets if 2 * taxonomy.members(s).sum() <= len(taxonomy.leaves))
+    return 2 * members.sum(axis=0) <= len(members)
 
 
 # --- the best unit by classes
@@ -230,14 +230,15 @@ def image_choice(units: csc_array, labels, members: np.ndarray) -> Choice:
 
 @dataclass
 class Judged:
-    """One dictionary's F1 by synset: by_class, by_image, unseen (S,); of the first two, replicates (R, S); by
-    permutations of the first and the last, null (n, S), empty where none were asked for.
+    """One dictionary's F1 by synset: by_class, by_image, unseen (S,); asked (S,), which of them means are over; of the
+    first two, replicates (R, S); by permutations of the first and the third, null (n, S), empty where none were made.
     """
 
     choice: Choice
     by_class: np.ndarray
     by_image: np.ndarray
     unseen: np.ndarray
+    asked: np.ndarray
     replicates: dict[str, np.ndarray] = field(default_factory=dict)
     null: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -261,7 +262,7 @@ def every_class(labels, members: np.ndarray, n: int) -> Judged:
     choice = Choice(np.full(n_synsets, -1), np.full(n_synsets, -np.inf), found)
     again = {"by_class": np.tile(found, (n, 1)), "by_image": np.tile(images, (n, 1))}
     unseen = np.where(members.sum(axis=0) >= LEAST, found, np.nan)
-    return Judged(choice, found, images, unseen, again, {"by_class": found[None]})
+    return Judged(choice, found, images, unseen, asked(members), again, {"by_class": found[None]})
 
 
 def judge(
@@ -293,7 +294,8 @@ def judge(
     unseen, of_unseen = unseen_f1(train, test, members, place, for_unseen, seed)
     null = {"by_class": permuted_f1(train, test, members, permutations, seed)} if permutations else {}
     null |= {"unseen": of_unseen} if for_unseen else {}
-    return Judged(choice, f1(choice.classes(test), members), f1(fired, of_rows), unseen, again, null)
+    by_class, by_image = f1(choice.classes(test), members), f1(fired, of_rows)
+    return Judged(choice, by_class, by_image, unseen, asked(members), again, null)
 
 
 def image_draws(labels, n: int, seed: int = 0) -> np.ndarray:
@@ -333,19 +335,21 @@ def indents(taxonomy: Taxonomy, synsets: Sequence[str]) -> list[int]:
 def by_synset(judged: Mapping[str, Sequence[Judged]], taxonomy: Taxonomy) -> pd.DataFrame:
     """One row a dictionary and synset, in the order of the tree.
 
-    Columns: method, synset, name, members, indent, unit (of the first draw), f1_train, f1, lo, hi (over test images),
-    p and q (permutations; q by Benjamini and Hochberg over a dictionary's synsets; NaN without), unseen, images. Where
-    a dictionary was drawn several times, F1s are means over the draws, p of the first.
+    Columns: method, synset, name, members, indent, asked (whether means are over it), unit (of the first draw),
+    f1_train, f1, lo, hi (over test images), p and q (permutations; q by Benjamini and Hochberg over a dictionary's
+    synsets that are asked for; NaN without), unseen, images. Where a dictionary was drawn several times, F1s are means
+    over the draws, p of the first.
     """
     from scipy.stats import false_discovery_control
 
-    synsets = asked(taxonomy)
+    synsets = taxonomy.synsets
     members = np.stack([taxonomy.members(s) for s in synsets], axis=1)
     about = {
         "synset": synsets,
         "name": [taxonomy.name(s) for s in synsets],
         "members": members.sum(axis=0),
         "indent": indents(taxonomy, synsets),
+        "asked": asked(members),
     }
     order = sorted(range(len(synsets)), key=lambda i: tree_way(taxonomy, synsets[i]))
     frames = []
@@ -355,6 +359,9 @@ def by_synset(judged: Mapping[str, Sequence[Judged]], taxonomy: Taxonomy) -> pd.
         around = np.clip(np.mean([one.around("by_class") for one in draws], axis=0), 0, 1)
         lo, hi = np.quantile(around, [0.025, 0.975], axis=0)
         p = p_values(first.by_class, first.null["by_class"]) if permuted else np.full(len(synsets), np.nan)
+        q = np.full(len(synsets), np.nan)
+        if permuted:
+            q[about["asked"]] = false_discovery_control(p[about["asked"]])
         found = {
             "unit": first.choice.unit,
             "f1_train": np.mean([one.choice.f1 for one in draws], axis=0),
@@ -362,7 +369,7 @@ def by_synset(judged: Mapping[str, Sequence[Judged]], taxonomy: Taxonomy) -> pd.
             "lo": lo,
             "hi": hi,
             "p": p,
-            "q": false_discovery_control(p) if permuted else p,
+            "q": q,
             "unseen": np.mean([one.unseen for one in draws], axis=0),
             "images": np.mean([one.by_image for one in draws], axis=0),
         }
@@ -381,7 +388,7 @@ def _measures(null: np.ndarray | None) -> dict:
 
 
 def measured(judged: Mapping[str, Sequence[Judged]], seed: int = 0) -> tuple[pd.DataFrame, dict]:
-    """Means over the synsets with intervals, and the replicates that they come from.
+    """Means over the synsets that are asked for (:func:`asked`) with intervals, and the replicates that they come from.
 
     A replicate draws test images within each class (but for unseen classes) and synsets, the same for all dictionaries.
     Synsets overlap, so an interval is a guide and not a level. Draws of a dictionary (seeds) are averaged; their spread
@@ -400,25 +407,25 @@ def measured(judged: Mapping[str, Sequence[Judged]], seed: int = 0) -> tuple[pd.
     one = next(iter(judged.values()))[0]
     n, rows, kept = len(one.replicates["by_class"]), [], {}
     for by, key in _BY.items():
-        asked = np.flatnonzero(~np.isnan(getattr(one, key)))
-        if not len(asked):
+        which = np.flatnonzero(one.asked & ~np.isnan(getattr(one, key)))
+        if not len(which):
             continue
         rng = np.random.default_rng(seed)  # the same synsets for all dictionaries
-        drawn = asked[rng.integers(0, len(asked), size=(n, len(asked)))]
+        drawn = which[rng.integers(0, len(which), size=(n, len(which)))]
         for method, draws in judged.items():
             null = draws[0].null.get(key)
             for measure, of in _measures(null).items():
-                values = [float(of(getattr(draw, key))[asked].mean()) for draw in draws]
+                values = [float(of(getattr(draw, key))[which].mean()) for draw in draws]
                 if key == "unseen":
                     again = np.mean([of(draw.unseen)[drawn].mean(axis=1) for draw in draws], axis=0)
                 else:
                     around = np.mean([draw.around(key, of) for draw in draws], axis=0)
                     again = np.take_along_axis(around, drawn, axis=1).mean(axis=1)
-                chance = np.full(1, np.nan) if null is None else of(null)[:, asked].mean(axis=1)
+                chance = np.full(1, np.nan) if null is None else of(null)[:, which].mean(axis=1)
                 p = float(p_values(values[0], chance)) if len(chance) > 1 else np.nan
                 lo, hi = np.quantile(again, [0.025, 0.975])
                 null_lo, null_hi = np.quantile(chance, [0.025, 0.975])
-                about = {"method": method, "by": by, "measure": measure, "synsets": len(asked), "draws": len(draws)}
+                about = {"method": method, "by": by, "measure": measure, "synsets": len(which), "draws": len(draws)}
                 least = -1 if measure == ABOVE else 0
                 about |= {"value": float(np.mean(values)), "lo": max(lo, least), "hi": min(hi, 1)}
                 about |= {"least": min(values), "largest": max(values), "null": chance.mean()}

@@ -17,7 +17,7 @@ _PART = (GREEN, "v", (0, (5, 1)))
 def synset_dots(data: pd.DataFrame, methods: tuple[str, ...] = (RANDOM, CLS, SAE)) -> Figure:
     """F1 of the best unit by synset, by classes and by images, synsets as a tree.
 
-    Columns: method, name, members, indent, f1, lo, hi, q, images. Filled: q < 0.05 by classes. The
+    Columns: method, name, members, indent, f1, lo, hi, q, images. Filled: q < 0.05 by classes (NaN: not asked). The
     tick is the control that calls every class a member.
     """
     rows = data[data["method"] == SAE].reset_index(drop=True)

@@ -10,7 +10,7 @@ import pandas as pd
 from ..caps import ClassActivationProfiles
 from ..comparisons import p_text
 from . import mantel, wordnet
-from .ontology import ABOVE, Judged, Units, asked, every_class, image_draws, judge, tree_order
+from .ontology import ABOVE, LEAST, Judged, Units, every_class, image_draws, judge, tree_order
 
 SAE, RANDOM, CLS, EVERY = "SAE", "random dictionary", "CLS coordinates", "every class"
 MEANS = "CLS class means"
@@ -63,7 +63,7 @@ def judged(run, found: Mapping[str, list], seeds: Sequence[int] = SEEDS, permuta
     MANY, or FEW for large trees.
     """
     tree, train, test = taxonomy(run), run.features("train"), run.features("test")
-    members = np.stack([tree.members(synset) for synset in asked(tree)], axis=1)
+    members = np.stack([tree.members(synset) for synset in tree.synsets], axis=1)
     permutations = (MANY if members.size <= LARGE else FEW) if permutations is None else permutations
     given = (train.labels, test.labels, members, tree_order(tree), image_draws(test.labels, REPLICATES))
     part, n = part_name(run), 2 * train.cls.shape[1]
@@ -73,7 +73,7 @@ def judged(run, found: Mapping[str, list], seeds: Sequence[int] = SEEDS, permuta
             units = Units.of_codes(model.encode(train.cls), model.encode(test.cls))
             mine = out.setdefault(method, [])
             n_permuted = 0 if mine else permutations
-            mine.append(judge(units, *given, n_permuted, n_permuted // 2 if method == SAE else 0))
+            mine.append(judge(units, *given, n_permuted, n_permuted // 4 if method == SAE else 0))
             if method == SAE:
                 out.setdefault(part, []).append(judge(units.drawn(n, seed), *given, n_permuted))
     plain = Units.of_features(*(run.sae.normalize(of.cls) for of in (train, test)))
@@ -109,7 +109,8 @@ def distances(run, found: Mapping[str, list]) -> dict[tuple[str, str], np.ndarra
 
 
 def covered(synsets: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
-    """Share of the synsets whose F1 reaches each bar. Columns: by, method, bar, share."""
+    """Share of the synsets that are asked for whose F1 reaches each bar. Columns: by, method, bar, share."""
+    synsets = synsets[synsets["asked"]]
     rows, bars = [], np.round(np.linspace(0, 1, 51), 2)
     for by, column in (("classes", "f1"), ("unseen classes", "unseen"), ("images", "images")):
         if by in set(summary["by"]):
@@ -165,7 +166,7 @@ _COLUMNS = {"images": "images", "classes": "f1", "unseen classes": "unseen"}
 
 
 def beaten(synsets: pd.DataFrame, by: str, method: str = SAE, other: str = EVERY) -> tuple[int, int]:
-    """On how many synsets, and of how many, a dictionary's F1 is above another's."""
+    """On how many of the synsets given, and of how many, a dictionary's F1 is above another's."""
     own, others = (
         synsets[synsets["method"] == name].set_index("synset")[_COLUMNS[by]].dropna() for name in (method, other)
     )
@@ -176,7 +177,15 @@ def against_text(summary: pd.DataFrame, differences: pd.DataFrame, synsets: pd.D
     """The SAE beside random dictionaries and beside calling every class a member, in one way of judging."""
     mean = {name: _row(summary, method=name, by=by, measure="mean F1") for name in (SAE, RANDOM, EVERY)}
     gaps = [_row(differences, dictionary=SAE, other=name, by=by, measure="mean F1") for name in (EVERY, RANDOM)]
-    won, n = beaten(synsets, by)
+    own = synsets[synsets["asked"]]
+    won, n = beaten(own, by)
+    parts = {
+        f"of at least {LEAST} classes": own[own["members"] >= LEAST],
+        "left out as too large": synsets[~synsets["asked"]],
+    }
+    counts = {name: beaten(part, by) for name, part in parts.items() if len(part)}
+    also = "; ".join(f"{some} of {of} {name}" for name, (some, of) in counts.items() if of and (some, of) != (won, n))
+    also = f" ({also})" if also else ""
     names = ("every class", "random dictionaries")
     if gaps[0]["verdict"] == NONE:
         told = " and ".join(f"{_gap(gap)} from {name}" for gap, name in zip(gaps, names, strict=True))
@@ -189,7 +198,7 @@ def against_text(summary: pd.DataFrame, differences: pd.DataFrame, synsets: pd.D
     return (
         f"By {by}, the best latents of the {SAE} reach a mean F1 of {mean[SAE]['value']:.2f} over {n} synsets, "
         f"calling every class a member {mean[EVERY]['value']:.2f}, random dictionaries {mean[RANDOM]['value']:.2f}: "
-        f"{told}, and beats every class on {won} of {n} synsets."
+        f"{told}, and beats every class on {won} of {n} synsets{also}."
     )
 
 
@@ -209,7 +218,7 @@ def equal_text(differences: pd.DataFrame) -> str:
 def chance_text(summary: pd.DataFrame, synsets: pd.DataFrame, method: str = SAE) -> str:
     """What a dictionary finds by classes beside what the same search finds among permuted classes, and others do."""
     row, own = _row(summary, method=method, by="classes", measure="mean F1"), synsets[synsets["method"] == method]
-    clear, n = int((own["q"] < 0.05).sum()), len(own)
+    clear, n = int((own["q"] < 0.05).sum()), int(own["asked"].sum())
     told = "more than chance" if row["p"] < 0.05 else "no more than chance"
     above = summary[(summary["by"] == "classes") & (summary["measure"] == ABOVE) & (summary["method"] != EVERY)]
     others = ", ".join(f"{r.method} {r.value:.2f}" for r in above.itertuples())
