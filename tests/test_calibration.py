@@ -65,6 +65,17 @@ def test_weights_are_repeated_samples():
             assert found[metric][b] == pytest.approx(again[metric], abs=1e-5)
 
 
+def test_replicates_of_a_small_binned_error_are_centred_on_it():
+    logits, labels = _drawn(300)
+    of = calibration.per_sample(logits, labels)
+    weights = np.random.default_rng(1).multinomial(300, np.full(300, 1 / 300), size=400)
+    value, draws = calibration.measure(of)["ece"], calibration.measure(of, weights)["ece"]
+    assert draws.mean() > value + 0.005, "resamples have noisier bins"
+    moved = calibration.centred(draws, value)
+    assert moved.mean() == pytest.approx(value, abs=1e-3) and (moved >= 0).all()
+    assert calibration.centred(np.array([0.1, 0.5]), 0.1).tolist() == pytest.approx([0, 0.3])
+
+
 def test_errors_are_named():
     with pytest.raises(ValueError, match=r"logits have shape \(2, 3\) and labels \(3,\)"):
         calibration.per_sample(np.zeros((2, 3)), [0, 1, 2])

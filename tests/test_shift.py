@@ -38,8 +38,13 @@ def pack(run, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def evaluated(run, pack):
-    return shift.evaluate(run, shift.sets(run, pack), n_boot=400)
+def fitted(run):
+    return probes.fit_probes(run)
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, pack, fitted):
+    return shift.evaluate(run, shift.sets(run, pack), fitted[0], n_boot=400)
 
 
 def test_sets_are_the_packs_and_what_cannot_be_is_named(run, pack, tmp_path):
@@ -81,26 +86,29 @@ def test_draws_are_shared_by_sets_of_the_same_images():
 # --- probes
 
 
-def test_a_probe_on_dense_rows_is_the_book_s_own(run):
+def test_a_probe_on_dense_rows_is_the_book_s_own_at_its_penalty(run):
     train, test = run.features("train"), run.features("test")
-    logits, strength = probes.fit_rows(train.cls, train.labels)
-    own = fit_linear_probe(train.cls, train.labels, 4)
-    np.testing.assert_allclose(logits(test.cls), own.logits(test.cls), atol=2e-3)
-    assert strength in probes.STRENGTHS
+    found = dict(probes.fit_rows(train.cls, train.labels, strengths=(0.003, 0.03)))
+    own = fit_linear_probe(train.cls, train.labels, 4, strengths=(0.03,))
+    expected, got = (calibration.log_softmax(z) for z in (own.logits(test.cls), found[True, 0.03](test.cls)))
+    np.testing.assert_allclose(got, expected, atol=0.02)
 
 
 def test_a_probe_on_sparse_codes_is_that_on_dense_ones(run):
     train, test = (run.sae.encode(run.features(name).cls) for name in ("train", "test"))
     labels = run.features("train").labels
-    sparse, strength = probes.fit_rows(probes.as_matrix(train), labels)
-    dense = fit_linear_probe(train.dense(), labels, 4, strengths=(strength,))
-    found, expected = (calibration.log_softmax(z) for z in (sparse(probes.as_matrix(test)), dense.logits(test.dense())))
-    np.testing.assert_allclose(found, expected, atol=0.02)
+    for standardise in (True, False):
+        (_, sparse), (_, dense) = (
+            next(probes.fit_rows(rows, labels, standardise, (0.03,)))
+            for rows in (probes.as_matrix(train), train.dense())
+        )
+        found, expected = (calibration.log_softmax(z) for z in (sparse(probes.as_matrix(test)), dense(test.dense())))
+        np.testing.assert_allclose(found, expected, atol=0.02)
     assert probes.as_matrix(train).nnz == (train.values > 0).sum()
 
 
-def test_all_probes_know_these_classes_and_the_controls_are_what_they_say(run):
-    fitted, test = probes.fit_probes(run), run.features("test")
+def test_all_probes_know_these_classes_and_the_controls_are_what_they_say(run, fitted):
+    fitted, test = fitted[0], run.features("test")
     assert list(fitted) == list(probes.TITLES) == list(probes.TOLD)
     for name, probe in fitted.items():
         logits = probe.logits(test.cls)
@@ -113,6 +121,30 @@ def test_all_probes_know_these_classes_and_the_controls_are_what_they_say(run):
     assert cosine[0, 2] == pytest.approx(dense @ caps / np.linalg.norm(dense) / np.linalg.norm(caps), abs=1e-5)
     with pytest.raises(ValueError, match="no probe 'svm'; there are cls, normalised, codes"):
         probes.fit_probes(run, ["svm"])
+
+
+def test_one_rule_chooses_every_probe_on_validation_rows(run, fitted):
+    (fitted, tried), val = fitted, run.features("val")
+    for name in set(probes.TITLES) - {"caps"}:
+        rows = tried[tried["representation"] == name]
+        assert set(rows["standardised"]) == {True, False}, name
+        best = rows.loc[rows["log loss"].idxmin()]
+        assert fitted[name].choice == (best["standardised"], best["strength"])
+        loss = -calibration.log_softmax(fitted[name].logits(val.cls))[np.arange(len(val.labels)), val.labels].mean()
+        assert loss == pytest.approx(best["log loss"], rel=1e-6)
+        for _, grid in rows.groupby("standardised"):  # weakened until the loss rises, and no further
+            steps = np.diff(grid["log loss"])
+            assert (steps[:-1] <= 0).all() and (steps[-1] > 0 or len(grid) == len(probes.GRID))
+
+
+def test_rules_choose_by_their_own_column():
+    rows = [("x", True, 0.1, 0.3, 0.2, 0.8), ("x", False, 0.1, 0.2, 0.4, 0.7), ("x", False, 0.01, 0.5, 0.5, 0.8)]
+    tried = pd.DataFrame(rows, columns=["representation", "standardised", "strength", *probes.RULES])
+    assert probes.choose(tried, "x") == (False, 0.1) and probes.choose(tried, "x", standardised=True) == (True, 0.1)
+    assert probes.choose(tried, "x", "scaled log loss") == (True, 0.1)
+    assert probes.choose(tried, "x", "accuracy") == (False, 0.01), "of equals the stronger penalty"
+    with pytest.raises(ValueError, match="nothing to choose for 'y' by 'log loss'"):
+        probes.choose(tried, "y")
 
 
 # --- tables
@@ -130,12 +162,23 @@ def test_what_is_measured(run, evaluated):
     at = measured.set_index(["representation", "set", "metric", "scaled"])["value"]
     row = shift_verdicts.row_of(compared, "codes", "accuracy", "noise")
     own, cls = (np.mean([at[r, s, "accuracy", "after"] for s in SETS[:2]]) for r in ("codes", "cls"))
-    assert (row["own"], row["cls"], row["value"]) == pytest.approx((own, cls, own - cls))
+    assert (row["own"], row["than"], row["value"]) == pytest.approx((own, cls, own - cls))
     lost = shift_verdicts.row_of(compared, "pca", "nll", shift.LOSS)
     mean, clean = (shift_verdicts.row_of(compared, "pca", "nll", place) for place in (shift.MEAN, shift.CLEAN))
     assert lost["value"] == pytest.approx(mean["value"] - clean["value"])
     assert (compared["p_holm"] >= compared["p"]).all() and (compared["lo"] <= compared["hi"]).all()
     assert len(shift.means(measured)) == len(probes.TITLES) * 9
+    inside = (measured["lo"] <= measured["value"] + 1e-6) & (measured["value"] <= measured["hi"] + 1e-6)
+    assert inside[measured["metric"].isin(calibration.ERRORS)].all()
+    first = compared[(compared["family"] == "primary") & (compared["metric"] == "accuracy")]
+    pairs = set(zip(first["representation"], first["other"], strict=True))
+    assert len(first) == 10 and pairs == set(shift.PAIRS) and set(first["place"]) == set(shift.PRIMARY)
+    for _, rows in compared.groupby(["metric", "family"]):
+        np.testing.assert_allclose(rows["p_holm"], shift.holm(rows["p"]))
+    row = shift_verdicts.row_of(compared, "codes", other="random")
+    assert row["value"] == pytest.approx(
+        np.mean([at["codes", s, "accuracy", "after"] - at["random", s, "accuracy", "after"] for s in SETS])
+    )
 
 
 def _replicates(shifts, n_boot=2000):
@@ -152,6 +195,7 @@ def _replicates(shifts, n_boot=2000):
 
 def test_comparisons_find_what_was_put_in_and_know_the_direction_of_each_metric():
     table = shift.compare(*_replicates({"up": 0.2, "same": 0.0, "down": -0.2}))
+    assert set(table["other"]) == {"cls"}
     word = table.set_index(["representation", "metric", "place"])["verdict"]
     for metric in calibration.METRICS:
         good = "better" if metric == "accuracy" else "worse"
@@ -166,29 +210,56 @@ def test_comparisons_find_what_was_put_in_and_know_the_direction_of_each_metric(
 
 
 def test_alarms_are_at_the_threshold_that_keeps_clean_rows(run, pack):
-    found = shift.alarms(run, shift.sets(run, pack), ("epd", "knn"))
+    found, rises = shift.alarms(run, shift.sets(run, pack), ("epd", "knn"), n_boot=300)
     rows = found[(found["method"] == "knn") & (found["group"] == "all")].set_index("set")
     assert rows.loc["blur/2", "value"] > rows.loc["clean", "value"] + 0.1 and rows.loc["clean", "value"] < 0.2
     assert rows.loc["noise/1", "value"] <= rows.loc["noise/5", "value"]
     right = found[(found["method"] == "knn") & (found["group"] == "correct")].set_index("set")
     assert right.loc["blur/2", "n"] < rows.loc["blur/2", "n"] == 40
-    drawn = shift.with_clean(found)
+    drawn = shift.with_clean(found[found["group"] != "ood"])
     assert set(drawn["corruption"]) == {"noise", "blur"} and (drawn[drawn["set"] == "clean"]["strength"] == 0).all()
+    rise = rises.set_index(["method", "group"]).loc[("knn", "all")]
+    assert rise["value"] == pytest.approx(rows.loc[SETS, "value"].mean() - rows.loc["clean", "value"])
+    assert rise["lo"] <= rise["value"] <= rise["hi"] and len(rises) == 4
+    table = shift_verdicts.alarm_table(found, rises)
+    far = found[(found["method"] == "knn") & found["set"].str.startswith("far/")]["value"]
+    assert table["far OOD"].iloc[1] == pytest.approx(100 * far.mean()) and len(table) == 2
 
 
-def test_seeds(run, pack, evaluated):
+def test_seeds_and_other_choices(run, pack, evaluated, fitted):
     shifted = shift.sets(run, pack)
-    found = shift.over_seeds(run, shifted, evaluated[2], seeds=(0, 1))
-    own = shift_verdicts.row_of(evaluated[1], "codes", "accuracy", "mean")
+    own, random = (shift_verdicts.row_of(evaluated[1], "codes", other=other) for other in ("cls", "random"))
+    found = shift.over_seeds(run, shifted, fitted[0], seeds=(0, 1))
     first = found[(found["seed"] == 0) & (found["place"] == "mean")].iloc[0]
-    assert first["accuracy"] == pytest.approx(own["own"], abs=0.02) and set(found["seed"]) == {0, 1}
+    assert first["accuracy"] == pytest.approx(own["own"]) and set(found["seed"]) == {0, 1}
+    assert (first["less cls"], first["less random"]) == pytest.approx((own["value"], random["value"]))
+    ways = shift.sensitivity(run, shifted, *fitted, n_boot=400)
+    rows = ways.set_index(["way", "other"])
+    assert len(ways) == 2 * len(shift.WAYS) + 1
+    for row in (own, random):
+        cell = rows.loc[(next(iter(shift.WAYS)), row["other"])]
+        assert tuple(cell[["own", "than", "value"]]) == pytest.approx((row["own"], row["than"], row["value"]))
+        assert (cell["lo"], cell["hi"]) == pytest.approx((row["lo"], row["hi"]), abs=1e-6)
+    assert (
+        not ways[ways["way"].str.contains("standardised alone") & ~ways["way"].str.contains("not")]["codes chose"]
+        .str.startswith("not")
+        .any()
+    )
 
 
 # --- sentences
 
 
-def _row(verdict, value, metric="accuracy", place="mean", name="codes"):
-    cells = {"own": 0.7 + value, "cls": 0.7, "value": value, "lo": value - 0.01, "hi": value + 0.01, "p_holm": 0.004}
+def _row(verdict, value, metric="accuracy", place="mean", name="codes", other="cls"):
+    cells = {
+        "other": other,
+        "own": 0.7 + value,
+        "than": 0.7,
+        "value": value,
+        "lo": value - 0.01,
+        "hi": value + 0.01,
+        "p_holm": 0.004,
+    }
     return {"representation": name, "metric": metric, "place": place, "verdict": verdict, "p_at_most": False} | cells
 
 
@@ -217,9 +288,46 @@ def test_a_verdict_says_what_its_row_says():
 )
 def test_the_claim_is_told_by_the_row(word, told):
     table = pd.DataFrame([_row(word, 0.02), _row("better", 0.3, "ece"), _row("worse", -0.3, name="pca")])
-    assert told in shift_verdicts.claim(table, "x")
-    with pytest.raises(ValueError, match="the table holds 0 rows of codes, nll, mean"):
+    assert told in shift_verdicts.claim(table, _ways(), "x")
+    with pytest.raises(ValueError, match="the table holds 0 rows of codes, nll, mean, cls"):
         shift_verdicts.row_of(table, "codes", "nll")
+
+
+def _ways(other="cls", values=(-0.02, 0.0, 0.02, 0.02)):
+    rows = [(f"w{i}", other, "a", f"b{v}", v, v - 0.01, v + 0.01) for i, v in enumerate(values)]
+    return pd.DataFrame(rows, columns=["way", "other", "codes chose", "other chose", "value", "lo", "hi"])
+
+
+def test_the_claim_is_told_with_how_it_depends_on_the_choice_of_probes():
+    told = shift_verdicts.claim(pd.DataFrame([_row("worse", -0.02)]), _ways(), "x")
+    assert told.endswith(
+        "over 3 different choices of the two probes on ID rows -2.0 to +2.0 points, of 3 uncorrected intervals 1 "
+        "wholly below 0 and 1 above)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("better", "Training the dictionary pays:"),
+        ("worse", "harms:"),
+        ("undecided", "are not told apart (accuracy 72.0"),
+    ],
+)
+def test_what_training_is_worth_is_told_by_the_paired_row(word, told):
+    table = pd.DataFrame([_row(word, 0.02, other="random"), _row("worse", -0.5)])
+    found = shift_verdicts.trained(table, _ways("random", (0.02,)))
+    assert told in found and "over 1 different choices" in found
+
+
+def test_what_the_shift_changes_is_told_for_codes_and_controls():
+    names = {"codes": "undecided", "random": "worse", "pca": "better", "normalised": "undecided"}
+    rows = [_row(word, 0.01 * i, place=shift.LOSS, name=name) for i, (name, word) in enumerate(names.items())]
+    told = shift_verdicts.change_text(pd.DataFrame(rows))
+    assert "less accuracy is lost: PCA, k components (+2.0 points, +1.0 to +3.0 uncorrected, p = 0.004 Holm);" in told
+    assert "more is lost: random dictionary's codes (" in told and "undecided: SAE codes (+0.0 points" in told
+    none = shift_verdicts.change_text(pd.DataFrame([{**row, "verdict": "undecided"} for row in rows]))
+    assert "less accuracy is lost: none; more is lost: none; undecided: SAE codes" in none
 
 
 def test_places_controls_and_seeds_in_words():
@@ -233,29 +341,27 @@ def test_places_controls_and_seeds_in_words():
     ]
     told = shift_verdicts.controls(pd.DataFrame(rows))
     assert "PCA, k components better, accuracy 80.0 %" in told and "random dictionary's codes worse" in told
-    seeds = pd.DataFrame({"seed": [0, 1], "place": ["mean", "mean"], "difference": [-0.02, -0.03]})
+    seeds = pd.DataFrame({"seed": [0, 1], "place": ["mean", "mean"], "less cls": [-0.02, -0.03]})
     assert shift_verdicts.seeds_text(seeds).endswith("-3.0 and -2.0 points: its sign does not depend on the seed.")
-    assert "its sign depends on the seed" in shift_verdicts.seeds_text(seeds.assign(difference=[0.1, -0.1]))
+    assert "its sign depends on the seed" in shift_verdicts.seeds_text(seeds.assign(**{"less cls": [0.1, -0.1]}))
 
 
 def test_alarms_in_words():
-    shares = (("clean", 0, 0.06), ("blur", 1, 0.1), ("blur", 5, 0.5), ("noise", 1, 0.2), ("noise", 5, 0.7))
-    rows = [("epd", "EPD", c, s, "all", v) for c, s, v in shares]
-    rows += [("epd", "EPD", c, s, "correct", v / 2) for c, s, v in shares]
-    alarms = pd.DataFrame(rows, columns=["method", "title", "corruption", "strength", "group", "value"])
-    told = shift_verdicts.alarm_text(alarms, "epd")
-    assert told.startswith("EPD raises more alarms under corruption:") and told.endswith(
-        "correctly 3.0, 7.5 and 30.0 %."
+    cells = {"group": "all", "value": [0.2, 0.01], "lo": [0.1, -0.01], "hi": [0.3, 0.03], "p_at_most": [True, False]}
+    rises = pd.DataFrame({"title": ["EPD", "KNN"], "p_holm": [0.004, 0.2], **cells})
+    assert shift_verdicts.alarm_text(rises) == (
+        "1 of 2 detectors clearly raise more alarms on shifted ID images than on clean ones: the rise in the mean of "
+        "the shifted sets lies between +1.0 points (KNN, -1.0 to +3.0, p = 0.200 Holm) and +20.0 points (EPD, +10.0 to "
+        "+30.0, p ≤ 0.004 Holm)."
     )
-    assert "6.0 % of the clean images, 15.0 % at strength 1 and 60.0 % at strength 5" in told
-    fewer = shift_verdicts.alarm_text(alarms.assign(value=alarms["value"] * (alarms["strength"] == 0)), "epd")
-    assert "raises no more alarms" in fewer
+    fewer = rises.assign(value=-rises["value"])
+    assert shift_verdicts.alarm_text(fewer).startswith("0 of 2 detectors"), "a fall is no rise, however clear"
 
 
 def test_figures_are_drawn_in_both_themes(evaluated):
     measured, compared, _ = evaluated
     lines = shift.with_clean(measured[measured["metric"] == "accuracy"]).assign(series=lambda t: t["representation"])
-    rows = compared[compared["metric"] == "accuracy"].assign(
+    rows = compared[(compared["metric"] == "accuracy") & (compared["other"] == "cls")].assign(
         panel=lambda t: t["place"], label=lambda t: t["representation"]
     )
     for function, data in ((shift_figures.by_strength, lines), (shift_figures.differences, rows)):
@@ -282,18 +388,32 @@ def test_what_the_published_page_says_holds_against_its_numbers(page):
     for row in found["compared"]:
         good = row["value"] > 0 if row["metric"] == "accuracy" else row["value"] < 0
         assert row["verdict"] == (("better" if good else "worse") if row["p_holm"] < 0.05 else "undecided")
-        assert row["value"] == pytest.approx(row["own"] - row["cls"], abs=1e-6)
+        assert row["value"] == pytest.approx(row["own"] - row["than"], abs=1e-6)
     known = {shift_verdicts.verdict(row, profile) for row in found["compared"]}
-    known |= {shift_verdicts.by_place(table, name, "accuracy") for name in ("codes", "codes_unscaled")}
+    known |= {shift_verdicts.by_place(table, "codes", "accuracy"), shift_verdicts.change_text(table)}
     known.add(shift_verdicts.controls(table))
     assert found["verdicts"] and set(found["verdicts"]) <= known
     assert found["calibration"] and set(found["calibration"]) <= known
-    assert found["claim"] == shift_verdicts.claim(table, profile)
-    assert found["seeds_told"] == shift_verdicts.seeds_text(pd.DataFrame(found["seeds"]))
-    alarms = pd.DataFrame(found["alarms"])
-    assert found["alarms_told"] == [shift_verdicts.alarm_text(alarms, method) for method in shift.ALARMS]
-    for sentence in [found["claim"], found["seeds_told"], *found["verdicts"], *found["calibration"]]:
-        assert json.dumps(sentence)[1:-1] in text or sentence in text
+    ways, seeds = pd.DataFrame(found["ways"]), pd.DataFrame(found["seeds"])
+    assert found["claim"] == shift_verdicts.claim(table, ways, profile)
+    assert found["trained"] == shift_verdicts.trained(table, ways)
+    assert found["stable"] == [shift_verdicts.seeds_text(seeds, other) for other in ("cls", "random")]
+    assert found["alarms_told"] == shift_verdicts.alarm_text(pd.DataFrame(found["rises"]))
+    for key in ("cls", "random"):
+        own, first = shift_verdicts.row_of(table, "codes", other=key), ways[ways["other"] == key].iloc[0]
+        assert first["value"] == pytest.approx(own["value"], abs=1e-5)
+        seed = seeds[(seeds["seed"] == 0) & (seeds["place"] == "mean")].iloc[0]
+        assert seed[f"less {key}"] == pytest.approx(own["value"], abs=1e-5)
+    told = [found["claim"], found["trained"], found["alarms_told"], *found["stable"]]
+    for sentence in [*told, *found["verdicts"], *found["calibration"]]:
+        assert json.dumps(sentence)[1:-1] in text or json.dumps(sentence, ensure_ascii=False)[1:-1] in text
+
+
+def test_every_probe_of_the_page_is_what_the_rule_chooses(page):
+    tried = pd.DataFrame(page[1]["tried"])
+    for row in page[1]["fitted"]:
+        if row["representation"] != "caps":
+            assert (row["standardised"], row["strength"]) == probes.choose(tried, row["representation"])
 
 
 def test_the_csv_of_the_published_page_holds_the_same_numbers(page):
@@ -307,9 +427,16 @@ def test_the_csv_of_the_published_page_holds_the_same_numbers(page):
             continue
         own, cls = (
             np.mean([at[r, s, row["metric"], row["scaled"]] for s in over[row["place"]]])
-            for r in (row["representation"], "cls")
+            for r in (row["representation"], row["other"])
         )
-        assert (own, cls) == pytest.approx((row["own"], row["cls"]), abs=1e-5)
+        assert (own, cls) == pytest.approx((row["own"], row["than"]), abs=1e-5)
     assert set(found["sets"]) == set(measured["set"]) - {"clean"} and len(found["sets"]) == 20
-    alarms = pd.read_csv(folder / "alarms.csv")
-    assert set(alarms["set"]) == {"clean", *found["sets"]}
+    inside = (measured["lo"] <= measured["value"] + 1e-5) & (measured["value"] <= measured["hi"] + 1e-5)
+    assert inside.all(), "every interval holds its estimate"
+    rises = pd.read_csv(folder / "rises.csv")
+    alarms = pd.DataFrame(found["alarms"]).set_index(["method", "set", "group"])["value"]
+    for row in rises.itertuples():
+        mean = np.mean([alarms[row.method, name, row.group] for name in found["sets"]])
+        assert (row.clean, row.value) == pytest.approx(
+            (alarms[row.method, "clean", row.group], mean - row.clean), abs=1e-5
+        )

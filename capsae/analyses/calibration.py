@@ -113,6 +113,15 @@ def measure(of: dict[str, np.ndarray], weights: np.ndarray | None = None, bins: 
     return {metric: value[0] if weights is None else value for metric, value in found.items()}
 
 
+def centred(draws: np.ndarray, value: float) -> np.ndarray:
+    """Replicates (B,) of a binned error, moved so that their mean is the estimate; none below 0.
+
+    A resample repeats rows, so its bins are noisier and its error higher than the sample's: without this, the interval
+    of a small error lies above it. The estimate's own upward bias stays.
+    """
+    return np.maximum(draws - (draws.mean() - value), 0)
+
+
 def _checked(logits, labels) -> tuple[np.ndarray, np.ndarray]:
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels, np.int64)
     if logits.ndim != 2 or labels.shape != (len(logits),):

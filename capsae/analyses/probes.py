@@ -1,50 +1,57 @@
 """Linear classifiers on other views of the same features: sparse codes, reconstructions, controls.
 
-Every probe follows :func:`capsae.probe.fit_linear_probe`: standardised columns, multinomial logistic regression, the
-penalty with the lowest log loss on a fifth of the ID training rows, then a fit on all of them. Codes stay sparse: their
-columns are scaled and not centred, which an unpenalised bias makes the same model.
+One rule for all, the CLS included: multinomial logistic regression on the ID training rows, columns standardised or not
+and penalty as have the lowest log loss on the ID *validation* rows; the penalty is weakened until it rises. The book's
+head takes its penalty from a fifth of the training rows instead; the SAE was trained on those, so that codes of them
+would be too good there. Codes stay sparse: their columns are scaled and not centred, which an unpenalised bias makes
+the same model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 
-from ..probe import STRENGTHS, _fit
 from ..sae import SparseCodes, dictionaries
+from .calibration import log_softmax, temperature
 
 TITLES = {
     "cls": "CLS",
     "normalised": "CLS, normalised",
     "codes": "SAE codes",
-    "codes_unscaled": "SAE codes, not standardised",
     "reconstruction": "SAE reconstruction",
     "caps": "nearest CAP (cosine)",
     "random": "random dictionary's codes",
     "pca": "PCA, k components",
 }
 TOLD = {
-    "cls": "the head's own input",
+    "cls": "the head's own input, by the rule of this page",
     "normalised": "what the SAE sees: control for its normalisation",
-    "codes": "k of D values, standardised as the CLS is",
-    "codes_unscaled": "the same without standardising, with a grid of weaker penalties",
+    "codes": "k of D values",
     "reconstruction": "decoded codes, normalised space",
     "caps": "no probe: the class whose profile has the largest cosine",
     "random": "an untrained dictionary of the same D and k: control for sparsity",
     "pca": "as many numbers as the codes have, no dictionary: control for width",
 }
-WIDER = (*STRENGTHS[1:], 0.3, 1.0)
+GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # scikit-learn's C, the inverse penalty
+RULES = ("log loss", "scaled log loss", "accuracy")  # all on ID validation rows; the first chooses
+Choice = tuple[bool, float]  # columns standardised, C
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A classifier on raw features: ``logits(cls)`` (N, C); ``strength`` is the chosen C of its penalty, or None."""
+    """A classifier on raw features: ``logits(cls)`` (N, C).
+
+    ``choice`` is (standardised, C), None where nothing was to be chosen; ``others`` holds the logits of all choices.
+    """
 
     name: str
     logits: Callable[[np.ndarray], np.ndarray]
-    strength: float | None = None
+    choice: Choice | None = None
+    others: Mapping[Choice, Callable] = field(default_factory=dict)
 
 
 def as_matrix(codes: SparseCodes):
@@ -58,17 +65,16 @@ def as_matrix(codes: SparseCodes):
     return csr_array((codes.values[fired].astype(np.float64), codes.indices[fired], starts), shape=shape)
 
 
-def fit_rows(rows, labels: np.ndarray, seed: int = 0, strengths=STRENGTHS, standardise: bool = True):
-    """A linear probe on rows (N, p), dense or scipy sparse.
+def fit_rows(rows, labels: np.ndarray, standardise: bool = True, strengths=GRID) -> Iterator[tuple[Choice, Callable]]:
+    """Linear probes on rows (N, p), dense or scipy sparse, one for each strength, fitted as they are asked for.
 
-    Returns
-    -------
-    (callable, float)
-        Rows -> logits (N, C), and the chosen strength (scikit-learn's C).
+    Yields
+    ------
+    (standardise, strength), callable
+        Rows -> logits (N, C). Each fit starts from the one before, which changes how fast it is, not where it ends.
     """
     from scipy.sparse import issparse
-    from sklearn.metrics import log_loss
-    from sklearn.model_selection import StratifiedShuffleSplit
+    from sklearn.linear_model import LogisticRegression
 
     labels = np.asarray(labels)
     if len(labels) != rows.shape[0]:
@@ -82,18 +88,49 @@ def fit_rows(rows, labels: np.ndarray, seed: int = 0, strengths=STRENGTHS, stand
     def scaled(rows):
         return (rows * (1 / std)[None]).tocsr() if sparse else ((rows - mean) / std).astype(np.float32)
 
-    x, best = scaled(rows), strengths[0]
-    if len(strengths) > 1:
-        inner, outer = next(StratifiedShuffleSplit(1, test_size=0.2, random_state=seed).split(labels, labels))
-        tried = [_fit(x[inner], labels[inner], strength).predict_proba(x[outer]) for strength in strengths]
-        best = strengths[int(np.argmin([log_loss(labels[outer], p) for p in tried]))]
-    model = _fit(x, labels, best)
+    x, model = scaled(rows), LogisticRegression(max_iter=300, tol=1e-4, warm_start=True)
+    for strength in strengths:
+        model.set_params(C=strength).fit(x, labels)
+        weight, bias = model.coef_.T.copy(), model.intercept_.copy()
 
-    def logits(rows) -> np.ndarray:
-        z = np.asarray(scaled(rows) @ model.coef_.T) + model.intercept_
-        return np.hstack([-z / 2, z / 2]) if z.shape[1] == 1 else z  # scikit-learn keeps one row for two classes
+        def logits(rows, weight=weight, bias=bias) -> np.ndarray:
+            z = np.asarray(scaled(rows) @ weight) + bias
+            return np.hstack([-z / 2, z / 2]) if z.shape[1] == 1 else z  # scikit-learn keeps one row for two classes
 
-    return logits, best
+        yield (standardise, strength), logits
+
+
+def quality(logits, labels) -> dict[str, float]:
+    """What :data:`RULES` go by, on rows that the probe was not fitted on.
+
+    ``scaled log loss`` is that after temperature scaling, each half of the rows (every other one) at the temperature
+    that the other half gives.
+    """
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    rows = np.arange(len(labels))
+    loss, scaled = -log_softmax(logits)[rows, labels], np.empty(len(labels))
+    for half, other in ((rows[::2], rows[1::2]), (rows[1::2], rows[::2])):
+        t = temperature(logits[other], labels[other])
+        scaled[half] = -log_softmax(logits[half] / t)[np.arange(len(half)), labels[half]]
+    right = float((logits.argmax(axis=1) == labels).mean())
+    return {"log loss": float(loss.mean()), "scaled log loss": float(scaled.mean()), "accuracy": right}
+
+
+def choose(tried: pd.DataFrame, name: str, rule: str = RULES[0], standardised: bool | None = None) -> Choice:
+    """The choice that a rule makes for a representation; the stronger penalty where two are equal.
+
+    Parameters
+    ----------
+    tried : what :func:`fit_probes` gives second
+    rule : one of :data:`RULES`
+    standardised : choose among these alone; None = among both
+    """
+    rows = tried[tried["representation"] == name]
+    rows = (rows if standardised is None else rows[rows["standardised"] == standardised]).sort_values("strength")
+    if rule not in RULES or rows.empty:
+        raise ValueError(f"nothing to choose for {name!r} by {rule!r}: rules are {', '.join(RULES)}")
+    best = rows.loc[rows[rule].idxmax() if rule == "accuracy" else rows[rule].idxmin()]
+    return bool(best["standardised"]), float(best["strength"])
 
 
 def nearest_cap(codes: SparseCodes, mean: np.ndarray) -> np.ndarray:
@@ -103,57 +140,79 @@ def nearest_cap(codes: SparseCodes, mean: np.ndarray) -> np.ndarray:
     return (a @ mean.T) / np.where(lengths > 0, lengths, 1)
 
 
-def fit_probes(run, names=tuple(TITLES)) -> dict[str, Probe]:
-    """Fit the probes of :data:`TITLES` on a run's ID training rows.
+def view(run, name: str, sae=None, seed: int | None = None) -> Callable:
+    """Raw features (N, d) -> rows to probe, by a representation's name; with another SAE, or another seed of controls.
+
+    Raises
+    ------
+    ValueError
+        If there is no such representation, or it is not probed ("caps").
+    """
+    config, sae = run.profile.sae, run.sae if sae is None else sae
+    if name == "cls":
+        return lambda x: np.asarray(x, np.float32)
+    if name == "normalised":
+        return sae.normalize
+    if name == "codes":
+        return lambda x: as_matrix(sae.encode(x))
+    if name == "reconstruction":
+        return lambda x: sae.decode(sae.encode(x))
+    if name not in ("random", "pca"):
+        raise ValueError(f"no rows to probe for {name!r}: it is no linear probe's representation")
+    train = run.features("train").cls
+    latents = min(config.k, train.shape[1]) if name == "pca" else config.latents
+    sized = {"latents": latents, "k": min(config.k, latents), "normalize": config.normalize}
+    other = dictionaries.create(name, seed=config.seed if seed is None else seed, **sized).fit(train)
+    if name == "pca":  # its k coefficients with their signs, not parted into two latents each
+        return lambda x: (sae.normalize(x) - other.pre_bias.numpy()) @ other.atoms.numpy().T
+    return lambda x: as_matrix(other.encode(x))
+
+
+def fit_probes(run, names=tuple(TITLES), strengths=GRID) -> tuple[dict[str, Probe], pd.DataFrame]:
+    """Fit the probes of :data:`TITLES` on a run's ID training rows, and choose on its ID validation rows.
 
     Parameters
     ----------
     run : capsae.pipeline.Run
     names : which of them
+    strengths : inverse penalties to choose from, rising; none is tried beyond the first whose log loss is higher
 
     Returns
     -------
     dict of Probe
-        ``cls`` is the run's own head.
+    DataFrame
+        representation, standardised, strength and a column for each of :data:`RULES`: every probe that was fitted.
     """
     unknown = sorted(set(names) - set(TITLES))
     if unknown:
         raise ValueError(f"no probe {unknown[0]!r}; there are {', '.join(TITLES)}")
-    train, sae, config, seed = run.features("train"), run.sae, run.profile.sae, run.profile.seed
-    sized = {"latents": config.latents, "k": config.k, "normalize": config.normalize, "seed": config.seed}
-
-    def view(name: str) -> tuple[Callable, dict]:
-        """Raw features -> rows to probe, and settings of the fit."""
-        if name == "normalised":
-            return sae.normalize, {}
-        if name == "reconstruction":
-            return (lambda x: sae.decode(encode(x))), {}
-        if name in ("random", "pca"):
-            own = sized | ({"latents": min(config.k, train.cls.shape[1])} if name == "pca" else {})
-            own["k"] = min(own["k"], own["latents"])
-            other = dictionaries.create(name, **own).fit(train.cls)
-            if name == "pca":  # its k coefficients with their signs, not parted into two latents each
-                return (lambda x: (sae.normalize(x) - other.pre_bias.numpy()) @ other.atoms.numpy().T), {}
-            return (lambda x: as_matrix(other.encode(x))), {}
-        wider = {"standardise": False, "strengths": WIDER} if name == "codes_unscaled" else {}
-        return (lambda x: as_matrix(encode(x))), wider
-
-    encode = _remembering(sae.encode)
+    train, val = run.features("train"), run.features("val")
+    rows, others = [], {}
+    views = {name: _remembering(view(run, name)) for name in names if name != "caps"}
+    for name, rows_of in views.items():
+        others[name] = {}
+        for standardise in (True, False):
+            before = np.inf
+            for choice, fitted in fit_rows(rows_of(train.cls), train.labels, standardise, strengths):
+                others[name][choice] = lambda x, rows_of=rows_of, fitted=fitted: fitted(rows_of(x))
+                measured = quality(others[name][choice](val.cls), val.labels)
+                rows.append((name, *choice, *measured.values()))
+                if measured[RULES[0]] > before:
+                    break
+                before = measured[RULES[0]]
+    tried = pd.DataFrame(rows, columns=["representation", "standardised", "strength", *RULES])
     found = {}
     for name in names:
-        if name == "cls":
-            found[name] = Probe(name, run.head.logits)
-        elif name == "caps":
-            found[name] = Probe(name, lambda x: nearest_cap(encode(x), run.caps.mean))
+        if name == "caps":
+            found[name] = Probe(name, lambda x: nearest_cap(run.sae.encode(x), run.caps.mean))
         else:
-            rows_of, settings = view(name)
-            logits, strength = fit_rows(rows_of(train.cls), train.labels, seed, **settings)
-            found[name] = Probe(name, lambda x, rows_of=rows_of, logits=logits: logits(rows_of(x)), strength)
-    return found
+            chosen = choose(tried, name)
+            found[name] = Probe(name, others[name][chosen], chosen, others[name])
+    return found, tried
 
 
 def _remembering(encode: Callable) -> Callable:
-    """``encode`` that keeps the codes of each array it has met: the same rows are probed in several views."""
+    """``encode`` that keeps what it made of each array it has met: the same rows meet many probes."""
     known: dict[int, tuple] = {}
 
     def remembered(x):
