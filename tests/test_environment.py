@@ -113,10 +113,12 @@ def test_sae_recipe_is_the_best_of_its_grid(name):
 
 
 @pytest.mark.slow
-def test_readme_example_runs():
-    """The Python block is executed as it stands; its table holds every method."""
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+def test_readme_example_runs(tmp_path, monkeypatch):
+    """The Python blocks are executed as they stand, one after the other; the table holds every method."""
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["sae"].config.variant == "matryoshka" and len(names["codes"]) == len(names["test"])
     assert {"epd", "rpd", "mds++", "energy", "head"} == set(names["table"].method)
     assert (names["score"] >= 0).all() and len(names["score"]) == len(names["test"])
