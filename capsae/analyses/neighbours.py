@@ -94,7 +94,7 @@ def agreement(tables: np.ndarray) -> dict[str, np.ndarray]:
     return {"nmi": nmi, "ari": ari, "purity": tables.max(axis=1).sum(axis=1) / total}
 
 
-def judge(clusters: Mapping[str, np.ndarray], labels, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+def judge(clusters: Mapping[str, np.ndarray], labels, n_boot: int = 500, seed: int = 0) -> pd.DataFrame:
     """How well clusters agree with classes, with intervals, and the first representation less each other.
 
     Parameters
