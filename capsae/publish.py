@@ -53,7 +53,7 @@ STAGES = {
     "05_ablation": ("features", "sae", "caps", "table"),
     "06_sweep": (),
     "07_tuning": ("features", "sae", "table"),
-    "08_zoo": ("features", "head"),
+    "08_zoo": ("features", "head", "sae"),
     "09_dark_matter": ("features", "sae", "table"),
     "10_ontology": ("features", "sae", "caps"),
     "11_shift": ("features", "head", "sae", "caps", "table"),
@@ -63,7 +63,7 @@ STAGES = {
 }
 # Code of a page's own beside that of its stages, and committed files that it reads (with the page's profile).
 MADE_BY: dict[str, tuple[str, ...]] = {
-    "08_zoo": ("capsae.zoo.summary", "capsae.zoo.verdicts", "capsae.zoo.figures", "capsae.zoo.tables"),
+    "08_zoo": tuple(f"capsae.zoo.{part}" for part in ("summary", "verdicts", "figures", "tables", "measure")),
     "09_dark_matter": tuple(f"capsae.analyses.dark_matter{part}" for part in ("", "_scores", "_words", "_figures")),
     "10_ontology": (
         *("capsae.analyses.ontology", "capsae.analyses.ontology_kernels", "capsae.analyses.ontology_study"),

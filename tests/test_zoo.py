@@ -223,6 +223,7 @@ def _table(level=None, noise=0.0003, l0=None, seeds=5, opposed=False):
                 value = value + noise * dice.standard_normal()
                 rows.append((*about, seed, 0.01, measure, method, where, group, value, np.nan, np.nan))
 
+            rows.append((*about, seed, 0.01, "n_latents", "", "", "", 1920, np.nan, np.nan))
             rows.append((*about, seed, 0.01, "l0", "", "test", "", (l0 or {}).get(name, 32.0), np.nan, np.nan))
             add("fvu", "test", 0.1 + at)
             sign = 1 if opposed else -1
@@ -346,13 +347,97 @@ def test_ends_of_the_grid_and_dead_latents_are_named():
 
 
 def test_stability_and_backbones_in_words():
-    told = verdicts.stability_text(_both()[1], "here")
-    assert "beyond chance, in ITDA (mean cosine 0.36, by chance 0.20) and least in TopK (0.30" in told
+    members = _both()[1]
+    for rows, covariance, words in (
+        (0.25, 0.1, ("in 7 of 7 members", "in 0 they are less")),
+        (0.8, 0.335, ("in 0 of 7 members;", "in 4 they are less alike")),
+    ):
+        known = members.dropna(subset=summary.STABILITY).assign(rows=rows, covariance=covariance)
+        told = verdicts.stability_text(known, "here")
+        assert all(word in told for word in words)
+        assert told.endswith(f"TopK has 0.30, rows {rows:.2f}, such directions {covariance:.2f}.")
     for share, word in ((0.5, "share training images more than chance"), (0.1, "no more than chance")):
         rows = pd.DataFrame(
             {"measure": "jaccard", "group": ["backbones", "seeds", "chance"], "value": [share, 0.4, 0.2]}
         )
         assert word in verdicts.backbones_text(rows, "digits")
+
+
+def test_nulls_know_the_data_and_the_sign():
+    dice = np.random.default_rng(0)
+    x = 5 + dice.standard_normal((400, 3)) @ dice.standard_normal((3, 12)) + 0.01 * dice.standard_normal((400, 12))
+    found = summary.nulls(x, [(60, True), (60, False)]).set_index("signed")
+    assert (found[["rows", "covariance"]] > 1.5 * measure.by_chance(60, 12, signed=True)).all(axis=None)
+    assert (found.loc[False, ["rows", "covariance"]] >= found.loc[True, ["rows", "covariance"]] - 0.02).all()
+    with pytest.raises(ValueError, match="choice of 500"):
+        summary.nulls(x, [(500, True)])
+    members = _both()[1].assign(latents=60)
+    members.loc[members["member"] == "itda", "latents"] = 120
+    members = members[members["member"].isin(["topk", "itda", "pca"])]
+    joined = summary.with_nulls(members, found.reset_index()).set_index("member")
+    assert joined.loc[["itda", "topk"], "rows"].tolist() == [found.loc[False, "rows"], found.loc[True, "rows"]]
+    assert "pca" not in joined.index
+
+
+def test_a_random_dictionary_must_be_beaten():
+    table = _table(level={"random": 0.9, "pca": 0.95}, noise=0.001)
+    wide = summary.fits(table)
+    members = summary.by_member(wide, table)
+    told = verdicts.beaten_text(wide, members, EPD, "here")
+    assert "7 of the 7 autoencoders" in told and told.endswith(
+        "0 undecided; the random dictionary is the best control."
+    )
+    first = verdicts.answer({"here": table})
+    assert "pays more often" in first[0] and "of 14 comparisons" in first[0] and "14 are clearly better" in first[0]
+    table = _table(level={"random": -0.3, "pca": -0.4, "mp": -0.5}, noise=0.001)
+    wide = summary.fits(table)
+    told = verdicts.beaten_text(wide, summary.by_member(wide, table), EPD, "here")
+    assert "1 of the 7" in told and "is clearly better than a random dictionary (MP-SAE), 6 clearly worse" in told
+    assert "than the best control, PCA, 1 is clearly better (MP-SAE), 6 clearly worse" in told
+    first = verdicts.answer({"here": table, "there": table})
+    assert "seldom pays" in first[0] and len(first) == 3 and "1 (MP-SAE) / 6 / 0 against PCA" in first[2]
+
+
+def test_early_training_and_the_books_own_sae_are_named():
+    rows = [("topk", 1.0, 0, 8.0, True), ("relu", 1.0, 0, 8.0, True), ("relu", 2.0, 0, 3.0, False)]
+    grid = pd.DataFrame(rows, columns=["member", "lr", "seed", "best_epoch", "chosen"])
+    assert "last of 8 epochs was the best in 2 of 2" in verdicts.epochs_text(grid, "imagenet20")
+    assert "of early training" in verdicts.epochs_text(grid, "imagenet20")
+    grid["best_epoch"] = [3.0, 5.0, 8.0]
+    told = verdicts.epochs_text(grid, "imagenet20")
+    assert "in 0 of 2 chosen" in told and "most had their best before the end" in told
+    members = _both(noise=0)[1].assign(dead=0.43)
+    own = {"lr": 0.008, "epochs": 25, "dead": 0.001, "epd": 0.12, "rpd": 0.1}
+    told = verdicts.recipe_text(members, own, "here")
+    assert "25 epochs with a rate of 0.008" in told and "(0.1 % here)" in told and "EPD of 12.0 %" in told
+    assert "a rate of 0.01, chosen by FVU alone, 43.0 % dead and 10.0 %." in told
+
+
+def test_density_core_and_halves_are_named():
+    members = _both(noise=0)[1].assign(latents=1920)
+    members["latents"] = [1920, 1800, 1700, 1600, 1500, 1400, 1300, 1200, 192]
+    name = summary.SINGLE["separability"][1]
+    assert "does not clearly go with" in verdicts.density_text(members, "here")
+    members[name] = np.linspace(0.1, 0.5, 9)
+    told = verdicts.density_text(members, "here")
+    assert " goes with how often" in told and "that of PCA (0.500), where a latent fires on 16.7 %" in told
+    assert "288 of them, but for 29 (PCA)" in verdicts.core_text(members.iloc[[0, 0, 8]], 0.15, "here")
+    assert "288 of them in every member." in verdicts.core_text(members.iloc[[0]], 0.15, "here")
+    members["dead"] = [0.5, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert "half-latents" not in verdicts.dead_text(members, "here")
+    members.loc[6, "dead"] = 0.5
+    assert "Of ITDA it is half-latents that are counted" in verdicts.dead_text(members, "here")
+
+
+def test_agreements_are_corrected():
+    members = _both()[1]
+    pairs = [(EPD, RPD), (EPD, "FVU"), ("FVU", RPD)]
+    raw = [verdicts.agreement(members, *pair)["p"] for pair in pairs]
+    told = verdicts.agreements(members, pairs, "here")
+    for text, p in zip(told, verdicts.holm(raw), strict=True):
+        assert text.endswith(f"{verdicts.p_text(p)} by permutation and Holm.")
+    assert "neither agree" in verdicts.agreement_text(members, EPD, RPD, "here", 0.2)
+    assert "agree: Spearman" in verdicts.agreement_text(members, EPD, RPD, "here")
 
 
 def test_the_interpretability_rank_is_the_mean_of_three():
@@ -367,7 +452,8 @@ def test_ranks_order_and_text():
     wide, members = _both(noise=0, l0={"topk": 50.0})
     assert summary.best_first(members, EPD)[0] == "relu" and summary.best_first(members, EPD)[-1] == "topk"
     ranks = summary.ranked(members).set_index(["measure", "title"])["rank"]
-    assert ranks[EPD, "TopK"] == 1 and ranks[summary.OOD["epd", "auroc"], "TopK"] == 1
+    assert (EPD, "TopK") not in ranks.index and ranks[EPD, "ReLU / L1"] == 1  # another L0: no rank
+    assert ranks[summary.OOD["epd", "auroc"], "ReLU / L1"] == 1 and "training, CPU s" not in ranks.index.levels[0]
     shown = summary.spread_text(wide, {EPD: "{:.1%}"})
     assert shown.iloc[0].tolist() == ["TopK", "10.0"] and shown.iloc[-1, 1] == f"{100 * (0.1 + 0.8 / 3):.1f}"
 
@@ -452,11 +538,19 @@ def test_the_page_says_what_the_committed_tables_say():
     for profile in PUBLISHED:
         assert found["sentences"][profile] == verdicts.sentences(zoo.load(profile), zoo.load_grid(profile), profile)
         assert all(one in text for part in found["sentences"][profile].values() for one in part)
+    assert found["answer"] == verdicts.answer({profile: zoo.load(profile) for profile in PUBLISHED})
+    assert all(one in text for one in [*found["answer"], *found["across"], found["core"], found["recipe"]["sentence"]])
+    for profile, told in zip(PUBLISHED, found["across"], strict=False):
+        assert told == verdicts.stability_text(pd.DataFrame(found["known"][profile]), profile)
+    table = zoo.load("imagenet20")
+    members = summary.by_member(summary.fits(table), table)
+    assert found["recipe"]["sentence"] == verdicts.recipe_text(members, found["recipe"], "imagenet20")
+    assert found["core"] == verdicts.core_text(members, 0.15, "imagenet20")
     assert found["across"][-1] == verdicts.backbones_text(tables.backbones(), "digits")
     means = pd.DataFrame(found["members"])
     own = means[(means["profile"] == "imagenet20") & means["comparable"] & ~means["member"].isin(fitting.CONTROLS)]
     title = zoo.member(own.loc[own[EPD].idxmin(), "member"]).title
-    assert f"dictionaries is {title} " in found["sentences"]["imagenet20"]["ood"][0]
+    assert f"dictionaries is {title} " in found["sentences"]["imagenet20"]["ood"][1]
 
 
 def test_the_page_of_dictionaries_is_in_step_and_cites_what_is_in_the_references():

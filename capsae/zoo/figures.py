@@ -71,7 +71,8 @@ def _label(ax, texts: Sequence[str], points: np.ndarray, size: float = 8.5) -> N
     for text, (x, y) in zip(texts, points, strict=True):
         width, height = 0.56 * size * len(text) * scale, 1.15 * size * scale
         best = None
-        for reach in (9, 18, 30, 44):
+        others = [one for one in points if tuple(one) != (x, y)]
+        for reach in (9, 18, 30, 44, 60, 80, 105):
             for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)):
                 left = x + dx * reach - (width if dx < 0 else 0 if dx > 0 else width / 2)
                 low = y + dy * reach - height / 2
@@ -79,6 +80,8 @@ def _label(ax, texts: Sequence[str], points: np.ndarray, size: float = 8.5) -> N
                 cost = sum(_overlap(box, other) for other in taken) + 4 * reach
                 outside = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
                 cost += 1e5 * outside
+                cost += 400 * any(_gap(box, other) < _gap(box, (x, y)) + 5 for other in others) * (reach == 9)
+                cost += 200 * any(_gap(box, other) < 5 for other in others)
                 if best is None or cost < best[0]:
                     best = (cost, box, reach)
         _, box, reach = best
@@ -90,6 +93,12 @@ def _label(ax, texts: Sequence[str], points: np.ndarray, size: float = 8.5) -> N
             ax.plot(line[:, 0], line[:, 1], color=_text_colour(), linewidth=0.6, alpha=0.7)
         drawn = ax.text(*at, text, fontsize=size, va="center", ha="left", color=_text_colour(), zorder=5)
         drawn.set_path_effects([withStroke(linewidth=2.5, foreground=ax.get_facecolor())])  # over the bars of seeds
+
+
+def _gap(box: tuple, point: Sequence[float]) -> float:
+    """Distance of a point from a box, 0 inside."""
+    x, y = point
+    return float(np.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3])))
 
 
 def _overlap(a: tuple, b: tuple) -> float:

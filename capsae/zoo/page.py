@@ -41,12 +41,26 @@ _INTROS = {
     "$z = W_{\\mathrm{enc}}(x - b) + c$ are the pre-activations of a normalised feature $x$, $a$ is the code, "
     "$w_i$ are unit rows of the decoder $D$, and $\\hat x = \\sum_i a_i w_i + b$. "
     "`SAEConfig(variant=\"jumprelu\")`, `capsae train --set sae.variant=jumprelu` or a profile's `[sae]` choose one; "
-    "`options` are its parameters.",
+    "`options` are its parameters. All but MP-SAE and VL-SAE also have AuxK, at 1/32: dead latents learn to "
+    "reconstruct what is left over; "
+    "it is [r] for ReLU, Gated, JumpReLU and GBA, whose sources have none, and in AbsTopK it revives the "
+    "positive side alone. Mutual Choice and Feature Choice count as dead what fires less than Zipf's curve says.",
     "dictionary": "Fitted without gradients, behind the same `fit`, `encode`, `decode`, `save` and `load`: "
     "`dictionaries.create(\"itda\", latents=1920, k=32).fit(x)`. $u$ is a normalised and centred feature.",
     "control": "What any dictionary of this size gives, or none at all. A trained one that does no better has found "
     "nothing that matters to the measure in question.",
 }  # fmt: skip
+
+
+# What a member's own words leave out; the page adds it to them.
+_NOTES = {
+    "jumprelu": "The weight of the pull to k, 3, is [r].",
+    "feature_choice": "The m_i are rounded, and at least one and at most all of a batch [r].",
+    "archetypal": "With 1,920 latents and 512 centroids, and no noise at the start, groups of three or four latents "
+    "start out identical: many still have a near twin after training.",
+    "itda": "The cap `admit`, the order (the worst first) and the threshold `duplicate` are [r].",
+    "semi_nmf": "That Z is dense while fitting, with k latents chosen for new rows alone, is [r].",
+}
 
 
 def dictionaries_page(references: Path, heading: str) -> str:
@@ -72,7 +86,7 @@ def dictionaries_page(references: Path, heading: str) -> str:
                 "",
                 f"$$\n{one.formula}\n$$",
                 "",
-                _prose(one.description),
+                " ".join(filter(None, (_prose(one.description), _NOTES.get(one.name)))),
                 "",
                 f"Parameters: {_options(one.defaults)}.{_budget(one)} Source: {cited(one.source, keys)}.",
                 "",

@@ -30,11 +30,14 @@ SINGLE: dict[str, tuple[str, str, bool | None]] = {
     "probing_20": ("test", "probing, 20 latents", True),
     "cap_stability": ("train", "CAP stability", True),
     "core_overlap": ("train", "core overlap", None),
-    "train_cpu_s": ("train", "training, CPU s", False),
+    "train_cpu_s": ("train", "training, CPU s", None),  # of kernels as different as fused bfloat16 and plain float32
+    "monosemanticity_defined": ("train", "monosemanticity defined for", None),
+    "n_latents": ("", "latents", None),
 }
 INTERPRETABLE = ("monosemanticity", "separability", "probing_1")  # each of one latent at a time
 STABILITY, CHANCE = "stability over seeds", "stability by chance"
 INTERPRETABILITY = "interpretability rank"
+SPLIT = ("abs_topk", "itda", "pca")  # two latents a direction, one a sign
 
 
 def fits(table: pd.DataFrame, group: str = "all") -> pd.DataFrame:
@@ -142,6 +145,59 @@ def best_first(members: pd.DataFrame, measure: str, ascending: bool = True) -> l
     return list(rows.sort_values(["_off", "_key"], kind="stable")["member"])
 
 
+def own_sae(run) -> dict[str, float]:
+    """The book's own SAE, by the zoo's measures: lr, epochs, dead (share of its latents on training rows), epd, rpd.
+
+    epd and rpd are FPR95, OOD positive, mean over all OOD sets, in [0, 1].
+    """
+    from ..sae.measures import dead_fraction
+    from .measure import observe, ood
+
+    observed = {name: observe(run, run.sae, name) for name in ("train", "test", *run.profile.ood_sets)}
+    found = ood(run, observed, 2)
+    found = found[(found["set"] == "mean") & (found["group"] == "all") & (found["measure"] == "fpr95_ood_pos")]
+    sae = run.profile.sae
+    about = {"lr": sae.lr, "epochs": sae.epochs, "dead": float(dead_fraction(observed["train"].codes))}
+    return about | {row.method: float(row.value) for row in found.itertuples()}
+
+
+def nulls(x: np.ndarray, sizes: Sequence[tuple[int, bool]], seed: int = 0) -> pd.DataFrame:
+    """What two dictionaries that know the data, and learned nothing, have in common: mean matched cosines.
+
+    Parameters
+    ----------
+    x : (N, d) rows as the encoder sees them, not centred
+    sizes : pairs of the number of atoms and whether their sign means something; the number is at most N
+
+    Returns
+    -------
+    DataFrame
+        atoms, signed, rows (two independent random choices of centred rows),
+        covariance (Gaussian directions with the rows' own).
+    """
+    from ..sae.measures import matched_cosines
+
+    dice, u = np.random.default_rng(seed), np.asarray(x, dtype=np.float64) - np.mean(x, axis=0, dtype=np.float64)
+    root, found = np.linalg.cholesky(np.cov(u.T) + 1e-9 * np.eye(u.shape[1])), []
+    for n, signed in sizes:
+        if n > len(u):
+            raise ValueError(f"a choice of {n} rows needs as many: there are {len(u)}")
+        at = np.concatenate([dice.permutation(len(u))[:n] for _ in range(2)])
+        drawn = dice.standard_normal((2 * n, u.shape[1])) @ root.T
+        pairs = {"rows": u[at], "covariance": drawn}
+        means = {name: float(matched_cosines(two[:n], two[n:], signed).mean()) for name, two in pairs.items()}
+        found.append({"atoms": n, "signed": signed} | means)
+    return pd.DataFrame(found)
+
+
+def with_nulls(members: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
+    """Members that have a stability, with `rows` and `covariance` of :func:`nulls` for as many atoms as theirs."""
+    members = members.dropna(subset=[STABILITY])
+    signed = ~members["member"].isin(SPLIT)
+    atoms = (members["latents"] / np.where(signed, 1, 2)).round().astype(int)
+    return members.assign(atoms=atoms, signed=signed).merge(found, on=["atoms", "signed"], how="left")
+
+
 def in_order(data: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
     """Rows in the order of the members' names."""
     return data.sort_values("member", key=lambda c: c.map(list(order).index), kind="stable", ignore_index=True)
@@ -165,7 +221,11 @@ def pairs(wide: pd.DataFrame, x: str, y: str, factors: tuple[float, float] = (10
 
 
 def ranked(members: pd.DataFrame) -> pd.DataFrame:
-    """Rank of every member by every measure that has a better side, 1 = best. Columns: title, measure, rank, value."""
+    """Rank of every member by every measure that has a better side, 1 = best. Columns: title, measure, rank, value.
+
+    Members of another L0 have no rank and take part in none.
+    """
+    members = members[members["comparable"]]
     better = {title: up for _, title, up in SINGLE.values() if up is not None}
     better |= {title: metric == "auroc" for (_, metric), title in OOD.items()} | {STABILITY: True}
     parts = []

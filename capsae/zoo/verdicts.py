@@ -13,10 +13,10 @@ import pandas as pd
 
 from ..comparisons import p_text
 from ..stats import holm
-from .fitting import member
-from .summary import CHANCE, INTERPRETABILITY, INTERPRETABLE, OOD, SINGLE, STABILITY, by_member, fits
+from .fitting import EPOCHS, member
+from .summary import INTERPRETABILITY, INTERPRETABLE, OOD, SINGLE, SPLIT, STABILITY, by_member, fits
 
-BASE = "topk"
+BASE, RANDOM = "topk", "random"
 SCORES = (OOD["epd", "fpr95_ood_pos"], OOD["rpd", "fpr95_ood_pos"])  # the metric of the book's verdicts
 LEVEL = 0.05
 PERMUTATIONS, DRAWS = 9999, 2000
@@ -48,7 +48,7 @@ def welch(a, b, level: float = LEVEL) -> dict[str, float]:
 
 
 def against_base(wide: pd.DataFrame, measure: str, base: str = BASE) -> pd.DataFrame:
-    """Every member against TopK over seeds, Holm over all of them.
+    """Every member against TopK, or another `base`, over seeds, Holm over all of them.
 
     Columns: member, title, kind, seeds, mean, least, largest, base (mean of TopK), value (difference), lo, hi, p,
     p_holm, verdict ("better", "worse", "undecided"; by p_holm < .05).
@@ -127,6 +127,70 @@ def tally_text(wide: pd.DataFrame, members: pd.DataFrame, measure: str, where: s
 _WORDS = ("better", "worse", "undecided")
 
 
+def counts(wide: pd.DataFrame, members: pd.DataFrame, measure: str, base: str) -> dict[str, list[str]]:
+    """Titles of the autoencoders and dictionaries of the same L0 that are better, worse, undecided against `base`."""
+    compared = against_base(wide, measure, base).set_index("member")
+    names = members.loc[(members["kind"] != "control") & members["comparable"], "member"]
+    return {word: [compared.loc[n, "title"] for n in names if compared.loc[n, "verdict"] == word] for word in _WORDS}
+
+
+def beaten_text(wide: pd.DataFrame, members: pd.DataFrame, measure: str, where: str) -> str:
+    """How many beat a random dictionary, and how many the best control."""
+    told = counts(wide, members, measure, RANDOM)
+    first = best(members, measure, controls=True)
+    text = (
+        f"On {where}, by {measure}, {len(told['better'])} of the {sum(map(len, told.values()))} autoencoders and "
+        f"dictionaries with the same number of active latents {_do(told['better'])} clearly better than a random "
+        f"dictionary{_listed(told['better'])}, {len(told['worse'])} clearly worse, {len(told['undecided'])} undecided"
+    )
+    if first["member"] == RANDOM:
+        return f"{text}; the random dictionary is the best control."
+    told = counts(wide, members, measure, first["member"])
+    return (
+        f"{text}; than the best control, {first['title']}, {len(told['better'])} {_do(told['better'])} clearly better"
+        f"{_listed(told['better'])}, {len(told['worse'])} clearly worse, {len(told['undecided'])} undecided."
+    )
+
+
+def _do(titles: list[str]) -> str:
+    return "is" if len(titles) == 1 else "are"
+
+
+def _listed(titles: list[str]) -> str:
+    return f" ({', '.join(titles)})" if titles else ""
+
+
+def answer(tables: Mapping[str, pd.DataFrame], k: int = 32) -> list[str]:
+    """What the chapter opens with, of the tables by profile: does training a dictionary pay for OOD detection?"""
+    lines, better, worse, of = [], 0, 0, 0
+    for where, table in tables.items():
+        wide = fits(table)
+        members = by_member(wide, table, k)
+        parts = []
+        for measure in SCORES:
+            told = counts(wide, members, measure, RANDOM)
+            better, worse = better + len(told["better"]), worse + len(told["worse"])
+            of += sum(map(len, told.values()))
+            first = best(members, measure, controls=True)
+            part = f"by {measure} {_three(told)} against the random dictionary"
+            if first["member"] != RANDOM:
+                part += f" and {_three(counts(wide, members, measure, first['member']))} against {first['title']}, "
+                part += "the best control"
+            parts.append(part)
+        lines.append(f"On {where}, better / worse / undecided: {'; '.join(parts)}.")
+    said = "seldom pays" if better < worse else "pays more often than it harms"
+    first = (
+        f"For OOD detection, training a dictionary {said} here: of {of} comparisons of an autoencoder or dictionary "
+        f"with a random dictionary (two scores, {len(tables)} profiles), {better} are clearly better and {worse} "
+        "clearly worse."
+    )
+    return [first, *lines]
+
+
+def _three(told: Mapping[str, list[str]]) -> str:
+    return " / ".join(f"{len(told[word])}" + (_listed(told[word]) if word == "better" else "") for word in _WORDS)
+
+
 def _span(measure: str, row: Mapping) -> str:
     text = number(measure, row["mean"])
     if row["seeds"] == 1:
@@ -179,17 +243,26 @@ def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide((a * b).sum(1), size, out=np.full(size.shape, np.nan), where=size > 0)
 
 
-def agreement_text(members: pd.DataFrame, one: str, other: str, where: str) -> str:
-    """Whether the rankings by two measures agree, in words."""
+def agreements(members: pd.DataFrame, pairs: list[tuple[str, str]], where: str) -> list[str]:
+    """`agreement_text` of several pairs of measures, their p corrected by Holm."""
+    raw = np.array([agreement(members, *pair)["p"] for pair in pairs])
+    known, corrected = ~np.isnan(raw), raw.copy()
+    corrected[known] = holm(raw[known])
+    return [agreement_text(members, *pair, where, p) for pair, p in zip(pairs, corrected, strict=True)]
+
+
+def agreement_text(members: pd.DataFrame, one: str, other: str, where: str, p_holm: float | None = None) -> str:
+    """Whether the rankings by two measures agree, in words; by the p of Holm where it is given."""
     found = agreement(members, one, other)
+    p, by = (found["p"], "by permutation") if p_holm is None else (p_holm, "by permutation and Holm")
     if np.isnan(found["value"]):
         return f"On {where} there are too few members to compare the rankings by {one} and by {other}."
     said = "neither agree nor oppose clearly"
-    if found["p"] < LEVEL:
+    if p < LEVEL:
         said = "agree" if found["value"] > 0 else "oppose each other"
     return (
         f"On {where} the rankings by {one} and by {other} {said}: Spearman {found['value']:+.2f} "
-        f"({found['lo']:+.2f} to {found['hi']:+.2f}) over {found['n']} members, {p_text(found['p'])} by permutation."
+        f"({found['lo']:+.2f} to {found['hi']:+.2f}) over {found['n']} members, {p_text(p)} {by}."
     )
 
 
@@ -230,7 +303,19 @@ def between_text(wide: pd.DataFrame, members: pd.DataFrame, measure: str, where:
         f"On {where}, by {measure}, the differences between {found['n']} members {said}: {100 * found['value']:.0f} % "
         f"({100 * found['lo']:.0f} to {100 * found['hi']:.0f}) of a fit's variance lies between members, "
         f"F({found['df'][0]}, {found['df'][1]}) = {found['F']:.1f}, {p_text(found['p'])}."
+        f"{_without(wide, members, measure)}"
     )
+
+
+def _without(wide: pd.DataFrame, members: pd.DataFrame, measure: str, n: int = 3) -> str:
+    """How much of that is left without the few members farthest from the median."""
+    own = members[(members["kind"] != "control") & members["comparable"] & (members["seeds"] > 1)]
+    if len(own) < 2 * n:
+        return ""
+    far = (own[measure] - own[measure].median()).abs().sort_values(kind="stable").index[-n:]
+    rest = between(wide, members.drop(index=far), measure)
+    listed = ", ".join(own.loc[far, "title"])
+    return f" Without the {n} farthest from the median ({listed}) it is {100 * rest['value']:.0f} %."
 
 
 # --- all of a page
@@ -238,22 +323,24 @@ def between_text(wide: pd.DataFrame, members: pd.DataFrame, measure: str, where:
 
 def sentences(table: pd.DataFrame, grid: pd.DataFrame, where: str, k: int = 32) -> dict[str, list[str]]:
     """All that a page says of one profile's table and grid, by section: "budget", "ood", "fvu", "interpretability",
-    "agree", "seeds", "stability"."""
+    "agree", "seeds"."""
     wide = fits(table)
     members = by_member(wide, table, k)
     told: dict[str, list[str]] = {
-        "budget": [l0_text(members, where, k), rates_text(grid, where), dead_text(members, where)]
+        "budget": [l0_text(members, where, k), rates_text(grid, where), epochs_text(grid, where)]
     }
-    told["ood"] = [text(wide, members, m, where) for m in SCORES for text in (best_text, tally_text, control_text)]
-    told["fvu"] = [best_text(wide, members, "FVU", where), agreement_text(members, "FVU", SCORES[0], where)]
-    told["fvu"].append(agreement_text(members, "FVU", SCORES[1], where))
+    told["budget"].append(dead_text(members, where))
+    texts = (beaten_text, best_text, tally_text, control_text)
+    told["ood"] = [text(wide, members, m, where) for m in SCORES for text in texts]
+    pairs = [("FVU", m) for m in SCORES] + [(m, INTERPRETABILITY) for m in SCORES] + [SCORES]
+    agreed = agreements(members, pairs, where)
+    told["fvu"] = [best_text(wide, members, "FVU", where), *agreed[:2]]
     singles = [SINGLE[name][1] for name in INTERPRETABLE]
     told["interpretability"] = [best_text(wide, members, m, where) for m in (INTERPRETABILITY, *singles)]
-    told["interpretability"].append(control_text(wide, members, INTERPRETABILITY, where))
-    told["agree"] = [agreement_text(members, m, INTERPRETABILITY, where) for m in SCORES]
-    told["agree"].append(agreement_text(members, *SCORES, where))
+    told["interpretability"] += [control_text(wide, members, m, where) for m in (INTERPRETABILITY, *singles)]
+    told["interpretability"].append(density_text(members, where))
+    told["agree"] = agreed[2:]
     told["seeds"] = [between_text(wide, members, m, where) for m in (*SCORES, INTERPRETABILITY, "FVU")]
-    told["stability"] = [stability_text(members, where)]
     return told
 
 
@@ -295,24 +382,80 @@ def dead_text(members: pd.DataFrame, where: str, share: float = 0.1) -> str:
     listed = ", ".join(f"{row['title']} ({number('dead', row['dead'])})" for _, row in rows.iterrows())
     return (
         f"On {where} {len(rows)} of {len(members)} members have more than a tenth of their latents dead on training "
-        f"rows: {listed}. The rule looks at FVU alone."
+        f"rows: {listed}. The rule looks at FVU alone.{_halves(rows)}"
     )
 
 
-def stability_text(members: pd.DataFrame, where: str) -> str:
-    """How alike the dictionaries of two seeds are, beside two random ones."""
-    rows = members[(members["kind"] != "control")].dropna(subset=[STABILITY, CHANCE])
-    above = rows.assign(above=rows[STABILITY] - rows[CHANCE]).sort_values("above", ascending=False, kind="stable")
-    most, least = above.iloc[0], above.iloc[-1]
-    base = rows[rows["member"] == BASE]
-    told = ""
-    if len(base):
-        told = f" TopK has {base[STABILITY].iloc[0]:.2f}, two random dictionaries {base[CHANCE].iloc[0]:.2f}."
+def _halves(rows: pd.DataFrame) -> str:
+    split = rows.loc[rows["member"].isin(SPLIT), "title"]
+    if split.empty:
+        return ""
+    return f" Of {', '.join(split)} it is half-latents that are counted: a direction has one for each sign."
+
+
+def epochs_text(grid: pd.DataFrame, where: str) -> str:
+    """Whether the chosen trainings had come to an end: the epoch with the lowest held-out FVU is kept."""
+    rows = grid[grid["chosen"] & grid["lr"].notna()].dropna(subset="best_epoch")
+    epochs = EPOCHS.get(where, int(rows["best_epoch"].max()))
+    last = int((rows["best_epoch"] == epochs).sum())
+    said = "rankings are of early training, not of trainings that have converged" if 2 * last > len(rows) else (
+        "most had their best before the end"
+    )  # fmt: skip
+    return f"On {where} the last of {epochs} epochs was the best in {last} of {len(rows)} chosen trainings: {said}."
+
+
+def recipe_text(members: pd.DataFrame, own: Mapping[str, float], where: str) -> str:
+    """How the zoo's TopK differs from the book's own SAE, which is a TopK, too."""
+    base = members.set_index("member").loc[BASE]
     return (
-        f"Matched one to one, the atoms of two seeds on {where} are most alike, beyond chance, in {most['title']} "
-        f"(mean cosine {most[STABILITY]:.2f}, by chance {most[CHANCE]:.2f}) and least in {least['title']} "
-        f"({least[STABILITY]:.2f}, by chance {least[CHANCE]:.2f}).{told}"
+        f"The TopK of this page is not the book's own SAE on {where}: that one trains {own['epochs']} epochs with a "
+        f"rate of {own['lr']:g}, chosen with under 1 % of the latents dead ({number('dead', own['dead'])} here), "
+        f"and has an EPD of {number(SCORES[0], own['epd'])} ({SCORES[0]}; one seed); the zoo's has a rate of "
+        f"{base['lr']:g}, chosen by FVU alone, {number('dead', base['dead'])} dead and "
+        f"{number(SCORES[0], base[SCORES[0]])}."
     )
+
+
+def density_text(members: pd.DataFrame, where: str) -> str:
+    """Whether concept separability goes with how often a latent fires: L0 over the number of latents."""
+    name = SINGLE["separability"][1]
+    rows = members[members["comparable"]].assign(density=lambda m: m["L0"] / m["latents"])
+    first, base = rows.loc[rows[name].idxmax()], rows.set_index("member").loc[BASE]
+    value = rows["density"].corr(rows[name], method="spearman")
+    said = "goes with" if value > 0.5 else "does not clearly go with"
+    return (
+        f"On {where} {name} {said} how often latents fire (Spearman {value:+.2f} over {len(rows)} members and "
+        f"controls): the largest is that of {first['title']} ({first[name]:.3f}), where a latent fires on "
+        f"{100 * first['density']:.1f} % of the rows, against {100 * base['density']:.1f} % of TopK ({base[name]:.3f})."
+    )
+
+
+def core_text(members: pd.DataFrame, fraction: float, where: str) -> str:
+    """How many latents EPD's core has in each member: one share of very different numbers."""
+    sizes = (fraction * members["latents"]).round().astype(int)
+    parts = [f"{n} ({', '.join(members.loc[sizes == n, 'title'])})" for n in sorted(set(sizes)) if n != sizes.mode()[0]]
+    told = f"EPD is compared at one core fraction, {fraction:g} of the latents: on {where} {sizes.mode()[0]} of them"
+    listed = "; ".join(parts)
+    return f"{told}{f', but for {listed}' if parts else ' in every member'}."
+
+
+def stability_text(known: pd.DataFrame, where: str) -> str:
+    """How alike the dictionaries of two seeds are, beside two that know the data alone: `summary.with_nulls`."""
+    rows = known[known["kind"] != "control"].dropna(subset=["rows", "covariance"])
+    above = rows.assign(above=rows[STABILITY] - rows["rows"]).sort_values("above", ascending=False, kind="stable")
+    over = above.loc[above["above"] > 0]
+    below = above.loc[above[STABILITY] < above["covariance"]]
+    listed = ", ".join(f"{r['title']} {r[STABILITY]:.2f}, rows {r['rows']:.2f}" for _, r in over.iterrows())
+    told = (
+        f"Matched one to one, the atoms of two seeds on {where} are more alike than two random choices of "
+        f"training rows in {len(over)} of {len(rows)} members{f' ({listed})' if listed else ''}; in {len(below)} they "
+        "are less alike than random directions with the rows' covariance."
+    )
+    base = above[above["member"] == BASE]
+    if len(base):
+        row = base.iloc[0]
+        told += f" TopK has {row[STABILITY]:.2f}, rows {row['rows']:.2f}, such directions {row['covariance']:.2f}."
+    return told
 
 
 def backbones_text(table: pd.DataFrame, where: str) -> str:
