@@ -12,6 +12,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from .files import replacing
+
 MIN_VAL = 40  # with fewer rows the 95 % quantile is their largest or second largest
 
 
@@ -90,11 +92,16 @@ def train(options) -> int:
     out.mkdir(parents=True, exist_ok=True)
     run.sae.save(out)
     head.save(out / "head.safetensors")
-    caps.save(out / "caps.safetensors")
+    with replacing(out / "caps.safetensors") as path:
+        caps.save(path)
     run.history.to_csv(out / "history.csv", index=False)
     (out / "provenance.json").write_text(json.dumps(provenance, indent=1, default=str) + "\n", encoding="utf-8")
     figures = f"FVU {at_best['fvu']:.4f}, held out {at_best['held_out_fvu']:.4f}, dead {at_best['dead_fraction']:.1%}"
     sys.stdout.write(f"{out}: epoch {best} of {len(run.history)} kept; {figures}\n")
+    sys.stdout.write(
+        f"In Python: capsae.sae.load({str(out)!r}). `capsae score`, `explain` and `compare` take it from the store: "
+        "give them the same --profile and --set.\n"
+    )
     return 0
 
 
@@ -166,6 +173,8 @@ def compare(options) -> int:
 
     if not 0 < options.fdr < 1:
         raise ValueError(f"--fdr {options.fdr}: a share between 0 and 1 would do, such as 0.05")
+    if options.a == options.b:
+        raise ValueError(f"A and B are both {options.a!r}: two different sets or folders would do")
     _check_out(options.out)
     run = _run(options)
     a, b = (side(run, given, options.checkpoint, which) for which, given in (("A", options.a), ("B", options.b)))
@@ -227,6 +236,10 @@ def zoo(options) -> int:
     from .zoo.fitting import RATES, SEEDS
     from .zoo.runner import PROFILES, run_backbones, run_zoo
 
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs}: 1 or more processes would do")
+    if min(options.seeds, default=0) < 0:
+        raise ValueError(f"--seeds {min(options.seeds)}: 0 or more would do")
     names = [name for text in options.members for name in text.split(",")] or members()
     seeds = tuple(options.seeds) or SEEDS
     whole = tables.is_whole(names, seeds, RATES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +38,13 @@ KINDS = tuple(_OPTIONS)
 _FILTERS = ("classes", "limit", "exclude")  # for all kinds
 
 
-def open_source(spec: Mapping) -> ImageSource:
+def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
     """Open a source of labelled images.
 
     Parameters
     ----------
-    spec : mapping
-        ``kind`` and its keys:
+    spec : mapping, or the path of a folder
+        A path is ``{"kind": "folder", "path": path}``. Else ``kind`` and its keys:
 
         - ``hub``: ``name`` and ``split`` (anything ``datasets.load_dataset`` takes), optional ``config``, ``image``,
           ``label``, ``id`` (columns)
@@ -71,6 +72,8 @@ def open_source(spec: Mapping) -> ImageSource:
     FileNotFoundError
         If the path, list or root is not there.
     """
+    if isinstance(spec, str | os.PathLike):
+        spec = {"kind": "folder", "path": os.fspath(spec)}
     spec = {key: value for key, value in dict(spec).items() if value is not None}
     kind = spec.get("kind")
     if kind not in _OPTIONS:

@@ -411,13 +411,20 @@ def reproduce(
         Exit status; the place of the book goes to stdout.
     """
     names = [page_name(target) for target in targets]
-    wanted = [name for name in names if everything or why_stale(pages()[name])]
+    why = {name: why_stale(pages()[name]) for name in names or pages()}
+    wanted = [name for name, reason in why.items() if everything or reason]
+    if dry_run:
+        sys.stdout.writelines(f"{name}: {why[name] or 'fresh; everything was asked for'}\n" for name in wanted)
+        sys.stdout.write(f"{len(wanted)} of {len(why)} pages would be executed\n")
+        return 0
     command = [sys.executable, "-m", "snakemake", "--cores", str(jobs or min(2, os.cpu_count() or 1))]
-    command += ["--quiet", "host", *["--dry-run"] * dry_run, *["--config", "everything=1"] * everything]
+    command += ["--quiet", "host", *["--config", "everything=1"] * everything]
     status = 0
-    if wanted or not names:
-        status = subprocess.run([*command, "--", *wanted] if wanted else command, cwd=root(), check=False).returncode
-    if status or dry_run:
+    if wanted:
+        # All of them: Snakemake finds the same ones, and their names would make a long line.
+        command += ["--", *wanted] if names else []
+        status = subprocess.run(command, cwd=root(), check=False).returncode
+    if status:
         return status
     from .pages import write_pages
 

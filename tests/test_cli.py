@@ -299,6 +299,25 @@ def test_reproduce_asks_for_the_profiles_pages(capsae_, monkeypatch):
     assert capsae_("reproduce")[0] == 0 and asked["targets"] == []
 
 
+def test_a_dry_run_names_each_page_and_why(monkeypatch, capsys):
+    from capsae import publish
+
+    asked = {"a/01": None, "a/02": "changed: drawing"}
+    monkeypatch.setattr(publish, "pages", lambda: {name: name for name in asked})
+    monkeypatch.setattr(publish, "why_stale", asked.get)
+    monkeypatch.setattr(publish.subprocess, "run", lambda *a, **k: pytest.fail("nothing is to be executed"))
+    assert publish.reproduce(dry_run=True) == 0
+    assert capsys.readouterr().out == "a/02: changed: drawing\n1 of 2 pages would be executed\n"
+    assert publish.reproduce(dry_run=True, everything=True) == 0
+    assert "a/01: fresh; everything was asked for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong, said", [(("--jobs", "0"), "--jobs 0: 1 or more"), (("--seeds", "-1"), "--seeds -1")])
+def test_the_zoo_refuses_wrong_numbers(capsae_, wrong, said):
+    status, _, err = capsae_("zoo", *wrong)
+    assert status == 2 and said in err
+
+
 # --- for real
 
 

@@ -11,6 +11,8 @@ import pytest
 import small_profile
 
 from capsae.__main__ import main
+from capsae.analyses import compare_report, meaning
+from capsae.pipeline import Run
 
 SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
@@ -58,11 +60,13 @@ def test_two_sets_of_a_profile_without_any_image(compare, profile, tmp_path):
     assert strict[0] == 0 and pd.read_csv(out)["differs"].sum() < table["differs"].sum()
 
 
-def test_a_set_and_itself_do_not_differ(compare, profile):
-    status, said, _ = compare("test", "test", "-p", profile)
-    assert status == 0 and said.count("\n0 of ") == 2 and "The most certain difference" in said
+def test_a_set_and_itself_do_not_differ(home, profile):
+    run = Run(profile, progress=False)
+    one = compare_report.side(run, "test")
+    said = compare_report.report(compare_report.compare_sides(one, one, meaning.of_run(run)), one, one)
+    assert said.count("\n0 of ") == 2 and "The most certain difference" in said
     assert "unadjusted" not in said
-    assert "80 images are in A and in B" in said
+    assert f"Caution: {len(one.ids)} images are in A and in B" in said
 
 
 def test_the_help_has_an_example_with_two_folders(capsys):
@@ -133,3 +137,8 @@ def test_few_images_and_none_that_can_be_read(compare, folders):
     assert status == 0 and "Caution: B has 5 images" in said and "8 or more images would do" in said
     status, _, err = compare("test", folders / "broken", *FAST)
     assert status == 2 and "none of its 1 images can be read" in err
+
+
+def test_the_same_set_twice_is_refused_at_once(compare, profile):
+    status, _, err = compare("test", "test", "-p", profile)
+    assert status == 2 and "A and B are both 'test'" in err

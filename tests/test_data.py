@@ -354,3 +354,11 @@ def test_an_image_is_measured_as_it_was_found(tmp_path):
     assert drawn[0] == len(encode(NOISE))
     with pytest.raises(BadImage, match="empty file"):
         images.measure_image(b"")
+
+
+def test_a_path_is_a_folder_of_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(NOISE))
+    for given in (tmp_path, str(tmp_path)):
+        assert open_source(given).digest() == open_source({"kind": "folder", "path": str(tmp_path)}).digest()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_source(tmp_path / "nowhere")

@@ -87,7 +87,7 @@ def label(row) -> str:
 def report(table: pd.DataFrame, a: Side, b: Side, fdr: float = contrast.FDR, top: int = 10) -> str:
     """The comparison in words: sizes, how many latents differ, those that do most, what is doubtful."""
     n_a, n_b = len(a.codes), len(b.codes)
-    lines = [f"A: {a.what}, {n_a} images", f"B: {b.what}, {n_b} images"]
+    lines = [f"A: {a.what}, {n_a} image{'s' * (n_a != 1)}", f"B: {b.what}, {n_b} image{'s' * (n_b != 1)}"]
     shared = len(set(a.ids.tolist()) & set(b.ids.tolist()))
     tested = int(table["q"].notna().sum())
     doubts = contrast.doubts(n_a, n_b, tested)
@@ -99,12 +99,15 @@ def report(table: pd.DataFrame, a: Side, b: Side, fdr: float = contrast.FDR, top
     lines += [
         "",
         f"{len(table)} latents fire in some image, {tested} of them often enough to be tested.",
-        f"{len(found)} of {tested} differ in how often they fire (Fisher's exact test, false discovery rate "
-        f"{100 * fdr:g} %): {by.get('B', 0)} more often in B, {by.get('A', 0)} more often in A.",
-        f"{strong} of {int(table['q_strength'].notna().sum())} that fire in both differ in how strongly "
-        "(Mann-Whitney, the same rate; this compares only the images in which a latent fires, which differ between A "
-        "and B).",
     ]
+    if tested:
+        lines += [
+            f"{len(found)} of {tested} differ in how often they fire (Fisher's exact test, false discovery rate "
+            f"{100 * fdr:g} %): {by.get('B', 0)} more often in B, {by.get('A', 0)} more often in A.",
+            f"{strong} of {int(table['q_strength'].notna().sum())} that fire in both differ in how strongly "
+            "(Mann-Whitney, the same rate; this compares only the images in which a latent fires, which differ between "
+            "A and B).",
+        ]
     for which, other in (("B", "A"), ("A", "B")):
         part = found[found["more"] == which]
         part = part.reindex(part["difference"].abs().sort_values(ascending=False, kind="stable").index).head(top)
@@ -117,9 +120,9 @@ def report(table: pd.DataFrame, a: Side, b: Side, fdr: float = contrast.FDR, top
             "",
             "Intervals are 95 % each, unadjusted: those of the largest differences, chosen of many, lie too far out.",
         ]
-    if not len(found) and len(table):
+    if tested and not len(found):
         first = table.iloc[0]
-        p = f"p = {first['p']:.2g}" + (f", {first['q']:.2g} adjusted" if tested else ", not tested")
+        p = f"p = {first['p']:.2g}, {first['q']:.2g} adjusted"
         lines.append(f"The most certain difference is that of latent {first['latent']}: {p}.")
     lines += ["", *(f"Caution: {text}." for text in doubts)] if doubts else []
     lines += [
