@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
+from ..display import ink_on
 from ..figures import BLUE, GREEN, ORANGE, _figure, _text_colour
 from .fitting import KINDS
 
@@ -45,7 +43,7 @@ def scatter(data: pd.DataFrame, x: str, y: str) -> Figure:
 
     Columns: title, kind, x, x_lo, x_hi, y, y_lo, y_hi; ``x`` and ``y`` are the axes' labels.
     """
-    figure, axes = _figure(8, 6)
+    figure, axes = _figure(8, 6.4)
     ax = axes[0, 0]
     for kind, (colour, marker) in _KINDS.items():
         part = data[data["kind"] == kind]
@@ -57,52 +55,20 @@ def scatter(data: pd.DataFrame, x: str, y: str) -> Figure:
             label=KINDS[kind],
         )  # fmt: skip
     ax.set(xlabel=x, ylabel=y)
-    ax.margins(0.12)
     figure.legend(loc="outside upper center", ncols=3, fontsize=10)
-    figure.draw_without_rendering()
-    _label(ax, data["title"].tolist(), ax.transData.transform(data[["x", "y"]].to_numpy(float)))
+    # Names in a column at the height of their marks, or as near as leaves each a line of its own: marks may crowd.
+    ordered = data.sort_values(["y", "x"], kind="stable")
+    low, high = ax.get_ylim()
+    places, line = ((ordered["y"] - low) / (high - low)).to_numpy(), 0.032
+    steps = line * np.arange(len(places))
+    places = np.minimum(np.maximum.accumulate(places - steps), 1 - steps[-1]) + steps
+    leader = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.7, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
+    for place, row in zip(places, ordered.itertuples(), strict=True):
+        ax.annotate(
+            row.title, (row.x, row.y), (1.06, place), textcoords="axes fraction", va="center", fontsize=8.5,
+            annotation_clip=False, arrowprops=leader | {"color": _KINDS[row.kind][0]},
+        )  # fmt: skip
     return figure
-
-
-def _label(ax, texts: Sequence[str], points: np.ndarray, size: float = 8.5) -> None:
-    """Write each text near its point (in pixels), where it covers the fewest other texts and points."""
-    scale = ax.figure.dpi / 72
-    taken, frame = [(x - 5, y - 5, x + 5, y + 5) for x, y in points], ax.get_window_extent()
-    for text, (x, y) in zip(texts, points, strict=True):
-        width, height = 0.56 * size * len(text) * scale, 1.15 * size * scale
-        best = None
-        others = [one for one in points if tuple(one) != (x, y)]
-        for reach in (9, 18, 30, 44, 60, 80, 105):
-            for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)):
-                left = x + dx * reach - (width if dx < 0 else 0 if dx > 0 else width / 2)
-                low = y + dy * reach - height / 2
-                box = (left, low, left + width, low + height)
-                cost = sum(_overlap(box, other) for other in taken) + 4 * reach
-                outside = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
-                cost += 1e5 * outside
-                cost += 400 * any(_gap(box, other) < _gap(box, (x, y)) + 5 for other in others) * (reach == 9)
-                cost += 200 * any(_gap(box, other) < 5 for other in others)
-                if best is None or cost < best[0]:
-                    best = (cost, box, reach)
-        _, box, reach = best
-        taken.append(box)
-        at = ax.transData.inverted().transform((box[0], (box[1] + box[3]) / 2))
-        if reach > 9:  # far from its point: a line leads there
-            edge = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
-            line = ax.transData.inverted().transform([(x, y), edge])
-            ax.plot(line[:, 0], line[:, 1], color=_text_colour(), linewidth=0.6, alpha=0.7)
-        drawn = ax.text(*at, text, fontsize=size, va="center", ha="left", color=_text_colour(), zorder=5)
-        drawn.set_path_effects([withStroke(linewidth=2.5, foreground=ax.get_facecolor())])  # over the bars of seeds
-
-
-def _gap(box: tuple, point: Sequence[float]) -> float:
-    """Distance of a point from a box, 0 inside."""
-    x, y = point
-    return float(np.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3])))
-
-
-def _overlap(a: tuple, b: tuple) -> float:
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def rank_heatmap(data: pd.DataFrame) -> Figure:
@@ -115,9 +81,7 @@ def rank_heatmap(data: pd.DataFrame) -> Figure:
     for (i, j), rank in np.ndenumerate(ranks):
         if np.isnan(rank):
             continue
-        bright = image.cmap(image.norm(rank))
-        ink = "#111111" if 0.299 * bright[0] + 0.587 * bright[1] + 0.114 * bright[2] > 0.5 else "#ffffff"
-        ax.text(j, i, f"{rank:.0f}", ha="center", va="center", color=ink, fontsize=8.5)
+        ax.text(j, i, f"{rank:.0f}", ha="center", va="center", color=ink_on(image.cmap(image.norm(rank))), fontsize=8.5)
     ax.set_xticks(range(len(measures)), measures, rotation=90, fontsize=9)
     ax.set_yticks(range(len(titles)), titles, fontsize=9)
     ax.xaxis.tick_top()
