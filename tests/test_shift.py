@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from capsae import display, plan, publish
 from capsae.analyses import calibration, probes, shift, shift_figures, shift_verdicts
 from capsae.pipeline import Run
 from capsae.probe import fit_linear_probe
+from capsae.sae.measures import _matrix
 
 SETS = ["noise/1", "noise/5", "blur/2"]
 
@@ -62,6 +64,9 @@ def test_sets_are_the_packs_and_what_cannot_be_is_named(run, pack, tmp_path):
     (other / "pack.json").write_text(json.dumps(info | {"backbone": {"model": "resnet"}}))
     with pytest.raises(ValueError, match="was made with backbone model = 'resnet'"):
         shift.sets(run, other)
+    without = SimpleNamespace(profile=run.profile.model_copy(update={"pack": None}), features=run.features)
+    with pytest.raises(ValueError, match="backbone of profile 'small' with"):
+        shift.sets(without, other)
     (other / "pack.json").write_text(json.dumps(info))
     strange = found["noise/5"]
     replace(strange, ids=np.array([f"x{i}" for i in range(40)])).save(other / "noise__5.safetensors")
@@ -100,11 +105,11 @@ def test_a_probe_on_sparse_codes_is_that_on_dense_ones(run):
     for standardise in (True, False):
         (_, sparse), (_, dense) = (
             next(probes.fit_rows(rows, labels, standardise, (0.03,)))
-            for rows in (probes.as_matrix(train), train.dense())
+            for rows in (_matrix(train), train.dense())
         )
-        found, expected = (calibration.log_softmax(z) for z in (sparse(probes.as_matrix(test)), dense(test.dense())))
+        found, expected = (calibration.log_softmax(z) for z in (sparse(_matrix(test)), dense(test.dense())))
         np.testing.assert_allclose(found, expected, atol=0.02)
-    assert probes.as_matrix(train).nnz == (train.values > 0).sum()
+    assert _matrix(train).nnz == (train.values > 0).sum()
 
 
 def test_all_probes_know_these_classes_and_the_controls_are_what_they_say(run, fitted):

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..sae import SparseCodes, dictionaries
+from ..sae.measures import _matrix
 from .calibration import log_softmax, temperature
 
 TITLES = {
@@ -52,17 +53,6 @@ class Probe:
     logits: Callable[[np.ndarray], np.ndarray]
     choice: Choice | None = None
     others: Mapping[Choice, Callable] = field(default_factory=dict)
-
-
-def as_matrix(codes: SparseCodes):
-    """Codes as a scipy sparse matrix (N, M) float64, without the unused slots."""
-    from scipy.sparse import csr_array
-
-    codes = codes.numpy()
-    fired = codes.values != 0
-    starts = np.concatenate([[0], np.cumsum(fired.sum(axis=1))])
-    shape = (len(codes), codes.n_latents)
-    return csr_array((codes.values[fired].astype(np.float64), codes.indices[fired], starts), shape=shape)
 
 
 def fit_rows(rows, labels: np.ndarray, standardise: bool = True, strengths=GRID) -> Iterator[tuple[Choice, Callable]]:
@@ -135,7 +125,7 @@ def choose(tried: pd.DataFrame, name: str, rule: str = RULES[0], standardised: b
 
 def nearest_cap(codes: SparseCodes, mean: np.ndarray) -> np.ndarray:
     """Cosine (N, C) between codes and the profiles ``mean`` (C, M): logits once a temperature is fitted."""
-    a = as_matrix(codes)
+    a = _matrix(codes)
     lengths = np.sqrt(np.asarray(a.multiply(a).sum(axis=1)).ravel())[:, None] * np.linalg.norm(mean, axis=1)
     return (a @ mean.T) / np.where(lengths > 0, lengths, 1)
 
@@ -154,7 +144,7 @@ def view(run, name: str, sae=None, seed: int | None = None) -> Callable:
     if name == "normalised":
         return sae.normalize
     if name == "codes":
-        return lambda x: as_matrix(sae.encode(x))
+        return lambda x: _matrix(sae.encode(x))
     if name == "reconstruction":
         return lambda x: sae.decode(sae.encode(x))
     if name not in ("random", "pca"):
@@ -165,7 +155,7 @@ def view(run, name: str, sae=None, seed: int | None = None) -> Callable:
     other = dictionaries.create(name, seed=config.seed if seed is None else seed, **sized).fit(train)
     if name == "pca":  # its k coefficients with their signs, not parted into two latents each
         return lambda x: (sae.normalize(x) - other.pre_bias.numpy()) @ other.atoms.numpy().T
-    return lambda x: as_matrix(other.encode(x))
+    return lambda x: _matrix(other.encode(x))
 
 
 def fit_probes(run, names=tuple(TITLES), strengths=GRID) -> tuple[dict[str, Probe], pd.DataFrame]:

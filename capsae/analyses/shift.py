@@ -209,7 +209,10 @@ def compare(measured: pd.DataFrame, replicates: Mapping[tuple, np.ndarray], alph
     at = measured.set_index(["representation", "set", "metric", "scaled"])["value"]
     over = places(list(dict.fromkeys(measured["set"])))
     known = list(dict.fromkeys(measured["representation"]))
-    pairs = dict.fromkeys([*((a, b) for a, b in PAIRS if {a, b} <= set(known)), *((a, "cls") for a in known[1:])])
+    if "cls" not in known:
+        raise ValueError(f"measured are {', '.join(known)}: without 'cls' there is nothing to compare with")
+    tested = [(a, b) for a, b in PAIRS if {a, b} <= set(known)]
+    pairs = dict.fromkeys([*tested, *((a, "cls") for a in known if a != "cls")])
     rows = []
     for metric, scaled in TESTED:
         for name, than in pairs:
@@ -374,8 +377,10 @@ def alarms(
                     found[group][name] = (share, w[:, 0] / np.maximum(w[:, 1], 1))
         for group, of in found.items():
             before, drawn = of.pop(CLEAN)
-            mean = float(np.nanmean([share for share, _ in of.values()]))
-            draws = np.mean([d for _, d in of.values()], axis=0) - drawn
+            # A set in which no image is of the group (none classified correctly) has no share, and takes no part.
+            defined = [(share, d) for share, d in of.values() if not np.isnan(share)]
+            mean = float(np.mean([share for share, _ in defined])) if defined else np.nan
+            draws = np.mean([d for _, d in defined], axis=0) - drawn if defined else np.full(n_boot, np.nan)
             p = bootstrap_p(draws)
             cell = (mean - before, *interval(draws), p, p <= 2 / (1 + n_boot))
             rises.append((method, title, group, before, mean, *cell))
@@ -399,17 +404,20 @@ def with_clean(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def _check_backbone(run, pack) -> None:
-    if not run.profile.pack:
-        return
-    own, theirs = pack_info(run.profile.pack)["backbone"], pack_info(pack)["backbone"]
-    for key in _SAME:
+    """A profile without a pack says what it wants of its backbone; the rest is the weights' own and not compared."""
+    profile, theirs = run.profile, pack_info(pack)["backbone"]
+    own = pack_info(profile.pack)["backbone"] if profile.pack else profile.backbone.model_dump(exclude_none=True)
+    for key in _SAME if profile.pack else [key for key in _SAME if key in own]:
         if _plain(own.get(key)) != _plain(theirs.get(key)):
+            what = f"pack {profile.pack!r}" if profile.pack else f"backbone of profile {profile.name!r}"
             raise ValueError(
-                f"pack {os.fspath(pack)!r} was made with backbone {key} = {theirs.get(key)!r}, the profile's pack "
-                f"{run.profile.pack!r} with {own.get(key)!r}: make it again with the profile's backbone"
+                f"pack {os.fspath(pack)!r} was made with backbone {key} = {theirs.get(key)!r}, the {what} "
+                f"with {own.get(key)!r}: make it again with the profile's backbone"
             )
 
 
 def _plain(value):
-    """A timm name without its tag, which a checkpoint file does not have; anything else as it is."""
+    """A timm name without its tag, which a checkpoint file does not have; a list for a tuple; else as it is."""
+    if isinstance(value, tuple):
+        return list(value)
     return value.partition(".")[0] if isinstance(value, str) else value

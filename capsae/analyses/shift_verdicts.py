@@ -8,7 +8,6 @@ import pandas as pd
 
 from ..comparisons import corrected
 from .calibration import NAMES, SHARES
-from .corruptions import CORRUPTIONS
 from .probes import TITLES
 from .shift import CLEAN, LOSS, MEAN
 
@@ -142,13 +141,6 @@ def seeds_text(seeds: pd.DataFrame, other: str = "cls") -> str:
         f"{values.min():+.1f} and {values.max():+.1f} points: "
         + ("its sign does not depend on the seed." if same else "its sign depends on the seed.")
     )
-
-
-def alarm_shares(alarms: pd.DataFrame, group: str = "all") -> pd.DataFrame:
-    """Mean share flagged over the corruptions, method (title) by strength; sets without strengths are left out."""
-    rows = alarms[(alarms["group"] == group) & alarms["corruption"].isin([CLEAN, *CORRUPTIONS])]
-    wide = rows.groupby(["title", "strength"], sort=False)["value"].mean().unstack("strength")
-    return wide.reindex(columns=sorted(wide.columns))
 
 
 def alarm_text(rises: pd.DataFrame, alpha: float = 0.05) -> str:
