@@ -64,7 +64,7 @@ for names in jobs:
         message: "; ".join(f"{name}: {STALE.get(name, 'asked for by name')}" for name in names)
         priority: priority(names)
         shell:
-            "{sys.executable} -m capsae.publish run {params.pages}"
+            "{sys.executable} -m capsae.build run {params.pages}"
 
 
 for name in [name for names in jobs if len(names) > 1 for name in names]:

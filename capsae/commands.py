@@ -256,7 +256,7 @@ def zoo(options) -> int:
 
 
 def reproduce(options) -> int:
-    from . import publish
+    from . import build
     from .plan import pages
 
     known = pages()
@@ -264,8 +264,8 @@ def reproduce(options) -> int:
         if not any(page.profile == name for page in known.values()):
             have = ", ".join(dict.fromkeys(page.profile for page in known.values()))
             raise ValueError(f"profile {name!r} has no pages in the book; those of {have} can be reproduced")
-    targets = [str(publish.path_of(name)) for name, page in known.items() if page.profile in options.profiles]
-    return publish.reproduce(jobs=options.jobs, dry_run=options.dry_run, targets=targets, everything=options.all)
+    targets = [name for name, page in known.items() if page.profile in options.profiles]
+    return build.reproduce(jobs=options.jobs, dry_run=options.dry_run, targets=targets, everything=options.all)
 
 
 # --- helpers

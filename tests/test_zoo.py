@@ -558,7 +558,7 @@ def test_the_page_of_dictionaries_is_in_step_and_cites_what_is_in_the_references
 
     book = tables.root() / "book"
     text = page.dictionaries_page(book / "references.bib", pages._HEADING.format(source=pages.DICTIONARIES))
-    assert (book / "dictionaries.md").read_text(encoding="utf-8") == text, "run python -m capsae.publish pages"
+    assert (book / "dictionaries.md").read_text(encoding="utf-8") == text, "run python -m capsae.build pages"
     for name in zoo.members():
         assert f"(`{name}`)" in text
     assert "FAST" in text and "arXiv 2" not in text.split("## Not in the zoo")[0].replace("as arXiv 2604.26409", "")
