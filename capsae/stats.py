@@ -207,6 +207,37 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
+def verdicts(effect, p, families=None, level: float = 0.05, corrected: bool = False) -> pd.DataFrame:
+    """Holm's correction and a word for each of m comparisons: "better", "worse", "undecided".
+
+    Parameters
+    ----------
+    effect : array (m,)
+        The differences, signed so that more is better.
+    p : array (m,)
+        Their p values; NaN, a comparison without a test, is left out of the correction and undecided.
+    families : array (m,), or list of them, optional
+        Comparisons with equal labels are corrected together; without it, all are.
+    level : float
+        A corrected p below it decides.
+    corrected : bool
+        The p values are corrected already.
+
+    Returns
+    -------
+    DataFrame
+        p_holm, verdict; a row a comparison, in the given order and with the index of ``p`` if that is a Series.
+    """
+    adjusted = pd.Series(p, dtype=np.float64)
+    if not corrected:
+        known = adjusted.dropna()
+        by = [np.zeros(len(adjusted))] if families is None else families if isinstance(families, list) else [families]
+        by = [pd.Series(np.asarray(of), adjusted.index)[known.index] for of in by]
+        adjusted = known.groupby(by, sort=False).transform(holm).reindex(adjusted.index)
+    side = np.where(np.asarray(effect) > 0, "better", "worse")
+    return pd.DataFrame({"p_holm": adjusted, "verdict": np.where(adjusted < level, side, "undecided")})
+
+
 def win_tie_loss(compared: pd.DataFrame) -> pd.DataFrame:
     """Count the OOD sets on which a method is better, undecided, worse.
 
