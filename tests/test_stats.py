@@ -212,14 +212,3 @@ def test_degrees_of_freedom_are_those_of_students_t_without_images():
     assert stats.seeds_and_images(a, 0.0, b)["p"] == pytest.approx(ttest_ind(a, b, equal_var=False).pvalue)
     with pytest.raises(ValueError, match="for each seed"):
         stats.seeds_and_images([], 0.1)
-
-
-def test_verdicts_are_corrected_within_their_family():
-    p = np.array([0.02, 0.04, 0.03, np.nan])
-    corrected, verdict = stats.verdicts([-1.0, 1.0, 1.0, 1.0], p, ["a", "a", "b", "b"])
-    np.testing.assert_allclose(corrected, [0.04, 0.04, 0.03, np.nan])
-    assert verdict.tolist() == ["better", "worse", "worse", "undecided"]
-    _, together = stats.verdicts([-1.0, 1.0, 1.0, 1.0], p)
-    assert together.tolist() == ["undecided"] * 4
-    _, up = stats.verdicts([0.1, 0.1], [0.01, 0.01], higher_is_better=[True, False])
-    assert up.tolist() == ["better", "worse"]
