@@ -528,7 +528,10 @@ def _load_frame(folder: Path) -> pd.DataFrame:
 def _save_scores(scores: Mapping[str, Mapping[str, np.ndarray]], folder: Path) -> None:
     from safetensors.numpy import save_file
 
-    save_file({f"{name} {where}": of for name, sets in scores.items() for where, of in sets.items()}, folder / "scores.safetensors")
+    save_file(
+        {f"{name} {where}": of for name, sets in scores.items() for where, of in sets.items()},
+        folder / "scores.safetensors",
+    )
 
 
 def _load_scores(folder: Path) -> dict[str, dict[str, np.ndarray]]:

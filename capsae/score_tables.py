@@ -133,7 +133,7 @@ def _by_bootstrap(side, other) -> dict:
     if len(a) == len(b) == 1:
         lo, hi = interval(draws_a - draws_b)
         return {"value": float(a[0] - b[0]), "lo": lo, "hi": hi, "p": bootstrap_p(draws_a - draws_b), "seeds": 1}
-    return _with_seeds(a, b, np.nanstd(draws_a - draws_b, ddof=1))
+    return _with_seeds(a, b, _error(draws_a - draws_b))
 
 
 def _with_seeds(a: np.ndarray, b: np.ndarray, image_error: float) -> dict:
@@ -216,8 +216,14 @@ def _interval(values: np.ndarray, draws: np.ndarray) -> tuple[float, float]:
     """Of a share: images and seeds where there are seeds, kept within 0 and 1; else the images' percentiles."""
     if len(values) == 1 or not len(draws):
         return interval(draws)
-    found = seeds_and_images(values, np.nanstd(draws, ddof=1))
+    found = seeds_and_images(values, _error(draws))
     return max(0.0, found["lo"]), min(1.0, found["hi"])
+
+
+def _error(draws: np.ndarray) -> float:
+    """Standard error from replicates; those that are undefined are left out."""
+    draws = draws[~np.isnan(draws)]
+    return float(draws.std(ddof=1)) if len(draws) > 1 else np.nan
 
 
 def _accuracy_row(where: str, right: np.ndarray, n_boot: int, seed: int) -> tuple:
