@@ -74,7 +74,7 @@ MADE_BY: dict[str, tuple[str, ...]] = {
         *("capsae.analyses.probes", "capsae.analyses.calibration", "capsae.analyses.corruptions"),
         *("capsae.sae.dictionaries", "capsae.probe"),
     ),
-    "12_causal": tuple(f"capsae.analyses.causal{part}" for part in ("", "_effects", "_curves", "_text", "_figures")),
+    "12_causal": tuple(f"capsae.analyses.causal{part}" for part in ("", "_effects", "_curves", "_study", "_figures")),
     "13_meaning": (
         *("capsae.analyses.meaning", "capsae.analyses.meaning_verdicts", "capsae.analyses.meaning_figures"),
         *("capsae.analyses.contrast", "capsae.analyses.together", "capsae.analyses.neighbours"),
