@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .profile_errors import ProfileError, explain_validation
 from .profile_parts import Backbone, CapConfig, Holdout, Part, Source, Validation, path_fields
@@ -53,6 +53,7 @@ class Profile(Part):
     detectors: dict[str, dict[str, bool | int | float | str]] = {}  # options by detector name
     n_boot: int = 1000
     seed: int = 0  # splits, probe and intervals; the SAE has its own
+    sae_seeds: int = Field(1, ge=1)  # SAEs from seed sae.seed on, over which tables are means; 1: no interval of seeds
     show_images: bool = False  # may its images stand in a book that is given away?
 
     @field_validator("pack", mode="before")

@@ -66,6 +66,16 @@ class SparseCodes:
         np.add.at(out, (np.arange(len(self))[:, None], self.indices), self.values)
         return out
 
+    def csr(self):
+        """(N, M) float64 as a scipy sparse array, without the unused slots."""
+        from scipy.sparse import csr_array
+
+        codes = self.numpy()
+        fired = codes.values != 0
+        starts = np.concatenate([[0], np.cumsum(fired.sum(1))])
+        cells = codes.values[fired].astype(np.float64), codes.indices[fired], starts
+        return csr_array(cells, shape=(len(self), self.n_latents))
+
     def numpy(self) -> SparseCodes:
         """The same with numpy arrays."""
         if isinstance(self.values, np.ndarray):
