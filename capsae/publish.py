@@ -70,7 +70,7 @@ MADE_BY: dict[str, tuple[str, ...]] = {
         *("capsae.analyses.ontology_figures", "capsae.analyses.mantel", "capsae.analyses.wordnet", "capsae.sae"),
     ),
     "11_shift": (
-        *("capsae.analyses.shift", "capsae.analyses.shift_figures", "capsae.analyses.shift_verdicts"),
+        *("capsae.analyses.shift", "capsae.analyses.shift_figures", "capsae.analyses.shift_study"),
         *("capsae.analyses.probes", "capsae.analyses.calibration", "capsae.analyses.corruptions"),
         *("capsae.sae.dictionaries", "capsae.probe"),
     ),
