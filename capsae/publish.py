@@ -64,7 +64,7 @@ STAGES = {
 # Code of a page's own beside that of its stages, and committed files that it reads (with the page's profile).
 MADE_BY: dict[str, tuple[str, ...]] = {
     "08_zoo": tuple(f"capsae.zoo.{part}" for part in ("summary", "verdicts", "figures", "tables", "measure")),
-    "09_dark_matter": tuple(f"capsae.analyses.dark_matter{part}" for part in ("", "_scores", "_words", "_figures")),
+    "09_dark_matter": tuple(f"capsae.analyses.dark_matter{part}" for part in ("", "_scores", "_study", "_figures")),
     "10_ontology": (
         *("capsae.analyses.ontology", "capsae.analyses.ontology_kernels", "capsae.analyses.ontology_study"),
         *("capsae.analyses.ontology_figures", "capsae.analyses.mantel", "capsae.analyses.wordnet", "capsae.sae"),
