@@ -57,22 +57,32 @@ def extract(options) -> int:
 
 
 def _extract_pack(run, options) -> int:
-    from .packs import add_pixels, make_pack
+    from .packs import add_pixels, make_pack, pack_info
     from .scoring import load_weights
 
     profile = run.profile
     names = [name for name in profile.sets if not (name == "val" and run.inputs.holdout)]
     profile.check_files(names)
     run.inputs.source("train")
-    backbone = None if options.pixels else load_weights(run)
     out = Path(options.out or Path("packs") / profile.name)
+    if options.train_backbone:
+        from .backbone import load_backbone
+        from .tinyvit import save_with_provenance
+
+        vit, source = run.inputs.train_backbone()
+        weights = save_with_provenance(vit, out, profile.seed, source)
+        backbone = load_backbone(run.inputs.backbone_settings(weights))
+    else:
+        backbone = None if options.pixels else load_weights(run)
     sources = {name: run.inputs.source(name) for name in names}
     if options.pixels:
         add_pixels(profile.pack, sources, out)
         sys.stdout.write(f"{out}: {', '.join(names)}: features as in {profile.pack!r}, pixel statistics new\n")
         return 0
     notes = f"made by `capsae extract {profile.name}`"
-    make_pack(profile.name, sources, backbone, out, notes=notes, device=options.device, progress=not options.quiet)
+    settings = {"device": options.device, "progress": not options.quiet}
+    settings["stored"] = pack_info(profile.pack)["dtype"]["stored"]
+    make_pack(profile.name, sources, backbone, out, notes=notes, **settings)
     sys.stdout.write(f"{out}: {', '.join(names)}\nuse it with --set pack={out}\n")
     return 0
 
