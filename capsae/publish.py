@@ -38,6 +38,7 @@ from .plan import (
     root,
     sweep_pages,
 )
+from .verify import keep_published, mark_run
 
 log = logging.getLogger(__name__)
 
@@ -307,6 +308,7 @@ def publish(page: Page, template: Path | None = None) -> Path:
             data.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(new, data)
         os.replace(made, target)
+        mark_run(root(), page.name, target)
     return target
 
 
@@ -417,6 +419,7 @@ def reproduce(
         sys.stdout.writelines(f"{name}: {why[name] or 'fresh; everything was asked for'}\n" for name in wanted)
         sys.stdout.write(f"{len(wanted)} of {len(why)} pages would be executed\n")
         return 0
+    keep_published(root())
     command = [sys.executable, "-m", "snakemake", "--cores", str(jobs or min(2, os.cpu_count() or 1))]
     command += ["--quiet", "host", *["--config", "everything=1"] * everything]
     status = 0
