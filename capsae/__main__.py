@@ -39,7 +39,7 @@ Results are kept in $CAPSAE_HOME, or .capsae of the project around the current f
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 `verify` found a difference, 2 wrong input, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 1 found a difference, 2 wrong input, 130 interrupted."""
     options = _parser().parse_args(arguments)
     _log(options.verbose)
     try:
