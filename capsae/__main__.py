@@ -30,6 +30,7 @@ In this order, each on what the one before it made (nothing is made twice):
   capsae detectors                     every score: formula, options, source
   capsae zoo                           every autoencoder and dictionary on the same features: tables in book/zoo
   capsae reproduce                     all of the book: execute what is not fresh, then build it
+  capsae verify                        are the numbers made here those that are published?
 
 Change any setting:  --set sae.k=64 --set caps.core_fraction=0.2
 Your own data:       a .toml file in place of a profile's name; start from `capsae profiles imagenet20`.
@@ -38,7 +39,7 @@ Results are kept in $CAPSAE_HOME, or .capsae of the project around the current f
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 2 wrong input, 130 interrupted)."""
+    """Run one command; returns the exit status: 0 done, 1 found a difference, 2 wrong input, 130 interrupted."""
     options = _parser().parse_args(arguments)
     _log(options.verbose)
     try:
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="?", help="a profile's name or .toml file (as --profile)")
     command.add_argument("--out", metavar="FOLDER", help="of a re-made pack (default: packs/<name> here)")
     command.add_argument("--pixels", action="store_true", help="keep a pack's features, measure its images anew")
+    command.add_argument("--train-backbone", action="store_true", help="digits: first train its ViT, from pixels")
 
     command = add("train", "train the SAE, make the class activation profiles, write both to a folder")
     command.add_argument("name", nargs="?", help="a profile's name or .toml file (as --profile)")
@@ -161,6 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--jobs", type=int, default=None, help="pages at a time (default: 2, or the number of cores)")
     command.add_argument("--dry-run", "-n", action="store_true", help="say what would be executed, and why")
     command.add_argument("--all", "-a", action="store_true", help="execute what is fresh, too")
+    command.add_argument("--main", "-m", action="store_true", help="only the main story: notebooks 01 to 06")
+
+    command = add("verify", "compare what was executed here with what is published", parents=(common,))
+    command.description = "Every value of every page's CSVs, to the printed digit; exit status 1 where one differs."
+    command.add_argument("--against", default="HEAD", metavar="REV", help="the commit that counts (default: HEAD)")
+    command.add_argument("--record", action="store_true", help="write this machine into book/reproduced_on")
+    command.add_argument("--all", "-a", action="store_true", help="list every difference, not ten a page")
     return parser
 
 

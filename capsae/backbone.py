@@ -26,7 +26,7 @@ class BackboneSpec:
     ----------
     model : str
         A timm name (``deit_tiny_patch16_224``), or ``torchvision/vit_b_16`` (converted to timm), or
-        ``capsae/digits_vit`` (needs ``checkpoint``).
+        ``capsae/digits_vit`` (embedded).
     checkpoint : str or None
         A file of weights (safetensors, or a torch state dict).
     pretrained : bool
@@ -204,15 +204,11 @@ def load_backbone(settings) -> Backbone:
         weights = spec.checkpoint or ("DEFAULT" if spec.pretrained else None)
         return Backbone(load_torchvision_vit(name, weights=weights), spec)
     if family == "capsae":
-        from .tinyvit import load_digits_vit
+        from .tinyvit import WEIGHTS, load_digits_vit
 
         if name != "digits_vit":
             raise ValueError(f"unknown backbone {spec.model!r}; ours is 'capsae/digits_vit'")
-        if spec.checkpoint is None:
-            raise ValueError(
-                "backbone 'capsae/digits_vit' needs a checkpoint: train one with capsae.tinyvit.train_digits_vit"
-            )
-        return Backbone(load_digits_vit(spec.checkpoint), spec)
+        return Backbone(load_digits_vit(spec.checkpoint or WEIGHTS), spec)
     return Backbone(_timm_model(spec), spec, _file_digest(spec.checkpoint) if spec.checkpoint else None)
 
 

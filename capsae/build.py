@@ -13,9 +13,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from .page_kernel import SharedKernel
 from .pages import write_pages
 from .plan import pages, root
 from .publish import PublishError, page_name, publish, why_stale
+from .verify import keep_published
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ def reproduce(
         sys.stdout.writelines(f"{name}: {why[name] or 'fresh; everything was asked for'}\n" for name in wanted)
         sys.stdout.write(f"{len(wanted)} of {len(why)} pages would be executed\n")
         return 0
+    keep_published(root())
     command = [sys.executable, "-m", "snakemake", "--cores", str(jobs or min(2, os.cpu_count() or 1))]
     command += ["--quiet", "host", "--keep-going", *["--config", "everything=1"] * everything]
     status = 0
@@ -84,12 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
         for name in chosen.page:
             if name not in known:
                 parser.error(f"no page {name!r}; there are {', '.join(known)}")
-        for name in chosen.page:
-            try:
-                log.info("published %s", publish(known[name]))
-            except (PublishError, ValueError) as error:
-                sys.stderr.write(f"{error}\n")
-                failed += 1
+        with SharedKernel() as kernel:
+            for name in chosen.page:
+                try:
+                    log.info("published %s", publish(known[name], kernel=kernel))
+                except (PublishError, ValueError) as error:
+                    sys.stderr.write(f"{error}\n")
+                    failed += 1
         return 1 if failed else 0
     if chosen.command == "pages":
         write_pages()

@@ -57,22 +57,32 @@ def extract(options) -> int:
 
 
 def _extract_pack(run, options) -> int:
-    from .packs import add_pixels, make_pack
+    from .packs import add_pixels, make_pack, pack_info
     from .scoring import load_weights
 
     profile = run.profile
     names = [name for name in profile.sets if not (name == "val" and run.inputs.holdout)]
     profile.check_files(names)
     run.inputs.source("train")
-    backbone = None if options.pixels else load_weights(run)
     out = Path(options.out or Path("packs") / profile.name)
+    if options.train_backbone:
+        from .backbone import load_backbone
+        from .tinyvit import save_with_provenance
+
+        vit, source = run.inputs.train_backbone()
+        weights = save_with_provenance(vit, out, profile.seed, source)
+        backbone = load_backbone(run.inputs.backbone_settings(weights))
+    else:
+        backbone = None if options.pixels else load_weights(run)
     sources = {name: run.inputs.source(name) for name in names}
     if options.pixels:
         add_pixels(profile.pack, sources, out)
         sys.stdout.write(f"{out}: {', '.join(names)}: features as in {profile.pack!r}, pixel statistics new\n")
         return 0
     notes = f"made by `capsae extract {profile.name}`"
-    make_pack(profile.name, sources, backbone, out, notes=notes, device=options.device, progress=not options.quiet)
+    settings = {"device": options.device, "progress": not options.quiet}
+    settings["stored"] = pack_info(profile.pack).get("dtype", {}).get("stored", "float16")
+    make_pack(profile.name, sources, backbone, out, notes=notes, **settings)
     sys.stdout.write(f"{out}: {', '.join(names)}\nuse it with --set pack={out}\n")
     return 0
 
@@ -257,15 +267,28 @@ def zoo(options) -> int:
 
 def reproduce(options) -> int:
     from . import build
-    from .plan import pages
+    from .plan import MAIN, pages
 
     known = pages()
     for name in options.profiles:
         if not any(page.profile == name for page in known.values()):
             have = ", ".join(dict.fromkeys(page.profile for page in known.values()))
             raise ValueError(f"profile {name!r} has no pages in the book; those of {have} can be reproduced")
-    targets = [name for name, page in known.items() if page.profile in options.profiles]
+    chosen = {name: page for name, page in known.items() if not options.main or page.notebook in MAIN}
+    targets = [name for name, page in chosen.items() if not options.profiles or page.profile in options.profiles]
+    targets = targets if len(targets) < len(known) else []
     return build.reproduce(jobs=options.jobs, dry_run=options.dry_run, targets=targets, everything=options.all)
+
+
+def verify(options) -> int:
+    from .plan import root
+    from .verify import record, verify
+
+    reports, lines = verify(root(), options.against, shown=sys.maxsize if options.all else 10)
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    if options.record:
+        sys.stdout.write(f"{record(root(), reports, options.against)}\n")
+    return int(any(report.differences for report in reports))
 
 
 # --- helpers

@@ -169,7 +169,11 @@ class Inputs:
         if backbone.checkpoint:
             inputs["weights"] = file_record(self.profile.resolve(backbone.checkpoint))["sha256"]
         elif backbone.model == DIGITS_VIT:
-            inputs["weights"] = artefact_digest("backbone", *self._recipe_digits_vit())
+            from .tinyvit import WEIGHTS, is_embedded
+
+            embedded = is_embedded(self.profile.seed, self._trained_on())
+            trained = artefact_digest("backbone", *self._recipe_digits_vit())
+            inputs["weights"] = file_record(WEIGHTS)["sha256"] if embedded else trained
         settings = backbone.model_dump(mode="json", exclude={"checkpoint"}) | self._own_crop(set_name)
         return {"backbone": settings, "set": set_name, "extractor": EXTRACTOR}, inputs
 
@@ -178,14 +182,25 @@ class Inputs:
         crop = self.profile.source(own).crop
         return {} if crop is None else {"crop": crop}
 
+    def train_backbone(self):
+        """Train the small ViT from pixels, on the profile's own training images; returns a DigitsViT and these."""
+        from .tinyvit import train_digits_vit
+
+        if self.profile.backbone.model != DIGITS_VIT:
+            why = f"backbone.model = {self.profile.backbone.model!r}: only {DIGITS_VIT!r} is trained here"
+            raise ProfileError(f"profile {self.profile.name!r} cannot be used", [why])
+        source = self._trained_on()
+        return train_digits_vit(source, self.profile.seed, self.device, progress=self.progress), source
+
     def _digits_vit(self) -> Path:
-        """Return the weights of the small ViT that is trained on a profile's own training images."""
+        """Return the weights of the small ViT: the embedded ones, or trained for another seed or other images."""
+        from .tinyvit import WEIGHTS, is_embedded
+
+        if is_embedded(self.profile.seed, self._trained_on()):
+            return WEIGHTS
 
         def make():
-            from .tinyvit import train_digits_vit
-
-            seed, device = self.profile.seed, self.device
-            return train_digits_vit(self._trained_on(), seed=seed, device=device, progress=self.progress)
+            return self.train_backbone()[0]
 
         def save(trained, folder):
             trained.save(folder / "weights.safetensors")

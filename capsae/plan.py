@@ -13,6 +13,9 @@ from typing import Any
 BOOK_PROFILES = ("imagenet20", "mini80", "digits")
 SWEPT = "imagenet20"
 TUNED = ("imagenet20", "mini80")  # digits has too few rows a class to play OOD with
+ABLATIONS = ("05_ablation", "06_sweep")
+MAIN = ("01_features", "02_train_sae", "03_discover_caps", "04_score_ood", *ABLATIONS)
+"""The paper's story: what ``capsae reproduce --main`` executes."""
 # Notebooks on other dictionaries and on what latents hold, with the profiles that each is executed for.
 ANALYSES: dict[str, tuple[str, ...]] = {
     "08_zoo": ("imagenet20",),

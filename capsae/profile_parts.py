@@ -21,7 +21,7 @@ def _share_of_the_image(value: float | None) -> float | None:
 
 
 class Backbone(Part):
-    """The frozen feature extractor: a timm name, ``torchvision/vit_b_16``, or ``capsae/digits_vit`` (trained here)."""
+    """The frozen feature extractor: a timm name, ``torchvision/vit_b_16``, or ``capsae/digits_vit``."""
 
     model: str
     checkpoint: str | None = None  # weights file; relative paths start from data_root

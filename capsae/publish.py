@@ -17,13 +17,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .display import PAGE_DATA, RESULT_MIME
+from .display import RESULT_MIME
+from .page_kernel import SharedKernel
 from .plan import (
     OVERRIDES,
     SWEEPS,
@@ -37,6 +37,7 @@ from .plan import (
     root,
     sweep_pages,
 )
+from .verify import mark_run
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +121,13 @@ def path_of(name: str) -> Path:
     return root() / RUNS / f"{name}.ipynb"
 
 
-def execute(page: Page, folder: Path, template: Path | None = None) -> Path:
+def execute(page: Page, folder: Path, template: Path | None = None, kernel: SharedKernel | None = None) -> Path:
     """Execute a page's notebook inside ``folder`` and return the cleaned, stamped file there.
+
+    Parameters
+    ----------
+    kernel : SharedKernel, optional
+        Default: one of its own.
 
     Raises
     ------
@@ -129,25 +135,21 @@ def execute(page: Page, folder: Path, template: Path | None = None) -> Path:
         If a cell failed; it names the page and holds the notebook's own traceback.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
+    if kernel is None:
+        with SharedKernel() as kernel:
+            return execute(page, folder, template, kernel)
     template = template or root() / "notebooks" / f"{page.notebook}.ipynb"
     parameters = check_parameters(page.notebook, page.parameters, read_notebook(template))
     given = {name: parameters[name] for name in page.parameters}
     stamped = stamp(page, parameters)  # before the run: a profile that cannot be used is refused here
     raw, out = folder / "raw.ipynb", folder / f"{Path(page.name).name}.ipynb"
-    # The kernel must import the package whose digests the page will carry, installed or not.
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
-    variables = {
-        PAGE_DATA: f"data/{out.stem}",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONWARNINGS": "ignore:IProgress not found",  # bars are text here, widgets are not needed
-    }
     try:
-        with _environment(variables):
-            # ipykernel warns of each kernel that others could listen: it talks to this machine alone, over loopback.
-            quiet = {"progress_bar": False, "stderr_file": sys.stderr, "extra_arguments": ["--log-level=ERROR"]}
-            papermill.execute_notebook(template, raw, given, cwd=folder, kernel_name="python3", **quiet)
-    except papermill.PapermillExecutionError as error:
+        quiet: dict[str, Any] = {"progress_bar": False, "stderr_file": sys.stderr}
+        quiet["km"] = kernel.prepare(folder, f"data/{out.stem}")
+        papermill.execute_notebook(template, raw, given, cwd=folder, kernel_name="python3", **quiet)
+    except (papermill.PapermillExecutionError, DeadKernelError) as error:
         raise PublishError(f"{page.name} failed and is not published:\n{error}") from None
     except RuntimeError as error:  # the kernel died, or did not start: often of too little memory
         raise PublishError(f"{page.name} failed and is not published: {error}") from None
@@ -160,21 +162,6 @@ def execute(page: Page, folder: Path, template: Path | None = None) -> Path:
     out.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     raw.unlink()
     return out
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the kernels started inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def stamp(page: Page, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,13 +234,13 @@ def set_title(notebook: dict, page: Page) -> None:
     raise ValueError(f"notebook {page.notebook} has no heading of the first level")
 
 
-def publish(page: Page, template: Path | None = None) -> Path:
+def publish(page: Page, template: Path | None = None, kernel: SharedKernel | None = None) -> Path:
     """Execute a page and put it in its place under book/runs, with its CSVs; if it fails, the old page stays."""
     target = path_of(page.name)
     build = root() / "build"
     build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build, prefix="page-") as work:
-        made = execute(page, Path(work), template)
+        made = execute(page, Path(work), template, kernel)
         target.parent.mkdir(parents=True, exist_ok=True)
         data, old = target.parent / "data" / target.stem, Path(work) / "old"
         if data.exists():
@@ -263,6 +250,7 @@ def publish(page: Page, template: Path | None = None) -> Path:
             data.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(new, data)
         os.replace(made, target)
+        mark_run(root(), page.name, target)
     return target
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from capsae import display, plan, publish
+from capsae import display, plan, publish, verify
 
 GOOD = """\
 import os, sys
@@ -66,13 +66,32 @@ def test_a_page_is_published_clean_titled_and_stamped(repository, capfd):
     stamp = notebook["metadata"]["capsae"]
     assert stamp["parameters"] == {"profile": "imagenet20", "sweep": "k"}
     assert {"profile", "inputs", "digest", "versions", "results"} <= set(stamp)
-    assert not list((repository.path / "build").iterdir())
+    assert [each.name for each in (repository.path / "build").iterdir()] == ["ran"]
+    assert verify.ran_here(repository.path, _page().name)
 
 
 def test_a_second_run_of_the_same_is_the_same_to_the_byte(repository):
     first = publish.publish(_page()).read_bytes()
     assert publish.publish(_page()).read_bytes() == first
     assert str(repository.path).encode() not in first
+
+
+def test_pages_in_one_kernel_see_nothing_of_each_other(repository):
+    look = "import os\nprint(os.path.exists('.'), os.environ['CAPSAE_PAGE_DATA'], 'left' in globals())"
+    repository.write(look, "left = 1")
+
+    def made(name, kernel):
+        return publish.publish(_page(name=f"digits/{name}"), kernel=kernel).read_text().replace(name, "NAME")
+
+    with publish.SharedKernel() as kernel:
+        first = made("one", kernel)
+        assert '"True data/NAME False\\n"' in first and '"execution_count": 1' in first
+        assert made("two", kernel) == first
+        repository.write("import os\nos._exit(1)")
+        with pytest.raises(publish.PublishError, match="(?is)digits/three failed.*died"):
+            made("three", kernel)
+        repository.write(look, "left = 1")
+        assert made("four", kernel) == first, "a dead kernel is replaced"
 
 
 def test_without_a_title_the_page_has_the_notebooks_own_and_its_profile(repository):
