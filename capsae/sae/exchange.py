@@ -51,6 +51,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import exchange_files as files
+from . import io
 from .config import SAEConfig
 from .model import TopKSAE
 
@@ -245,6 +246,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> TopKSAE | No
     readers = {"saelens": load_saelens, "sparsify": load_sparsify, "dictionary_learning": load_dictionary_learning}
     whose = files.layout(folder)
     return readers[whose](folder, device) if whose else None
+
+
+io.FOREIGN.append(load)  # `TopKSAE.load` asks it first
 
 
 # --- what they share
