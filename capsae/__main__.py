@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
 import os
+import signal
 import sys
+import threading
 
 from . import commands
 
@@ -21,6 +25,7 @@ In this order, each on what the one before it made (nothing is made twice):
                                        features -> sparse autoencoder and class activation profiles
   capsae score --profile imagenet20 photo.jpg holiday/ --out scores.csv
                                        your own images: class, scores, flag (needs the backbone's weights)
+  capsae score --sae my-sae holiday/   the same from the folder of `train` alone
   capsae explain --profile imagenet20 photo.jpg
   capsae explain --from-set far/textures --row 3
                                        why one image got its score: latents too much or missing, their shares
@@ -37,23 +42,109 @@ Results are kept in $CAPSAE_HOME, or .capsae of the project around the current f
 """
 
 
+# What a person's input or machine can cause; anything else is a fault of ours, and its message says so.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
+REMEDY = {
+    errno.ENOSPC: "the disk is full: free some of it, or set CAPSAE_HOME (results) or TMPDIR to another one",
+    errno.EDQUOT: "your quota of this disk is used up: free some of it, or set CAPSAE_HOME to another one",
+    errno.EACCES: "not allowed: correct its permissions, or name another place (results: CAPSAE_HOME)",
+    errno.EROFS: "this disk cannot be written to: name another place (results: CAPSAE_HOME)",
+    errno.EMFILE: "too many files are open: `ulimit -n 4096` before it, then again",
+    errno.EISDIR: "a folder, where a file is needed",
+    errno.ENOTDIR: "a file, where a folder is needed",
+    errno.ENOENT: "no such file or folder",
+    errno.ENAMETOOLONG: "the name is too long for this disk",
+}
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: the way out is that of Ctrl-C, so that temporary folders go."""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status (0 done, 2 wrong input, 130 interrupted)."""
+    """Run one command; returns the exit status (0 done, 1 a fault of ours, 2 wrong input, 130 or 143 stopped)."""
+    _open_streams()
     options = _parser().parse_args(arguments)
     _log(options.verbose)
     try:
-        return options.run(options) or 0
-    except KeyboardInterrupt:
-        sys.stderr.write("\ncapsae: interrupted; finished shards and stages are kept\n")
-        return 130
+        with _stoppable():
+            status = options.run(options) or 0
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt as stop:
+        _say("\ncapsae: stopped; what is finished is kept (shards, epochs, scored images): the same command goes on")
+        return 143 if isinstance(stop, _Stopped) else 130
     except BrokenPipeError:  # `capsae ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 0
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+    except EXPECTED as error:
         if options.debug:
             raise
-        sys.stderr.write(f"capsae: {error}\n")
+        _say(f"capsae: {_told(error)}")
+        _mute()
         return 2
+    except Exception as error:
+        if options.debug:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        _say(f"capsae: {type(error).__name__}: {first} (unexpected: --debug shows where; please report it)")
+        return 1
+
+
+def _told(error: Exception) -> str:
+    """The message of an error; a bare one of the system gets its path and a remedy."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory {str(error).strip()}; a smaller --batch-size, or fewer latents, would need less"
+    if not isinstance(error, OSError) or error.errno is None or not error.strerror:
+        return str(error)
+    path = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{path}{REMEDY.get(error.errno, error.strerror)} ({error.strerror}, errno {error.errno})"
+
+
+def _open_streams() -> None:
+    """Make closed streams (``>&-``) swallow what they get, and let no character be one that a stream cannot write."""
+    for fd, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_RDWR), fd)  # or the next file opened is what C code prints to
+            setattr(sys, name, open(os.devnull, "r" if fd == 0 else "w", encoding="utf-8"))  # noqa: SIM115
+        elif fd and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
+
+
+def _mute() -> None:
+    """What standard output still holds goes nowhere where it cannot be written, in place of a traceback at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _stoppable():
+    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, unless somebody (nohup) has them ignored."""
+
+    def stop(number, frame):
+        raise _Stopped
+
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        signals = []
+    before = {each: signal.getsignal(each) for each in signals}
+    for each, handler in before.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add("score", "score your own images", parents=(profiled, weights))
     command.add_argument("images", nargs="+", metavar="IMAGES", help="image files or folders of them")
     command.add_argument("--out", metavar="FILE.csv", help="where to write (default: standard output)")
+    command.add_argument("--sae", metavar="FOLDER", help="of `capsae train --out`: no profile and no training data")
+    command.add_argument("--features", metavar="FILE", help="also keep the features (.safetensors)")
     command.add_argument(
         "--method",
         action="append",

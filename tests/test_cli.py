@@ -343,11 +343,11 @@ def test_real_photographs_and_textures_are_told_apart(capsae_, tmp_path):
 def test_a_flag_that_means_little_is_called_so():
     import pandas as pd
 
-    from capsae.commands import _doubts
+    from capsae.scoring import doubts
 
     tied = pd.DataFrame({"epd": [2.0, 2.0, 1.0], "epd_threshold": 2.0})
-    assert [text.split()[0] for text in _doubts(tied, ("epd",), 2)] == ["the", "most"]
-    assert _doubts(tied.assign(epd=[0.1, 0.2, 3.0]), ("epd",), 500) == []
+    assert [text.split()[0] for text in doubts(tied, ("epd",), 2)] == ["the", "most"]
+    assert doubts(tied.assign(epd=[0.1, 0.2, 3.0]), ("epd",), 500) == []
 
 
 def test_help_waits_for_no_library():
