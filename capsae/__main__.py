@@ -20,6 +20,7 @@ In this order, each on what the one before it made (nothing is made twice):
 
   capsae profiles                      what can be run: data, backbone, sizes, what each needs
   capsae profiles imagenet20           one of them in full; every key it prints can follow --set
+  capsae init FOLDER                   a profile for your own images: ten lines of TOML
   capsae extract digits                images -> features (the embedded profiles have theirs already)
   capsae train --profile imagenet20 --out my-sae
                                        features -> sparse autoencoder and class activation profiles
@@ -37,7 +38,8 @@ In this order, each on what the one before it made (nothing is made twice):
   capsae reproduce                     all of the book: execute what is not fresh, then build it
 
 Change any setting:  --set sae.k=64 --set caps.core_fraction=0.2
-Your own data:       a .toml file in place of a profile's name; start from `capsae profiles imagenet20`.
+One more OOD set:    --set ood.far/mine=FOLDER    (beside embedded ones, too; needs the backbone's weights)
+Your own data:       a .toml file in place of a profile's name; `capsae init FOLDER` writes one.
 Results are kept in $CAPSAE_HOME, or .capsae of the project around the current folder, or ~/.cache/capsae.
 """
 
@@ -147,6 +149,31 @@ def _stoppable():
             signal.signal(each, handler)
 
 
+def _at_least(low: int):
+    def whole(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}: {low} or more would do")
+        return int(text)
+
+    return whole
+
+
+def _device(text: str) -> str:
+    """Refuse a device that this machine lacks before any work."""
+    if text in ("auto", "cpu"):
+        return text
+    import torch
+
+    try:
+        usable = torch.empty(1, device=text).device.type != "meta"
+        why = "it computes nothing"
+    except Exception as error:  # RuntimeError, AssertionError: as the build of torch has it
+        usable, why = False, (str(error).strip().splitlines() or [""])[0]
+    if not usable:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({why}); auto or cpu would do")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("capsae", description=GUIDE, formatter_class=raw)
@@ -158,7 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     profiled = argparse.ArgumentParser(add_help=False, parents=[common])
     profiled.add_argument("--profile", "-p", default=None, help="name or .toml file (default: imagenet20)")
     profiled.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may repeat")
-    profiled.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    profiled.add_argument("--seed", type=_at_least(0), metavar="N", help="of splits, probe, intervals and SAE")
+    profiled.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     profiled.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
     weights = argparse.ArgumentParser(add_help=False)
     weights.add_argument("--checkpoint", metavar="FILE", help="the backbone's weights (default: as the profile says)")
@@ -170,6 +198,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("profiles", "list the profiles, or print one in full")
     command.add_argument("name", nargs="?", help="a profile's name or .toml file")
+
+    command = add("init", "look at a folder of images and write a profile for it: ten lines of TOML", parents=(common,))
+    command.add_argument("folder", metavar="FOLDER", help="train/<class>/, test/<class>/, far/<set>/; or class folders")
+    command.add_argument("--model", metavar="NAME", help="timm's name (default: as the weights are called, or DeiT-Ti)")
+    command.add_argument("--checkpoint", metavar="FILE", help="weights (default: the file in FOLDER, or timm's)")
+    command.add_argument("--out", metavar="FILE.toml", help="default: FOLDER/capsae.toml")
 
     command = add("extract", "extract the features of all sets; re-makes the pack of a profile that has one")
     command.add_argument("name", nargs="?", help="a profile's name or .toml file (as --profile)")
@@ -198,9 +232,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--from-set", metavar="SET", help="a set of the profile, e.g. far/textures, in place of an image"
     )
-    command.add_argument("--row", type=int, default=0, help="row of that set (default: 0)")
+    command.add_argument("--row", type=_at_least(0), default=0, help="row of that set (default: 0)")
     command.add_argument("--method", default="epd", help="epd or ours (default: epd)")
-    command.add_argument("--top", type=int, default=10, help="latents to show (default: 10)")
+    command.add_argument("--top", type=_at_least(1), default=10, help="latents to show (default: 10)")
     command.add_argument("--out", metavar="FILE.csv", help="also write the whole table")
 
     command = add("compare", "find the latents that differ between two sets of images", parents=(profiled, weights))
@@ -212,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("a", metavar="A", help="a folder of images, or a set of the profile, e.g. test")
     command.add_argument("b", metavar="B", help="another, e.g. far/textures")
     command.add_argument("--fdr", type=float, default=0.05, help="false discovery rate accepted (default: 0.05)")
-    command.add_argument("--top", type=int, default=10, help="latents to show for each side (default: 10)")
+    command.add_argument("--top", type=_at_least(1), default=10, help="latents to show for each side (default: 10)")
     command.add_argument("--out", metavar="FILE.csv", help="also write the whole table, a row a latent")
 
     command = add(
@@ -231,9 +265,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="sae.k=64, detectors.knn.k=10 ...; may repeat"
     )
-    command.add_argument("--n-boot", type=int, default=1000, metavar="N", help="replicates (default: 1000; 0: none)")
-    command.add_argument("--seed", type=int, default=0, help="of held-out rows, SAE and intervals (default: 0)")
-    command.add_argument("--device", default="auto", help="of the SAE: auto, cpu, cuda ... (default: auto)")
+    command.add_argument(
+        "--n-boot", type=_at_least(0), default=1000, metavar="N", help="replicates (default: 1000; 0: none)"
+    )
+    command.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of held-out rows, SAE and intervals (default: 0)"
+    )
+    command.add_argument(
+        "--device", type=_device, default="auto", help="of the SAE: auto, cpu, cuda ... (default: auto)"
+    )
     command.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
 
     command = add("detectors", "list every score with formula, options and source", parents=(common,))
@@ -243,15 +283,17 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", "-p", action="append", metavar="NAME", help="may repeat (default: imagenet20 and mini80)"
     )
     command.add_argument("--members", action="append", default=[], metavar="A,B", help="only these (default: all)")
-    command.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: 0 1 2 3 4")
-    command.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
+    command.add_argument("--seeds", type=_at_least(0), nargs="+", default=[], metavar="N", help="default: 0 1 2 3 4")
+    command.add_argument("--jobs", type=_at_least(1), default=2, help="processes, of one thread each (default: 2)")
     command.add_argument(
         "--out", metavar="FOLDER", help="of the tables (default: book/zoo; build/zoo where not all is run)"
     )
 
     command = add("reproduce", "execute what is not fresh and build the book", parents=(common,))
     command.add_argument("profiles", nargs="*", metavar="PROFILE", help="only the pages of these (default: all)")
-    command.add_argument("--jobs", type=int, default=None, help="pages at a time (default: 2, or the number of cores)")
+    command.add_argument(
+        "--jobs", type=_at_least(1), default=None, help="pages at a time (default: 2, or the number of cores)"
+    )
     command.add_argument("--dry-run", "-n", action="store_true", help="say what would be executed, and why")
     command.add_argument("--all", "-a", action="store_true", help="execute what is fresh, too")
     return parser

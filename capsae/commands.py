@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import sys
-import tomllib
 from pathlib import Path
 
 from .files import Output, check_folder, csv_text, replacing
@@ -22,11 +21,11 @@ OVERFITTED = 3  # a held-out FVU so many times that of the training rows is told
 
 
 def profiles(options) -> int:
-    from .profiles import available, load_profile
+    from .profiles import available, load_profile, overrides_of
 
     name = options.name or options.profile
     if name or options.set:
-        profile = load_profile(name or "imagenet20", _overrides(options.set))
+        profile = load_profile(name or "imagenet20", overrides_of(options.set))
         sys.stdout.writelines(f"{line}\n" for line in _dotted(profile.to_dict()))
         return 0
     for name in available():
@@ -37,6 +36,28 @@ def profiles(options) -> int:
             f"{name}\n  {profile.title}\n  {data}; {sae}\n  needs {profile.needs}{_pack_size(profile)}\n\n"
         )
     sys.stdout.write("capsae profiles NAME prints all keys of one.\n")
+    return 0
+
+
+def init(options) -> int:
+    from .profiles import load_profile
+    from .starting import look
+
+    path = Path(options.out or Path(options.folder) / "capsae.toml")
+    text, lists = look(options.folder, options.model, options.checkpoint)
+    for name in (path, *(Path(options.folder) / name for name in lists)):
+        if name.exists():
+            raise FileExistsError(f"{name} is there; remove it, or name another by --out")
+    if lists and options.out:
+        raise ValueError(f"--out: without a folder 'test', lists are written beside the profile, into {options.folder}")
+    for name, content in lists.items():
+        Output(Path(options.folder) / name).write(content)
+    Output(path).write(text)
+    profile = load_profile(path)
+    sys.stdout.write(
+        f"{text}\n{path}: {profile.n_classes} classes; edit it as you like, then\n"
+        f"  capsae train --profile {path} --out my-sae\n  capsae score --sae my-sae IMAGES --out scores.csv\n"
+    )
     return 0
 
 
@@ -218,14 +239,13 @@ def compare(options) -> int:
 def evaluate(options) -> int:
     from .arrays import evaluate_arrays, load_arrays, outputs
     from .arrays_report import report
+    from .profiles import overrides_of
 
     if options.sae and options.no_sae:
         raise ValueError("--sae and --no-sae: give one of the two")
-    if options.n_boot < 0:
-        raise ValueError(f"--n-boot {options.n_boot}: 0 (no intervals) or more would do")
     if options.out:
         outputs(options.out)
-    settings = _grouped(_overrides(options.set))
+    settings = _grouped(overrides_of(options.set))
     found = evaluate_arrays(
         load_arrays(options.arrays),
         [_method(name) for name in options.method] if options.method else None,
@@ -264,10 +284,6 @@ def zoo(options) -> int:
     from .zoo.fitting import RATES, SEEDS
     from .zoo.runner import PROFILES, run_backbones, run_zoo
 
-    if options.jobs < 1:
-        raise ValueError(f"--jobs {options.jobs}: 1 or more processes would do")
-    if min(options.seeds, default=0) < 0:
-        raise ValueError(f"--seeds {min(options.seeds)}: 0 or more would do")
     names = [name for text in options.members for name in text.split(",")] or members()
     seeds = tuple(options.seeds) or SEEDS
     whole = tables.is_whole(names, seeds, RATES)
@@ -305,11 +321,13 @@ def reproduce(options) -> int:
 def _run(options):
     _stay_offline_if_alone()
     from .pipeline import Run
+    from .profiles import overrides_of
 
     name = getattr(options, "name", None)
     if name and options.profile and name != options.profile:
         raise ValueError(f"two profiles: {name!r} and --profile {options.profile!r}; give one")
-    overrides = _overrides(options.set)
+    seeds = {} if options.seed is None else {"seed": options.seed, "sae.seed": options.seed}
+    overrides = seeds | overrides_of(options.set)
     return Run(name or options.profile or "imagenet20", overrides, device=options.device, progress=not options.quiet)
 
 
@@ -317,20 +335,6 @@ def _method(name: str) -> str:
     from .detectors import OURS
 
     return OURS if name == "ours" else name
-
-
-def _overrides(texts: list[str]) -> dict:
-    overrides = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"--set {text!r}: write KEY=VALUE, e.g. --set sae.k=64 (a set of images is --from-set)")
-        key = key.strip().replace('"', "")  # TOML's quotes around a set's name
-        try:
-            overrides[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            overrides[key] = value.strip()  # a bare word: --set pack=none
-    return overrides
 
 
 def _grouped(overrides: dict) -> dict[str, dict]:

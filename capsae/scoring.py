@@ -18,7 +18,7 @@ from .caps import ClassActivationProfiles
 from .data import IMAGE_SUFFIXES, ImageSource
 from .detectors import Observations
 from .featureset import FeatureSet, LinearHead
-from .files import refuse_stub, replacing
+from .files import replacing
 
 DEFAULT_METHODS = ("epd", _detectors.OURS)
 KEEP = 0.95  # share of ID validation rows that must not be flagged
@@ -295,40 +295,17 @@ def observe(
 
 
 def load_weights(run, checkpoint: str | Path | None = None):
-    """Return the run's backbone with its weights; errors are those of :func:`weights_of`."""
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"--checkpoint {str(checkpoint)!r}: no such file")
+    """Return the run's backbone with its weights; errors are those of :func:`capsae.backbone.load_weights`."""
+    _check_there(checkpoint)
     return weights_of(run.inputs.backbone_settings(checkpoint))
 
 
 def weights_of(settings: Mapping[str, Any], checkpoint: str | Path | None = None):
-    """Return a backbone with its weights, those of ``checkpoint`` if it is given.
+    """Return a backbone with its weights, those of ``checkpoint`` if it is given."""
+    from . import backbone
 
-    Raises
-    ------
-    FileNotFoundError
-        If they cannot be had; the message says what would do.
-    ValueError
-        If the file of weights is empty, a pointer, or no weights of this model.
-    """
-    from .backbone import load_backbone
-
-    settings = dict(settings) | ({} if checkpoint is None else {"checkpoint": str(checkpoint)})
-    model, file = settings["model"], settings.get("checkpoint")
-    if not file and not settings.get("pretrained"):
-        raise FileNotFoundError(f"backbone {model!r} has no weights: give --checkpoint FILE or set backbone.pretrained")
-    if file and Path(file).is_file():
-        refuse_stub(file)
-    try:
-        return load_backbone(settings)
-    except OSError as error:
-        if file:
-            raise
-        why = str(error).strip().split(". ")[0] or type(error).__name__
-        raise FileNotFoundError(
-            f"the weights of {model!r} are neither on this machine nor to be downloaded: give --checkpoint FILE, "
-            f"or run once with a connection ({why})"
-        ) from None
+    _check_there(checkpoint)
+    return backbone.load_weights(dict(settings) | ({} if checkpoint is None else {"checkpoint": str(checkpoint)}))
 
 
 def doubts(table: pd.DataFrame, methods: Sequence[str], n_val: int) -> list[str]:
@@ -349,6 +326,11 @@ def class_names(run) -> np.ndarray:
     """Return the names (C,) of a run's classes, numbers where it has none."""
     names = run.features("train").class_names
     return np.array(names or [f"class {c}" for c in range(run.profile.n_classes)])
+
+
+def _check_there(checkpoint: str | Path | None) -> None:
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"--checkpoint {str(checkpoint)!r}: no such file")
 
 
 def _name(i: int, image) -> str:

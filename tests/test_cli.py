@@ -312,10 +312,29 @@ def test_a_dry_run_names_each_page_and_why(monkeypatch, capsys):
     assert "a/01: fresh; everything was asked for" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong, said", [(("--jobs", "0"), "--jobs 0: 1 or more"), (("--seeds", "-1"), "--seeds -1")])
-def test_the_zoo_refuses_wrong_numbers(capsae_, wrong, said):
-    status, _, err = capsae_("zoo", *wrong)
-    assert status == 2 and said in err
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("zoo --jobs 0", "--jobs: 0: 1 or more"),
+        ("zoo --seeds -1", "--seeds: -1: 0 or more"),
+        ("reproduce --jobs -1", "--jobs: -1: 1 or more"),
+        ("train --out x --seed -3", "--seed: -3: 0 or more"),
+        ("train --out x --set seed=-3", "seed = -3"),
+        ("train --out x --set sae.seed=-3", "seed is -3"),
+        ("train --out x --set val.seed=-3", "val.seed = -3"),
+        ("explain --from-set test --row -1", "--row: -1: 0 or more"),
+        ("explain --from-set test --top -3", "--top: -3: 1 or more"),
+        ("compare a b --top 0", "--top: 0: 1 or more"),
+        ("evaluate f.npz --n-boot -1", "--n-boot: -1: 0 or more"),
+        ("evaluate f.npz --seed x", "invalid"),
+        ("score f.png --device cuda:99", "'cuda:99' cannot be used here"),
+        ("score f.png --device gpu", "'gpu' cannot be used here"),
+        ("score f.png --device meta", "auto or cpu would do"),
+    ],
+)
+def test_nonsense_is_refused_before_work(capsae_, command, said):
+    status, out, err = capsae_(*command.split())
+    assert status == 2 and said in err and out == "" and "Traceback" not in err
 
 
 # --- for real
