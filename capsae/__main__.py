@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
 import os
+import signal
 import sys
+import threading
 
 from . import commands
 
@@ -16,11 +20,13 @@ In this order, each on what the one before it made (nothing is made twice):
 
   capsae profiles                      what can be run: data, backbone, sizes, what each needs
   capsae profiles imagenet20           one of them in full; every key it prints can follow --set
+  capsae init FOLDER                   a profile for your own images: ten lines of TOML
   capsae extract digits                images -> features (the embedded profiles have theirs already)
   capsae train --profile imagenet20 --out my-sae
                                        features -> sparse autoencoder and class activation profiles
   capsae score --profile imagenet20 photo.jpg holiday/ --out scores.csv
                                        your own images: class, scores, flag (needs the backbone's weights)
+  capsae score --sae my-sae holiday/   the same from the folder of `train` alone
   capsae explain --profile imagenet20 photo.jpg
   capsae explain --from-set far/textures --row 3
                                        why one image got its score: latents too much or missing, their shares
@@ -33,28 +39,140 @@ In this order, each on what the one before it made (nothing is made twice):
   capsae verify                        are the numbers made here those that are published?
 
 Change any setting:  --set sae.k=64 --set caps.core_fraction=0.2
-Your own data:       a .toml file in place of a profile's name; start from `capsae profiles imagenet20`.
+One more OOD set:    --set ood.far/mine=FOLDER    (beside embedded ones, too; needs the backbone's weights)
+Your own data:       a .toml file in place of a profile's name; `capsae init FOLDER` writes one.
 Results are kept in $CAPSAE_HOME, or .capsae of the project around the current folder, or ~/.cache/capsae.
 """
 
 
+# What a person's input or machine can cause; anything else is a fault of ours, and its message says so.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
+REMEDY = {
+    errno.ENOSPC: "the disk is full: free some of it, or set CAPSAE_HOME (results) or TMPDIR to another one",
+    errno.EDQUOT: "your quota of this disk is used up: free some of it, or set CAPSAE_HOME to another one",
+    errno.EACCES: "not allowed: correct its permissions, or name another place (results: CAPSAE_HOME)",
+    errno.EROFS: "this disk cannot be written to: name another place (results: CAPSAE_HOME)",
+    errno.EMFILE: "too many files are open: `ulimit -n 4096` before it, then again",
+    errno.EISDIR: "a folder, where a file is needed",
+    errno.ENOTDIR: "a file, where a folder is needed",
+    errno.ENOENT: "no such file or folder",
+    errno.ENAMETOOLONG: "the name is too long for this disk",
+}
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: the way out is that of Ctrl-C, so that temporary folders go."""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 found a difference, 2 wrong input, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 1 a difference or a fault of ours, 2 wrong input, 130, 143 stopped."""
+    _open_streams()
     options = _parser().parse_args(arguments)
     _log(options.verbose)
     try:
-        return options.run(options) or 0
-    except KeyboardInterrupt:
-        sys.stderr.write("\ncapsae: interrupted; finished shards and stages are kept\n")
-        return 130
+        with _stoppable():
+            status = options.run(options) or 0
+            sys.stdout.flush()
+            return status
+    except KeyboardInterrupt as stop:
+        _say("\ncapsae: stopped; what is finished is kept (shards, epochs, scored images): the same command goes on")
+        return 143 if isinstance(stop, _Stopped) else 130
     except BrokenPipeError:  # `capsae ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 0
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+    except EXPECTED as error:
         if options.debug:
             raise
-        sys.stderr.write(f"capsae: {error}\n")
+        _say(f"capsae: {_told(error)}")
+        _mute()
         return 2
+    except Exception as error:
+        if options.debug:
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        _say(f"capsae: {type(error).__name__}: {first} (unexpected: --debug shows where; please report it)")
+        return 1
+
+
+def _told(error: Exception) -> str:
+    """The message of an error; a bare one of the system gets its path and a remedy."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory {str(error).strip()}; a smaller --batch-size, or fewer latents, would need less"
+    if not isinstance(error, OSError) or error.errno is None or not error.strerror:
+        return str(error)
+    path = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{path}{REMEDY.get(error.errno, error.strerror)} ({error.strerror}, errno {error.errno})"
+
+
+def _open_streams() -> None:
+    """Make closed streams (``>&-``) swallow what they get, and let no character be one that a stream cannot write."""
+    for fd, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_RDWR), fd)  # or the next file opened is what C code prints to
+            setattr(sys, name, open(os.devnull, "r" if fd == 0 else "w", encoding="utf-8"))  # noqa: SIM115
+        elif fd and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
+
+
+def _mute() -> None:
+    """What standard output still holds goes nowhere where it cannot be written, in place of a traceback at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _stoppable():
+    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, unless somebody (nohup) has them ignored."""
+
+    def stop(number, frame):
+        raise _Stopped
+
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        signals = []
+    before = {each: signal.getsignal(each) for each in signals}
+    for each, handler in before.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _at_least(low: int):
+    def whole(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}: {low} or more would do")
+        return int(text)
+
+    return whole
+
+
+def _device(text: str) -> str:
+    """Refuse a device that this machine lacks before any work."""
+    if text in ("auto", "cpu"):
+        return text
+    import torch
+
+    try:
+        usable = torch.empty(1, device=text).device.type != "meta"
+        why = "it computes nothing"
+    except Exception as error:  # RuntimeError, AssertionError: as the build of torch has it
+        usable, why = False, (str(error).strip().splitlines() or [""])[0]
+    if not usable:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({why}); auto or cpu would do")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +186,8 @@ def _parser() -> argparse.ArgumentParser:
     profiled = argparse.ArgumentParser(add_help=False, parents=[common])
     profiled.add_argument("--profile", "-p", default=None, help="name or .toml file (default: imagenet20)")
     profiled.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may repeat")
-    profiled.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    profiled.add_argument("--seed", type=_at_least(0), metavar="N", help="of splits, probe, intervals and SAE")
+    profiled.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     profiled.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
     weights = argparse.ArgumentParser(add_help=False)
     weights.add_argument("--checkpoint", metavar="FILE", help="the backbone's weights (default: as the profile says)")
@@ -80,6 +199,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("profiles", "list the profiles, or print one in full")
     command.add_argument("name", nargs="?", help="a profile's name or .toml file")
+
+    command = add("init", "look at a folder of images and write a profile for it: ten lines of TOML", parents=(common,))
+    command.add_argument("folder", metavar="FOLDER", help="train/<class>/, test/<class>/, far/<set>/; or class folders")
+    command.add_argument("--model", metavar="NAME", help="timm's name (default: as the weights are called, or DeiT-Ti)")
+    command.add_argument("--checkpoint", metavar="FILE", help="weights (default: the file in FOLDER, or timm's)")
+    command.add_argument("--out", metavar="FILE.toml", help="default: FOLDER/capsae.toml")
 
     command = add("extract", "extract the features of all sets; re-makes the pack of a profile that has one")
     command.add_argument("name", nargs="?", help="a profile's name or .toml file (as --profile)")
@@ -96,6 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add("score", "score your own images", parents=(profiled, weights))
     command.add_argument("images", nargs="+", metavar="IMAGES", help="image files or folders of them")
     command.add_argument("--out", metavar="FILE.csv", help="where to write (default: standard output)")
+    command.add_argument("--sae", metavar="FOLDER", help="of `capsae train --out`: no profile and no training data")
+    command.add_argument("--features", metavar="FILE", help="also keep the features (.safetensors)")
     command.add_argument(
         "--method",
         action="append",
@@ -107,9 +234,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--from-set", metavar="SET", help="a set of the profile, e.g. far/textures, in place of an image"
     )
-    command.add_argument("--row", type=int, default=0, help="row of that set (default: 0)")
+    command.add_argument("--row", type=_at_least(0), default=0, help="row of that set (default: 0)")
     command.add_argument("--method", default="epd", help="epd or ours (default: epd)")
-    command.add_argument("--top", type=int, default=10, help="latents to show (default: 10)")
+    command.add_argument("--top", type=_at_least(1), default=10, help="latents to show (default: 10)")
     command.add_argument("--out", metavar="FILE.csv", help="also write the whole table")
 
     command = add("compare", "find the latents that differ between two sets of images", parents=(profiled, weights))
@@ -121,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("a", metavar="A", help="a folder of images, or a set of the profile, e.g. test")
     command.add_argument("b", metavar="B", help="another, e.g. far/textures")
     command.add_argument("--fdr", type=float, default=0.05, help="false discovery rate accepted (default: 0.05)")
-    command.add_argument("--top", type=int, default=10, help="latents to show for each side (default: 10)")
+    command.add_argument("--top", type=_at_least(1), default=10, help="latents to show for each side (default: 10)")
     command.add_argument("--out", metavar="FILE.csv", help="also write the whole table, a row a latent")
 
     command = add(
@@ -140,9 +267,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="sae.k=64, detectors.knn.k=10 ...; may repeat"
     )
-    command.add_argument("--n-boot", type=int, default=1000, metavar="N", help="replicates (default: 1000; 0: none)")
-    command.add_argument("--seed", type=int, default=0, help="of held-out rows, SAE and intervals (default: 0)")
-    command.add_argument("--device", default="auto", help="of the SAE: auto, cpu, cuda ... (default: auto)")
+    command.add_argument(
+        "--n-boot", type=_at_least(0), default=1000, metavar="N", help="replicates (default: 1000; 0: none)"
+    )
+    command.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of held-out rows, SAE and intervals (default: 0)"
+    )
+    command.add_argument(
+        "--device", type=_device, default="auto", help="of the SAE: auto, cpu, cuda ... (default: auto)"
+    )
     command.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
 
     command = add("detectors", "list every score with formula, options and source", parents=(common,))
@@ -152,15 +285,17 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", "-p", action="append", metavar="NAME", help="may repeat (default: imagenet20 and mini80)"
     )
     command.add_argument("--members", action="append", default=[], metavar="A,B", help="only these (default: all)")
-    command.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: 0 1 2 3 4")
-    command.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
+    command.add_argument("--seeds", type=_at_least(0), nargs="+", default=[], metavar="N", help="default: 0 1 2 3 4")
+    command.add_argument("--jobs", type=_at_least(1), default=2, help="processes, of one thread each (default: 2)")
     command.add_argument(
         "--out", metavar="FOLDER", help="of the tables (default: book/zoo; build/zoo where not all is run)"
     )
 
     command = add("reproduce", "execute what is not fresh and build the book", parents=(common,))
     command.add_argument("profiles", nargs="*", metavar="PROFILE", help="only the pages of these (default: all)")
-    command.add_argument("--jobs", type=int, default=None, help="pages at a time (default: 2, or the number of cores)")
+    command.add_argument(
+        "--jobs", type=_at_least(1), default=None, help="pages at a time (default: 2, or the number of cores)"
+    )
     command.add_argument("--dry-run", "-n", action="store_true", help="say what would be executed, and why")
     command.add_argument("--all", "-a", action="store_true", help="execute what is fresh, too")
     command.add_argument("--main", "-m", action="store_true", help="only the main story: notebooks 01 to 06")

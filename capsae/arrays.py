@@ -22,6 +22,7 @@ from .arrays_io import LAYOUT, Arrays, arrays_from, load_arrays
 from .detectors import Observations
 from .evaluate import compare, evaluate
 from .featureset import LinearHead
+from .files import Output, beside
 from .splits import holdout_mask
 
 __all__ = ["LAYOUT", "Arrays", "Evaluation", "arrays_from", "default_sae", "evaluate_arrays", "load_arrays"]
@@ -56,16 +57,22 @@ class Evaluation:
     settings: dict[str, Any]
 
     def save(self, path: str | os.PathLike) -> list[Path]:
-        """Write the table to ``path``, and beside it ``<stem>.compared.csv`` and ``<stem>.json``: settings, notes, what
-        was left out. Returns the three files.
+        """Write the table to ``path``, and beside it ``<path less .csv>.compared.csv`` and ``.json``: settings, notes,
+        what was left out. Returns the three files; raises FileExistsError for a file that is no such table.
         """
-        path = Path(path)
-        record = {"settings": self.settings, "notes": self.notes, "left_out": self.left_out}
-        compared, settings = path.with_suffix(".compared.csv"), path.with_suffix(".json")
-        self.table.to_csv(path, index=False)
-        self.comparison.to_csv(compared, index=False)
-        settings.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        return [path, compared, settings]
+        table, compared, settings = outputs(path)
+        record = {"table": Path(path).name, "settings": self.settings, "notes": self.notes, "left_out": self.left_out}
+        table.table(self.table)
+        compared.table(self.comparison)
+        settings.write(json.dumps(record, indent=1) + "\n")
+        return [Path(path), beside(path, ".compared.csv"), beside(path, ".json")]
+
+
+def outputs(path: str | os.PathLike) -> tuple[Output, Output, Output]:
+    """The three files of :meth:`Evaluation.save`, checked: a name that another table's files have is refused."""
+    head = json.dumps({"table": Path(path).name}, indent=1).removesuffix("\n}")
+    settings = Output(beside(path, ".json"), head)
+    return Output(path, "method,set,"), Output(beside(path, ".compared.csv"), "method,"), settings
 
 
 def evaluate_arrays(

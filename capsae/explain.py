@@ -99,7 +99,8 @@ def _table(latents, p, q, shares, rest: float, caps: ClassActivationProfiles, cl
         whole = pd.DataFrame({"latent": [-1], "profile": [0.0], "expected": [0.0], "share": [rest]})
         table = pd.concat([whole, table], ignore_index=True)
     table["kind"] = [_kind(row.latent, row.profile, row.expected) for row in table.itertuples()]
-    table["classes"] = _classes(table["latent"], caps, class_names)
+    classes = _classes(table["latent"], caps, class_names)
+    table["classes"] = pd.Series(classes, dtype=object)  # folders' names may be no UTF-8, which pandas' strings refuse
     order = np.lexsort((-table["expected"], -table["share"].abs()))
     return table.iloc[order].reset_index(drop=True)[COLUMNS]
 

@@ -47,12 +47,13 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
 
 def pack_strings(strings) -> np.ndarray:
     """Strings as one uint8 tensor (UTF-8 JSON), so that a million names do not swell the safetensors header."""
-    return np.frombuffer(json.dumps([str(s) for s in strings], ensure_ascii=False).encode(), dtype=np.uint8)
+    text = json.dumps([str(s) for s in strings], ensure_ascii=False)
+    return np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)  # a file's name may be no UTF-8
 
 
 def unpack_strings(tensor: np.ndarray) -> list[str]:
     """Inverse of :func:`pack_strings`."""
-    return json.loads(tensor.tobytes().decode())
+    return json.loads(tensor.tobytes().decode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class Inputs:
         return LinearHead(weight, np.zeros(len(weight), np.float32) if bias is None else bias.detach().numpy())
 
     def _whole(self, set_name: str) -> FeatureSet:
-        if self.profile.pack:
+        if self._packed(set_name):
             from .packs import load_pack
 
             features = load_pack(self.profile.pack, set_name)
@@ -124,6 +124,12 @@ class Inputs:
             features = self._extracted(set_name)
         self._check_classes(set_name, features.labels)  # again: bad images may have taken a class's last sample
         return features
+
+    def _packed(self, set_name: str) -> bool:
+        """Whether the profile's pack stands in for this set's images; a set that it lacks is extracted from them."""
+        from .packs import pack_info
+
+        return bool(self.profile.pack) and set_name in pack_info(self.profile.pack)["sets"]
 
     def _check_classes(self, set_name: str, labels: np.ndarray) -> None:
         what = f"profile {self.profile.name!r}, {set_name}"
@@ -133,15 +139,20 @@ class Inputs:
             check_classes(labels, self.profile.n_classes, what, every=set_name == "train")
 
     def _extracted(self, set_name: str) -> FeatureSet:
-        self.source("train")  # labels that do not fit stop the run before the first extraction
+        from .backbone import load_weights
+
+        if not self._packed("train"):
+            self.source("train")  # labels that do not fit stop the run before the first extraction
         config, inputs = self._recipe(set_name)
 
         def make():
             from .features import extract
 
             shards = self.store.scratch("features", artefact_digest("features", config, inputs, reading_code()))
-            source, settings = self.source(set_name), self.backbone_settings() | self._own_crop(set_name)
-            return extract(source, settings, shards, device=self.device, name=set_name, progress=self.progress)
+            source, backbone = self.source(set_name), self.backbone_settings() | self._own_crop(set_name)
+            if backbone.get("checkpoint") or backbone.get("pretrained"):
+                backbone = load_weights(backbone)
+            return extract(source, backbone, shards, device=self.device, name=set_name, progress=self.progress)
 
         return self.store.get_or_make(
             "features",
@@ -155,7 +166,7 @@ class Inputs:
         )
 
     def _whole_digest(self, set_name: str) -> str:
-        if self.profile.pack:
+        if self._packed(set_name):
             from .packs import pack_info
 
             return pack_info(self.profile.pack)["sets"][set_name]["sha256"]
@@ -242,8 +253,13 @@ def check_pack(profile: Profile) -> None:
         if None not in (stored, wanted) and not same:
             lines.append(f"backbone.{key} = {wanted!r}: pack {profile.pack!r} holds features made with {stored!r}")
     missing = sorted(set(profile.sets) - set(info["sets"]) - ({"val"} if isinstance(profile.val, Holdout) else set()))
-    if missing:
-        lines.append(f"pack = {profile.pack!r}: it has no {', '.join(missing)}; it has {', '.join(info['sets'])}")
+    for name in missing:
+        try:
+            gone = profile.missing_files([name])
+        except ProfileError as error:
+            gone = error.lines
+        if gone or "/" not in name:
+            lines += [f"pack = {profile.pack!r}: it has no {name}; it has {', '.join(info['sets'])}", *gone]
     if lines:
         raise ProfileError(f"profile {profile.name!r} cannot be used", lines)
 

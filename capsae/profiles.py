@@ -6,12 +6,13 @@ The embedded ones lie in the folder ``profiles/`` beside this file; a user's own
 
 from __future__ import annotations
 
+import copy
 import glob
 import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,6 +173,21 @@ class Profile(Part):
         return self.model_dump(mode="json", exclude_none=True)
 
 
+def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
+    """Return overrides from ``KEY=VALUE`` texts, as ``--set`` takes them: TOML values, or bare words."""
+    overrides = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {text!r}: write KEY=VALUE, e.g. --set sae.k=64 (a set of images is --from-set)")
+        key = key.strip().replace('"', "")  # TOML's quotes around a set's name
+        try:
+            overrides[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key] = value.strip()  # a bare word: --set pack=none
+    return overrides
+
+
 def available() -> list[str]:
     """Return the names of the embedded profiles, the default first."""
     names = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -202,7 +218,7 @@ def load_profile(name_or_path: str | Path | Profile, overrides: Mapping[str, Any
         raw, label = _read(path), f"profile {path.stem!r}" if not own else str(path)
         if own:
             _anchor(raw, path.parent)
-    before = raw.get("pack")
+    before = copy.deepcopy(raw)
     for key, value in overrides.items():
         _put(raw, key, value, label)
     try:
@@ -247,7 +263,7 @@ def _read(path: Path) -> dict:
     if base == path:
         raise ProfileError(f"{path} extends itself", ["name another profile"])
     inherited = _read(base)
-    _check_pack_stands(str(path), inherited.get("pack"), _flat(raw))
+    _check_pack_stands(str(path), inherited, _flat(raw))
     return _merged(inherited, raw)
 
 
@@ -274,8 +290,10 @@ def _anchor(raw: dict, folder: Path) -> None:
         raw["data_root"] = str((folder / Path(root).expanduser()).resolve())
 
 
-def _check_pack_stands(label: str, pack: str | None, changes: Mapping[str, Any]) -> None:
-    """Refuse changes that a pack's stored features would silently ignore."""
+def _check_pack_stands(label: str, before: Mapping, changes: Mapping[str, Any]) -> None:
+    """Refuse changes that a pack's stored features would silently ignore; a new set beside the pack's is none."""
+    pack = before.get("pack")
+    known = [f"{table}.{name}" for table in ("ood", "shifted") for name in before.get(table, {})]
     if not pack or pack == "none" or "pack" in changes:
         return
     free = ("backbone.checkpoint", "backbone.pretrained", "val.fraction", "val.seed")
@@ -283,10 +301,16 @@ def _check_pack_stands(label: str, pack: str | None, changes: Mapping[str, Any])
         f"{key} = {value!r}: pack {pack!r} holds stored features, so this would change nothing;"
         ' also set pack = "none" and data_root to the images\' folder'
         for key, value in changes.items()
-        if key.split(".")[0] in ("backbone", "train", "val", "test", "ood", "shifted") and key not in free
+        if key.split(".")[0] in ("backbone", "train", "val", "test", *(("ood", "shifted") if _of(key, known) else ()))
+        and key not in free
     ]
     if ignored:
         raise ProfileError(f"{label} cannot be used", ignored)
+
+
+def _of(key: str, known: list[str]) -> bool:
+    key = key.replace('"', "")
+    return "." not in key or any(key == name or key.startswith(f"{name}.") for name in known)
 
 
 def _put(raw: dict, key: str, value: Any, label: str) -> None:
@@ -298,4 +322,6 @@ def _put(raw: dict, key: str, value: Any, label: str) -> None:
         if not isinstance(at, dict):
             where = ".".join(parents[: i + 1])
             raise ProfileError(f"{label} cannot be used", [f"{key} = {value!r}: {where} is a value, it has no keys"])
+    if parents in (["ood"], ["shifted"]) and isinstance(value, str):  # --set ood.far/mine=FOLDER
+        value = {"kind": "folder", "path": str(Path(value).expanduser().absolute())}
     at[last] = value

@@ -312,10 +312,29 @@ def test_a_dry_run_names_each_page_and_why(monkeypatch, capsys):
     assert "a/01: fresh; everything was asked for" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong, said", [(("--jobs", "0"), "--jobs 0: 1 or more"), (("--seeds", "-1"), "--seeds -1")])
-def test_the_zoo_refuses_wrong_numbers(capsae_, wrong, said):
-    status, _, err = capsae_("zoo", *wrong)
-    assert status == 2 and said in err
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("zoo --jobs 0", "--jobs: 0: 1 or more"),
+        ("zoo --seeds -1", "--seeds: -1: 0 or more"),
+        ("reproduce --jobs -1", "--jobs: -1: 1 or more"),
+        ("train --out x --seed -3", "--seed: -3: 0 or more"),
+        ("train --out x --set seed=-3", "seed = -3"),
+        ("train --out x --set sae.seed=-3", "seed is -3"),
+        ("train --out x --set val.seed=-3", "val.seed = -3"),
+        ("explain --from-set test --row -1", "--row: -1: 0 or more"),
+        ("explain --from-set test --top -3", "--top: -3: 1 or more"),
+        ("compare a b --top 0", "--top: 0: 1 or more"),
+        ("evaluate f.npz --n-boot -1", "--n-boot: -1: 0 or more"),
+        ("evaluate f.npz --seed x", "invalid"),
+        ("score f.png --device cuda:99", "'cuda:99' cannot be used here"),
+        ("score f.png --device gpu", "'gpu' cannot be used here"),
+        ("score f.png --device meta", "auto or cpu would do"),
+    ],
+)
+def test_nonsense_is_refused_before_work(capsae_, command, said):
+    status, out, err = capsae_(*command.split())
+    assert status == 2 and said in err and out == "" and "Traceback" not in err
 
 
 # --- for real
@@ -343,11 +362,11 @@ def test_real_photographs_and_textures_are_told_apart(capsae_, tmp_path):
 def test_a_flag_that_means_little_is_called_so():
     import pandas as pd
 
-    from capsae.commands import _doubts
+    from capsae.scoring import doubts
 
     tied = pd.DataFrame({"epd": [2.0, 2.0, 1.0], "epd_threshold": 2.0})
-    assert [text.split()[0] for text in _doubts(tied, ("epd",), 2)] == ["the", "most"]
-    assert _doubts(tied.assign(epd=[0.1, 0.2, 3.0]), ("epd",), 500) == []
+    assert [text.split()[0] for text in doubts(tied, ("epd",), 2)] == ["the", "most"]
+    assert doubts(tied.assign(epd=[0.1, 0.2, 3.0]), ("epd",), 500) == []
 
 
 def test_help_waits_for_no_library():

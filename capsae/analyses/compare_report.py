@@ -65,7 +65,10 @@ def compare_sides(a: Side, b: Side, named: meaning.Named, fdr: float = contrast.
         table.insert(1 + i, column, about[column])
     for key, of in (("examples_a", a), ("examples_b", b)):
         columns = _matrix(of.codes).tocsc()
-        table[key] = [" | ".join(_strongest(columns, latent, of.ids)) for latent in table["latent"]]
+        examples = [" | ".join(_strongest(columns, latent, of.ids)) for latent in table["latent"]]
+        table[key] = pd.Series(
+            examples, table.index, dtype=object
+        )  # file names may be no UTF-8, which pandas' own strings refuse
     return table
 
 

@@ -427,8 +427,8 @@ def write(run, table: pd.DataFrame, against: pd.DataFrame, read: Mapping, cpu_s:
 def main(arguments: list[str] | None = None) -> int:
     import torch
 
-    from ..commands import _overrides
     from ..pipeline import Run
+    from ..profiles import overrides_of
     from ..sites import SiteReader
 
     parser = argparse.ArgumentParser("python -m capsae.analyses.layers", description="Make the tables of all sites.")
@@ -442,7 +442,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     started = time.process_time()
-    run = Run(options.profile, _overrides(options.set), device="cpu")
+    run = Run(options.profile, overrides_of(options.set), device="cpu")
     given = {"batch_size": options.batch_size, "workers": options.workers}
     table, against, read = layers(run, options.checkpoint, kinds=options.kinds, **given)
     weights = SiteReader(run.inputs.backbone_settings(options.checkpoint), FINAL).weights
