@@ -61,7 +61,7 @@ class Inputs:
         return self._parts[set_name]
 
     def digest(self, set_name: str, whole: bool = False) -> str:
-        """Return what :meth:`features` (``whole``: before the split) follows from, as a digest; nothing is extracted."""
+        """Return what :meth:`features` follows from (``whole``: before the split), as a digest; nothing is read."""
         if whole:
             return self._whole_digest("train" if self.holdout and set_name == "val" else set_name)
         if self.holdout and set_name in ("train", "val"):
