@@ -354,31 +354,35 @@ def imported(node: ast.AST, package: str) -> Iterator[tuple[str, tuple[str, str 
 
 def _local(node: ast.AST, package: str) -> dict[str, Any]:
     """The names that a function or a class's body binds: None, or what an import says."""
-    body = node.body if isinstance(node.body, list) else [node.body]
-    inside = [n for statement in body for n in _inside(statement)]
-    found = {name: None for statement in body for name in _stored(statement)}
-    found |= {of: to for n in inside for of, to in imported(n, package)}
-    outer = {name for n in inside if isinstance(n, ast.Global) for name in n.names}
+    found, outer = {}, set()
+    for n in _inside(node.body if isinstance(node.body, list) else [node.body]):
+        found |= dict.fromkeys(_binds(n)) | dict(imported(n, package))
+        outer.update(n.names if isinstance(n, ast.Global) else ())
     return {name: of for name, of in found.items() if name not in outer}
 
 
-def _stored(node: ast.AST) -> Iterator[str]:
-    """The names that a statement (or a target) binds in the scope that it stands in, imports aside."""
-    for n in _inside(node):
-        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store | ast.Del):
+def _binds(n: ast.AST) -> Iterator[str]:
+    if isinstance(n, ast.Name):
+        if not isinstance(n.ctx, ast.Load):
             yield n.id
-        elif isinstance(n, _COMPREHENSIONS):
-            yield from (walrus.target.id for walrus in ast.walk(n) if isinstance(walrus, ast.NamedExpr))
-        elif isinstance(getattr(n, "name", None), str) and not isinstance(n, ast.alias):  # def, except ... as, match
-            yield n.name
+    elif isinstance(n, _COMPREHENSIONS):
+        yield from (walrus.target.id for walrus in ast.walk(n) if isinstance(walrus, ast.NamedExpr))
+    elif isinstance(getattr(n, "name", None), str) and not isinstance(n, ast.alias):  # def, except ... as, match
+        yield n.name
 
 
-def _inside(node: ast.AST) -> Iterator[ast.AST]:
-    """A node and all below it, but not what stands in scopes of their own."""
-    yield node
-    if not isinstance(node, (*_DEFINITIONS, ast.Lambda, *_COMPREHENSIONS)):
-        for child in ast.iter_child_nodes(node):
-            yield from _inside(child)
+def _stored(node: ast.AST) -> list[str]:
+    """The names that a statement or a target binds in the scope that it stands in, imports aside."""
+    return [name for n in _inside([node]) for name in _binds(n)]
+
+
+def _inside(todo: list[ast.AST]) -> Iterator[ast.AST]:
+    """Nodes and all below them, but not what stands in scopes of their own."""
+    todo = todo[::-1]
+    while todo:
+        yield (node := todo.pop())
+        if not isinstance(node, (*_DEFINITIONS, ast.Lambda, *_COMPREHENSIONS)):
+            todo += [*ast.iter_child_nodes(node)][::-1]
 
 
 def _says_nothing(node: Any) -> bool:

@@ -275,6 +275,32 @@ def evaluate(options) -> int:
     return 0
 
 
+def store(options) -> int:
+    from .kept import used
+    from .store import Store
+
+    kept = Store()
+    entries = list(kept.entries())
+    flags = used(kept, entries)
+    if options.action == "list":
+        sys.stdout.write(f"{'stage':14}{'key':22}{'experiment':18}{'MB':>9}{'days':>7}  used\n")
+    for entry, flag in zip(entries, flags, strict=True):
+        if options.action == "clean" and flag is not False:
+            continue
+        name = entry.provenance.get("profile", "?")
+        sys.stdout.write(
+            f"{entry.stage:14}{entry.key:22}{name:18}{entry.size / 1e6:9.1f}{entry.age / 86400:7.1f}"
+            f"  {({True: 'yes', False: 'no', None: '?'})[flag]}\n"
+        )
+        if options.action == "clean" and not options.dry_run:
+            kept.remove(entry)
+    chosen = [e for e, flag in zip(entries, flags, strict=True) if options.action == "list" or flag is False]
+    what = {"list": "in", "clean": "would be removed from" if options.dry_run else "removed from"}[options.action]
+    size = sum(entry.size for entry in chosen) / 1e6
+    sys.stdout.write(f"{len(chosen)} artefacts, {size:.1f} MB {what} {kept.root}\n")
+    return 0
+
+
 def detectors(options) -> int:
     from . import detectors
 

@@ -60,8 +60,10 @@ class Inputs:
                 self._parts[set_name] = self._whole(set_name)
         return self._parts[set_name]
 
-    def digest(self, set_name: str) -> str:
-        """Return what :meth:`features` follows from, as a digest; nothing is extracted."""
+    def digest(self, set_name: str, whole: bool = False) -> str:
+        """Return what :meth:`features` follows from (``whole``: before the split), as a digest; nothing is read."""
+        if whole:
+            return self._whole_digest("train" if self.holdout and set_name == "val" else set_name)
         if self.holdout and set_name in ("train", "val"):
             split, whole = self.holdout.model_dump(), self._whole_digest("train")
             return artefact_digest(f"split-{set_name}", split, {"whole": whole}, code_digest(Inputs.features))

@@ -27,9 +27,11 @@ ANALYSES: dict[str, tuple[str, ...]] = {
     "14_layers": ("imagenet20", "digits"),
 }
 # Tables that take hours or images to make, made by commands of their own and committed; and the description of a pack.
-_ZOO = (*(f"book/zoo/{name}{end}" for name in TUNED for end in (".csv", ".grid.csv", ".json")), "book/zoo/backbones.csv")
 READS = {
-    "08_zoo": _ZOO,
+    "08_zoo": (
+        *(f"book/zoo/{name}{end}" for name in TUNED for end in (".csv", ".grid.csv", ".json")),
+        "book/zoo/backbones.csv",
+    ),
     "11_shift": ("capsae/packs/{profile}_shift/pack.json",),
     "14_layers": ("book/layers/{profile}.csv", "book/layers/{profile}_against_final.csv", "book/layers/{profile}.json"),
 }

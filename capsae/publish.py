@@ -271,6 +271,9 @@ def why_stale(page: Page) -> str | None:
         return f"it holds an error ({failed[0]})"
     inputs = page_inputs(page)
     changed = sorted(key for key in stamped.keys() | inputs.keys() if stamped.get(key) != inputs.get(key))
+    others = [key for key in changed if key.startswith("page ")]
+    if len(others) > 1:
+        changed = [key for key in changed if key not in others] + [f"{len(others)} pages that it reads"]
     return f"changed: {', '.join(changed)}" if changed else None
 
 
