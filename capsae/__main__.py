@@ -27,6 +27,7 @@ In this order, each on what the one before it made (nothing is made twice):
   capsae compare holiday/ archive/     which latents differ between two folders, or sets: test far/textures
   capsae evaluate features.safetensors --out table.csv
                                        features of your own, from any framework: every score, intervals and tests
+  capsae store list                    what is kept of all this; `capsae store clean` removes what is out of date
   capsae detectors                     every score: formula, options, source
   capsae zoo                           every autoencoder and dictionary on the same features: tables in book/zoo
   capsae reproduce                     all of the book: execute what is not fresh, then build it
@@ -144,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of held-out rows, SAE and intervals (default: 0)")
     command.add_argument("--device", default="auto", help="of the SAE: auto, cpu, cuda ... (default: auto)")
     command.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
+
+    command = add("store", "list what is kept, or remove what no experiment's settings use", parents=(common,))
+    command.add_argument("action", choices=("list", "clean"), help="clean keeps whatever it cannot judge: used '?'")
+    command.add_argument("--dry-run", "-n", action="store_true", help="say what clean would remove")
 
     command = add("detectors", "list every score with formula, options and source", parents=(common,))
 

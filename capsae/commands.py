@@ -227,6 +227,32 @@ def evaluate(options) -> int:
     return 0
 
 
+def store(options) -> int:
+    from .kept import used
+    from .store import Store
+
+    kept = Store()
+    entries = list(kept.entries())
+    flags = used(kept, entries)
+    if options.action == "list":
+        sys.stdout.write(f"{'stage':14}{'key':22}{'experiment':18}{'MB':>9}{'days':>7}  used\n")
+    for entry, flag in zip(entries, flags, strict=True):
+        if options.action == "clean" and flag is not False:
+            continue
+        name = entry.provenance.get("profile", "?")
+        sys.stdout.write(
+            f"{entry.stage:14}{entry.key:22}{name:18}{entry.size / 1e6:9.1f}{entry.age / 86400:7.1f}"
+            f"  {({True: 'yes', False: 'no', None: '?'})[flag]}\n"
+        )
+        if options.action == "clean" and not options.dry_run:
+            kept.remove(entry)
+    chosen = [e for e, flag in zip(entries, flags, strict=True) if options.action == "list" or flag is False]
+    what = {"list": "in", "clean": "would be removed from" if options.dry_run else "removed from"}[options.action]
+    size = sum(entry.size for entry in chosen) / 1e6
+    sys.stdout.write(f"{len(chosen)} artefacts, {size:.1f} MB {what} {kept.root}\n")
+    return 0
+
+
 def detectors(options) -> int:
     from . import detectors
 
@@ -266,7 +292,7 @@ def zoo(options) -> int:
 
 
 def reproduce(options) -> int:
-    from . import publish
+    from . import build
     from .plan import MAIN, pages
 
     known = pages()
@@ -277,7 +303,7 @@ def reproduce(options) -> int:
     chosen = {name: page for name, page in known.items() if not options.main or page.notebook in MAIN}
     targets = [name for name, page in chosen.items() if not options.profiles or page.profile in options.profiles]
     targets = targets if len(targets) < len(known) else []
-    return publish.reproduce(jobs=options.jobs, dry_run=options.dry_run, targets=targets, everything=options.all)
+    return build.reproduce(jobs=options.jobs, dry_run=options.dry_run, targets=targets, everything=options.all)
 
 
 def verify(options) -> int:

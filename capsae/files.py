@@ -6,7 +6,10 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterator
+from errno import EINVAL, ENOTSUP, EPERM
 from pathlib import Path
+
+__code_version__ = 1  # how a file is written does not change what is in it: see capsae.code
 
 
 @contextlib.contextmanager
@@ -19,7 +22,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that only their owner may read
+        with contextlib.suppress(PermissionError):  # some network file systems know no modes
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that only their owner may read
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -28,10 +32,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file (or a folder's list of names) is on the disk."""
+    """Wait until a file (or a folder's list of names) is on the disk, where the file system can tell."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (EINVAL, ENOTSUP, EPERM):  # what network file systems answer
+            raise
     finally:
         os.close(handle)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .code import digest as code_digest
 from .featureset import FeatureSet, LinearHead
 from .profile_errors import ProfileError
 from .profiles import Holdout, Profile
@@ -16,13 +17,6 @@ from .splits import check_classes, holdout_mask
 from .store import Store, artefact_digest, file_record
 
 DIGITS_VIT = "capsae/digits_vit"
-# What makes each kind of artefact: a change of this code (comments aside) makes it anew. features.py itself counts by
-# its number EXTRACTOR alone, so that a change of its progress bar does not cost a day of extraction.
-MODULES = {
-    "backbone": ("capsae.tinyvit", "capsae.builtin", "capsae.splits"),
-    "features": ("capsae.backbone", "capsae.images", "capsae.convert"),
-    "split": ("capsae.splits",),
-}
 
 
 class Inputs:
@@ -66,11 +60,13 @@ class Inputs:
                 self._parts[set_name] = self._whole(set_name)
         return self._parts[set_name]
 
-    def digest(self, set_name: str) -> str:
-        """Return what :meth:`features` follows from, as a digest; nothing is extracted."""
+    def digest(self, set_name: str, whole: bool = False) -> str:
+        """Return what :meth:`features` follows from (``whole``: before the split), as a digest; nothing is read."""
+        if whole:
+            return self._whole_digest("train" if self.holdout and set_name == "val" else set_name)
         if self.holdout and set_name in ("train", "val"):
             split, whole = self.holdout.model_dump(), self._whole_digest("train")
-            return artefact_digest(f"split-{set_name}", split, {"whole": whole}, MODULES["split"])
+            return artefact_digest(f"split-{set_name}", split, {"whole": whole}, code_digest(Inputs.features))
         return self._whole_digest(set_name)
 
     @property
@@ -145,7 +141,7 @@ class Inputs:
         def make():
             from .features import extract
 
-            shards = self.store.scratch("features", artefact_digest("features", config, inputs, MODULES["features"]))
+            shards = self.store.scratch("features", artefact_digest("features", config, inputs, reading_code()))
             source, settings = self.source(set_name), self.backbone_settings() | self._own_crop(set_name)
             return extract(source, settings, shards, device=self.device, name=set_name, progress=self.progress)
 
@@ -153,7 +149,7 @@ class Inputs:
             "features",
             config,
             inputs,
-            MODULES["features"],
+            reading_code(),
             make,
             save=lambda features, folder: features.save(folder / "features.safetensors"),
             load=lambda folder: FeatureSet.load(folder / "features.safetensors"),
@@ -165,7 +161,7 @@ class Inputs:
             from .packs import pack_info
 
             return pack_info(self.profile.pack)["sets"][set_name]["sha256"]
-        return artefact_digest("features", *self._recipe(set_name), MODULES["features"])
+        return artefact_digest("features", *self._recipe(set_name), reading_code())
 
     def _recipe(self, set_name: str) -> tuple[dict, dict[str, str]]:
         from .features import EXTRACTOR
@@ -178,7 +174,7 @@ class Inputs:
             from .tinyvit import WEIGHTS, is_embedded
 
             embedded = is_embedded(self.profile.seed, self._trained_on())
-            trained = artefact_digest("backbone", *self._recipe_digits_vit(), MODULES["backbone"])
+            trained = artefact_digest("backbone", *self._recipe_digits_vit())
             inputs["weights"] = file_record(WEIGHTS)["sha256"] if embedded else trained
         settings = backbone.model_dump(mode="json", exclude={"checkpoint"}) | self._own_crop(set_name)
         return {"backbone": settings, "set": set_name, "extractor": EXTRACTOR}, inputs
@@ -213,12 +209,13 @@ class Inputs:
             trained.history.to_csv(folder / "history.csv", index=False)
 
         recipe = self._recipe_digits_vit()
-        self.store.get_or_make("backbone", *recipe, MODULES["backbone"], make, save, lambda folder: folder, self.who)
-        digest = artefact_digest("backbone", *recipe, MODULES["backbone"])
-        return self.store.path("backbone", digest) / "weights.safetensors"
+        self.store.get_or_make("backbone", *recipe, make, save, lambda folder: folder, self.who)
+        return self.store.path("backbone", artefact_digest("backbone", *recipe)) / "weights.safetensors"
 
-    def _recipe_digits_vit(self) -> tuple[dict, dict[str, str]]:
-        return {"model": DIGITS_VIT, "seed": self.profile.seed}, {"train": self._trained_on().digest()}
+    def _recipe_digits_vit(self) -> tuple[dict, dict[str, str], str]:
+        config = {"model": DIGITS_VIT, "seed": self.profile.seed}
+        made_by = code_digest(Inputs._digits_vit, Inputs._trained_on)
+        return config, {"train": self._trained_on().digest()}, made_by
 
     def _trained_on(self):
         """Training images without the held-out ones: the backbone must not have seen what chooses a threshold."""
@@ -226,6 +223,13 @@ class Inputs:
         if not self.holdout:
             return source
         return source.take(~holdout_mask(source.labels, self.holdout.fraction, self.holdout.seed))
+
+
+def reading_code() -> str:
+    """Digest of the code that features hang on, what reads images and the backbone; the extractor has a number."""
+    from . import backbone, images
+
+    return code_digest(backbone, images)
 
 
 def check_pack(profile: Profile) -> None:

@@ -23,7 +23,7 @@ DIFFERENCES = {
     "fpr95_id_pos": ("FPR95, ID positive", -1),
     "auroc": ("AUROC", 1),
 }
-_HEADING = "<!-- Made by `python -m capsae.publish pages`; edit {source} and make it again. -->\n\n"
+_HEADING = "<!-- Made by `python -m capsae.build pages`; edit {source} and make it again. -->\n\n"
 Results = Callable[[str], Mapping[str, Any]]
 
 
