@@ -42,12 +42,16 @@ def batches(names, size):
     return [names[i : i + size] for i in range(0, len(names), size)]
 
 
-jobs = []
-for profile in plan.BOOK_PROFILES:
-    own = [name for name in STALE if PAGES[name].profile == profile and PAGES[name].notebook not in plan.ABLATIONS]
-    jobs += batches(own, 4)
-for notebook in plan.ABLATIONS:
-    jobs += batches([name for name in STALE if PAGES[name].notebook == notebook], 10)
+def stale(*notebooks, profile=None):
+    found = [name for name in STALE if PAGES[name].notebook in notebooks]
+    return [name for name in found if profile in (None, PAGES[name].profile)]
+
+
+chapters = [notebook for notebook in plan.MAIN if notebook not in plan.ABLATIONS]
+others = dict.fromkeys(page.notebook for page in PAGES.values() if page.notebook not in plan.MAIN)
+jobs = sum((batches(stale(*chapters, profile=profile), 4) for profile in plan.BOOK_PROFILES), [])
+jobs += batches(stale(*others), 3)
+jobs += sum((batches(stale(notebook), 10) for notebook in plan.ABLATIONS), [])
 
 for number, names in enumerate(jobs):
 

@@ -135,7 +135,6 @@ def execute(page: Page, folder: Path, template: Path | None = None, kernel: Shar
         If a cell failed; it names the page and holds the notebook's own traceback.
     """
     import papermill
-    from nbclient.exceptions import DeadKernelError
 
     if kernel is None:
         with SharedKernel() as kernel:
@@ -149,7 +148,7 @@ def execute(page: Page, folder: Path, template: Path | None = None, kernel: Shar
         quiet: dict[str, Any] = {"progress_bar": False, "stderr_file": sys.stderr}
         quiet["km"] = kernel.prepare(folder, f"data/{out.stem}")
         papermill.execute_notebook(template, raw, given, cwd=folder, kernel_name="python3", **quiet)
-    except (papermill.PapermillExecutionError, DeadKernelError) as error:
+    except papermill.PapermillExecutionError as error:
         raise PublishError(f"{page.name} failed and is not published:\n{error}") from None
     except RuntimeError as error:  # the kernel died, or did not start: often of too little memory
         raise PublishError(f"{page.name} failed and is not published: {error}") from None
