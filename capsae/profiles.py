@@ -37,6 +37,7 @@ from .profile_parts import (
 from .sae.config import SAEConfig
 
 FOLDER = Path(__file__).with_name("profiles")
+_NO_HTML = r"^([^<]|<[^A-Za-z/!?])*<?$"  # pages show it
 DATA_ENV = "CAPSAE_DATA"  # where relative paths of sources start when a profile sets no data_root
 
 
@@ -46,9 +47,9 @@ class Profile(Part):
     ``data_root`` is the folder that relative paths of sources and of the checkpoint start from.
     """
 
-    name: str
-    title: str
-    description: str = ""
+    name: str = Field(pattern=r"^[^./\\<>\x00-\x1f][^/\\<>\x00-\x1f]*$")  # it names folders
+    title: str = Field(pattern=_NO_HTML)
+    description: str = Field("", pattern=_NO_HTML)
     needs: str = ""  # what has to be there or is downloaded, in words, for `capsae profiles`
     pack: str | None = None  # embedded features that stand in for the images
     data_root: str | None = None
@@ -118,7 +119,9 @@ class Profile(Part):
                 f"profile {self.name!r} reads {str(path)!r} from a folder that nobody has named",
                 [f"set data_root to the folder that holds it (--set data_root=FOLDER), or the variable {DATA_ENV}"],
             )
-        return Path(root).expanduser().absolute() / path
+        root = Path(root).expanduser().absolute()
+        pattern = glob.has_magic(str(path)) and not (root / path).exists()
+        return Path(glob.escape(str(root))) / path if pattern else root / path
 
     def missing_files(self, sets: list[str] | None = None) -> list[str]:
         """Return one line for each file or folder of ``sets`` (default: all) that is not there."""
