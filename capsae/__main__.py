@@ -55,10 +55,12 @@ REMEDY = {
     errno.EROFS: "this disk cannot be written to: name another place (results: CAPSAE_HOME)",
     errno.EMFILE: "too many files are open: `ulimit -n 4096` before it, then again",
     errno.EISDIR: "a folder, where a file is needed",
-    errno.ENOTDIR: "a file, where a folder is needed",
-    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "a file, where a folder is needed (results: CAPSAE_HOME)",
+    errno.ENOENT: "not there, and cannot be made (results: CAPSAE_HOME)",
     errno.ENAMETOOLONG: "the name is too long for this disk",
 }
+
+AT_LEAST = {"jobs": 1, "top": 1, "row": 0, "seed": 0, "seeds": 0, "n_boot": 0}
 
 
 class _Stopped(KeyboardInterrupt):
@@ -72,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     _log(options.verbose)
     try:
         with _stoppable():
+            _check(options)
             status = options.run(options) or 0
             sys.stdout.flush()
             return status
@@ -151,29 +154,23 @@ def _stoppable():
             signal.signal(each, handler)
 
 
-def _at_least(low: int):
-    def whole(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text}: {low} or more would do")
-        return int(text)
+def _check(options) -> None:
+    """Refuse numbers that mean nothing, and a device that this machine lacks, before any work."""
+    for key, low in AT_LEAST.items():
+        value = getattr(options, key, None)
+        for each in value if isinstance(value, list) else [] if value is None else [value]:
+            if each < low:
+                raise ValueError(f"--{key.replace('_', '-')} {each}: {low} or more would do")
+    device = getattr(options, "device", "auto")
+    if device not in ("auto", "cpu"):
+        import torch
 
-    return whole
-
-
-def _device(text: str) -> str:
-    """Refuse a device that this machine lacks before any work."""
-    if text in ("auto", "cpu"):
-        return text
-    import torch
-
-    try:
-        usable = torch.empty(1, device=text).device.type != "meta"
-        why = "it computes nothing"
-    except Exception as error:  # RuntimeError, AssertionError: as the build of torch has it
-        usable, why = False, (str(error).strip().splitlines() or [""])[0]
-    if not usable:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({why}); auto or cpu would do")
-    return text
+        try:
+            why = "it computes nothing" if torch.empty(1, device=device).device.type == "meta" else None
+        except Exception as error:  # RuntimeError, AssertionError: as the build of torch has it
+            why = (str(error).strip().splitlines() or [""])[0]
+        if why:
+            raise ValueError(f"--device {device} cannot be used here ({why}); auto or cpu would do")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,8 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     profiled = argparse.ArgumentParser(add_help=False, parents=[common])
     profiled.add_argument("--profile", "-p", default=None, help="name or .toml file (default: imagenet20)")
     profiled.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may repeat")
-    profiled.add_argument("--seed", type=_at_least(0), metavar="N", help="of splits, probe, intervals and SAE")
-    profiled.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    profiled.add_argument("--seed", type=int, metavar="N", help="of splits, probe, intervals and SAE")
+    profiled.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     profiled.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
     weights = argparse.ArgumentParser(add_help=False)
     weights.add_argument("--checkpoint", metavar="FILE", help="the backbone's weights (default: as the profile says)")
@@ -235,9 +232,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--from-set", metavar="SET", help="a set of the profile, e.g. far/textures, in place of an image"
     )
-    command.add_argument("--row", type=_at_least(0), default=0, help="row of that set (default: 0)")
+    command.add_argument("--row", type=int, default=0, help="row of that set (default: 0)")
     command.add_argument("--method", default="epd", help="epd or ours (default: epd)")
-    command.add_argument("--top", type=_at_least(1), default=10, help="latents to show (default: 10)")
+    command.add_argument("--top", type=int, default=10, help="latents to show (default: 10)")
     command.add_argument("--out", metavar="FILE.csv", help="also write the whole table")
 
     command = add("compare", "find the latents that differ between two sets of images", parents=(profiled, weights))
@@ -249,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("a", metavar="A", help="a folder of images, or a set of the profile, e.g. test")
     command.add_argument("b", metavar="B", help="another, e.g. far/textures")
     command.add_argument("--fdr", type=float, default=0.05, help="false discovery rate accepted (default: 0.05)")
-    command.add_argument("--top", type=_at_least(1), default=10, help="latents to show for each side (default: 10)")
+    command.add_argument("--top", type=int, default=10, help="latents to show for each side (default: 10)")
     command.add_argument("--out", metavar="FILE.csv", help="also write the whole table, a row a latent")
 
     command = add(
@@ -268,15 +265,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="sae.k=64, detectors.knn.k=10 ...; may repeat"
     )
-    command.add_argument(
-        "--n-boot", type=_at_least(0), default=1000, metavar="N", help="replicates (default: 1000; 0: none)"
-    )
-    command.add_argument(
-        "--seed", type=_at_least(0), default=0, help="of held-out rows, SAE and intervals (default: 0)"
-    )
-    command.add_argument(
-        "--device", type=_device, default="auto", help="of the SAE: auto, cpu, cuda ... (default: auto)"
-    )
+    command.add_argument("--n-boot", type=int, default=1000, metavar="N", help="replicates (default: 1000; 0: none)")
+    command.add_argument("--seed", type=int, default=0, help="of held-out rows, SAE and intervals (default: 0)")
+    command.add_argument("--device", default="auto", help="of the SAE: auto, cpu, cuda ... (default: auto)")
     command.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
 
     command = add("store", "list what is kept, or remove what no experiment's settings use", parents=(common,))
@@ -290,17 +281,15 @@ def _parser() -> argparse.ArgumentParser:
         "--profile", "-p", action="append", metavar="NAME", help="may repeat (default: imagenet20 and mini80)"
     )
     command.add_argument("--members", action="append", default=[], metavar="A,B", help="only these (default: all)")
-    command.add_argument("--seeds", type=_at_least(0), nargs="+", default=[], metavar="N", help="default: 0 1 2 3 4")
-    command.add_argument("--jobs", type=_at_least(1), default=2, help="processes, of one thread each (default: 2)")
+    command.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: 0 1 2 3 4")
+    command.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
     command.add_argument(
         "--out", metavar="FOLDER", help="of the tables (default: book/zoo; build/zoo where not all is run)"
     )
 
     command = add("reproduce", "execute what is not fresh and build the book", parents=(common,))
     command.add_argument("profiles", nargs="*", metavar="PROFILE", help="only the pages of these (default: all)")
-    command.add_argument(
-        "--jobs", type=_at_least(1), default=None, help="pages at a time (default: 2, or the number of cores)"
-    )
+    command.add_argument("--jobs", type=int, default=None, help="pages at a time (default: 2, or the number of cores)")
     command.add_argument("--dry-run", "-n", action="store_true", help="say what would be executed, and why")
     command.add_argument("--all", "-a", action="store_true", help="execute what is fresh, too")
     command.add_argument("--main", "-m", action="store_true", help="only the main story: notebooks 01 to 06")

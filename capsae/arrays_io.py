@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .featureset import FeatureSet, LinearHead
+from .files import refuse_stub
 from .images import PIXEL_STATISTICS
 
 LAYOUT = """\
@@ -74,7 +75,8 @@ class Arrays:
 
 
 def load_arrays(path: str | os.PathLike) -> Arrays:
-    """Read and check arrays from a ``.safetensors`` file, an ``.npz`` file or a folder of ``.npy`` files.
+    """Read and check arrays from a ``.safetensors`` file, an ``.npz`` file or a folder of ``.npy`` files; or a table
+    (``.csv``, ``.parquet``, or a folder of them), see :mod:`capsae.arrays_tables`.
 
     Parameters
     ----------
@@ -90,16 +92,22 @@ def load_arrays(path: str | os.PathLike) -> Arrays:
         Unknown, missing or empty arrays; shapes that do not fit together; labels out of range; a class without a
         training row; NaN or infinity (the row is named); a head that did not make the logits; a pickle; a damaged file.
     """
+    from .arrays_tables import SUFFIXES, read_table, read_tables
+
     path = Path(path)
     if path.is_dir():
-        raw = _read_folder(path)
+        tables = any(file.suffix in SUFFIXES for file in path.rglob("*"))
+        raw = read_tables(path) if tables else _read_folder(path)
     elif not path.is_file():
         raise FileNotFoundError(f"no file or folder {str(path)!r} of arrays")
     elif path.suffix in _PICKLES:
         raise ValueError(
             f"{path} is a pickle, and loading a pickle runs the code in it; a .safetensors or .npz file would do"
         )
+    elif path.suffix in SUFFIXES:
+        raw = read_table(path)
     else:
+        refuse_stub(path)
         raw = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
     return arrays_from(raw, str(path))
 
@@ -150,8 +158,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: _member(file, key, path) for key in file.files}
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is not a whole .npz file: {error}") from None
+    except (ValueError, OSError, AttributeError) as error:  # AttributeError: a single .npy under this name
+        raise error if str(path) in str(error) else ValueError(f"{path} is not a whole .npz file: {error}") from None
 
 
 def _member(file, key: str, path: Path) -> np.ndarray:
@@ -167,6 +177,7 @@ def _read_folder(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"folder {str(path)!r} holds no .npy file; train/features.npy and so on would do")
     found = {}
     for file in files:
+        refuse_stub(file)
         try:
             found[file.relative_to(path).with_suffix("").as_posix()] = np.load(file, allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:

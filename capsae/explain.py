@@ -157,8 +157,11 @@ def describe(table: pd.DataFrame, score: float, title: str, top: int = 10) -> st
 
 
 def plain_name(name: str) -> str:
-    """Return an ImageNet class name (``n01440764_tench``) without its WordNet number; others as they are."""
-    return re.sub(r"^n\d{8}_", "", str(name)).replace("_", " ")
+    """Return an ImageNet class name (``n01440764_tench``) without its WordNet number; others as they are, but for what
+    a page or a terminal would act on (tags, control characters).
+    """
+    name = re.sub(r"^n\d{8}_", "", str(name)).replace("_", " ").replace("<", "‹").replace(">", "›")
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def _text_row(row) -> str:

@@ -206,7 +206,7 @@ def _open_parquet(path, image=None, label=None, id=None) -> ImageSource:
 
 def _parquet_files(path) -> list[Path]:
     text = os.fspath(path)
-    if glob.has_magic(text):
+    if glob.has_magic(text) and not os.path.exists(text):  # brackets may be part of a name
         files = sorted(Path(p) for p in glob.glob(text, recursive=True))
         if not files:
             raise FileNotFoundError(f"no parquet file matches {text!r}")
@@ -258,7 +258,7 @@ def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r} (the root of image list {str(path)!r})")
     names, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8-sig", "surrogateescape").splitlines(), start=1):
         if not line.strip():
             continue
         name, _, label = line.rstrip().rpartition(" ")  # the name itself may hold blanks
@@ -273,6 +273,9 @@ def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the
         names.append(name.strip())
     if not names:
         raise ValueError(f"image list {str(path)!r} names no image")
+    outside = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
+    if outside:
+        raise ValueError(f"{path} names {outside[0]!r}, which leaves its root {str(root)!r}; a path below it would do")
     absent = [name for name in names if not (root / name).is_file()]
     if absent:
         raise FileNotFoundError(

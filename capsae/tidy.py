@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .caps import ClassActivationProfiles, core_activations, core_reference, energy_profile_divergence
+from .explain import plain_name
 
 METRIC_PANELS = {
     "fpr95_ood_pos": "FPR95, OOD positive",
@@ -30,7 +30,7 @@ def class_names(run) -> list[str]:
     names = run.features("test").class_names or run.features("train").class_names
     if len(names) != n_classes:
         return [f"class {c}" for c in range(n_classes)]
-    return [re.sub(r"^n\d{8}_", "", str(name)).replace("_", " ") for name in names]
+    return [plain_name(name) for name in names]
 
 
 def sets(run) -> pd.DataFrame:
@@ -353,7 +353,7 @@ def explained(table: pd.DataFrame, top: int = 12) -> pd.DataFrame:
 
 def _short(classes: str) -> str:
     """The first two of a latent's classes, without wordnet numbers."""
-    names = [re.sub(r"n\d{8}_", "", name).replace("_", " ") for name in str(classes).split(", ")]
+    names = [plain_name(name) for name in str(classes).split(", ")]
     return ", ".join(names[:2])
 
 
