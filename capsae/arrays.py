@@ -130,11 +130,15 @@ def evaluate_arrays(
     sae = None if sae is False else _sae(sae, sae_settings or {}, sets, seed, device, progress, notes)
     observed = {}
     for name, one in sets.items():
-        labels = one.labels if not name.startswith(("near/", "far/")) and (one.labels >= 0).all() else None
+        labels = one.labels if not name.startswith(("near/", "far/")) and (one.labels >= 0).any() else None
         given = {"logits": one.logits, "labels": labels, "head": head, "sae": sae, "pixels": one.pixels}
         observed[name] = Observations(one.cls, **given)
+    unknown = int((sets["test"].labels < 0).sum())
     if observed["test"].labels is None:
         notes.append("test/labels are not given: no accuracy, no OSCR, no AUROC of correctly classified ID")
+    elif unknown:
+        what = f"{unknown} of {len(sets['test'])} test/labels are -1 (none)"
+        notes.append(f"{what}: accuracy is over the others; no OSCR, no AUROC of correctly classified ID")
 
     fitted, left_out = _fit(names, methods is not None, _reasons(arrays, head, sae), observed, options, preset)
     wanted = ["test", *arrays.ood_sets, *arrays.shifted]

@@ -15,15 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .asarray import as_numpy
+
 SCHEMA = 1
 _ROWS = 65_536  # codes handled at a time: bounds the memory of a pass whatever N is
-
-
-def as_numpy(array) -> np.ndarray:
-    """Return a numpy view or copy of a numpy array, a torch tensor (any device) or a sequence."""
-    if hasattr(array, "detach"):
-        array = array.detach().cpu().numpy()
-    return np.asarray(array)
 
 
 def _check_codes(codes) -> tuple[np.ndarray, np.ndarray, int]:

@@ -103,10 +103,10 @@ def evaluate(
         groups "full-spectrum near", "full-spectrum far", "full-spectrum all": ID is then the test set and all
         shifted sets in one heap.
 
-        If labels of ``id_test`` are known, there are rows for OSCR and for the AUROC of correctly classified ID, and
-        with ``set`` "test" and ``group`` "id" for each method's AURC and share of errors flagged, and, method "head",
-        for its accuracy. Shifted sets with labels have an accuracy of their own; the full spectrum has OSCR and the
-        like where all of them have labels.
+        If all labels of ``id_test`` are known, there are rows for OSCR and for the AUROC of correctly classified ID.
+        With ``set`` "test" and ``group`` "id" there are each method's AURC and share of errors flagged, and, method
+        "head", the accuracy, all over the rows that have a label (-1 is none). Shifted sets with labels have an
+        accuracy of their own; the full spectrum has OSCR and the like where all rows of all of them have labels.
 
     Raises
     ------
@@ -125,9 +125,9 @@ def evaluate(
         full = {where: f"{FULL_SPECTRUM} {group}" for where, group in groups.items()}
         rows += _rows(measured, full, len(id_test) + sum(map(len, shifted.values())), ood)
     for where, obs in {"test": id_test, **shifted}.items():
-        if obs.labels is not None:
+        if _known(obs).any():
             rows.append(_accuracy_row(where, obs, n_boot, seed))
-    if id_test.labels is not None:
+    if _known(id_test).any():
         rows += _error_rows({name: of["id_test"] for name, of in scores.items()}, id_test, n_boot, seed)
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -234,9 +234,14 @@ def _all_scores(detectors: Mapping, sets: Mapping[str, Observations]) -> dict[st
     }
 
 
+def _known(obs: Observations) -> np.ndarray:
+    """Which rows have a label (N,) bool; -1 is none."""
+    return np.zeros(len(obs), bool) if obs.labels is None else as_numpy(obs.labels) >= 0
+
+
 def _correct(sets: Sequence[Observations]) -> np.ndarray | None:
-    """Whether the head classified each sample correctly (N,), all sets in a row; None if a set has no labels."""
-    if any(obs.labels is None for obs in sets):
+    """Whether the head classified each sample correctly (N,), all sets in a row; None if a row has no label."""
+    if not all(_known(obs).all() for obs in sets):
         return None
     return np.concatenate([obs.predicted == as_numpy(obs.labels) for obs in sets])
 
@@ -294,7 +299,8 @@ def _rows(measured: Mapping, groups: Mapping[str, str], n_id: int, ood: Mapping[
 
 
 def _accuracy_row(where: str, obs: Observations, n_boot: int, seed: int) -> tuple:
-    hit = (obs.predicted == as_numpy(obs.labels)).astype(np.float64)
+    known = _known(obs)
+    hit = (obs.predicted == as_numpy(obs.labels))[known].astype(np.float64)
     draws = np.random.default_rng(seed).binomial(len(hit), hit.mean(), n_boot) / len(hit)
     lo, hi = interval(draws)
     if lo == hi:
@@ -304,8 +310,10 @@ def _accuracy_row(where: str, obs: Observations, n_boot: int, seed: int) -> tupl
 
 def _error_rows(scores: Mapping[str, np.ndarray], id_test: Observations, n_boot: int, seed: int) -> list[tuple]:
     """How each method's scores deal with the head's errors on ID: no OOD sample takes part."""
-    failed, rows = ~_correct([id_test]), []
+    known, rows = _known(id_test), []
+    failed = (id_test.predicted != as_numpy(id_test.labels))[known]
     for name, of in scores.items():
+        of = of[known]
         draws = bootstrap_errors(of, failed, n_boot, seed)
         for metric, value in zip(OF_ERRORS, (aurc(of, failed), errors_flagged(of, failed)), strict=True):
             rows.append((name, "test", "id", metric, value, *interval(draws[metric])))

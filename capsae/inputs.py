@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from .profiles import Holdout, Profile
 from .sealed import check_reach
 from .splits import check_classes, holdout_mask
 from .store import Store, artefact_digest, file_record
+
+log = logging.getLogger(__name__)
 
 DIGITS_VIT = "capsae/digits_vit"
 # What makes each kind of artefact: a change of this code (comments aside) makes it anew. features.py itself counts by
@@ -90,9 +93,7 @@ class Inputs:
         own = "train" if set_name == "val" and self.holdout else set_name
         if own not in self._sources:
             self.profile.check_files([own])
-            source = open_source(self.profile.source_spec(own))
-            self._check_classes(own, source.labels)
-            self._sources[own] = source
+            self._sources[own] = self._with_classes(own, open_source(self.profile.source_spec(own)))
         return self._sources[own]
 
     def backbone_settings(self, checkpoint: str | Path | None = None) -> dict[str, Any]:
@@ -128,15 +129,28 @@ class Inputs:
             features = load_pack(self.profile.pack, set_name)
         else:
             features = self._extracted(set_name)
-        self._check_classes(set_name, features.labels)  # again: bad images may have taken a class's last sample
-        return features
+        return self._with_classes(set_name, features)  # again: bad images may have taken a class's last sample
 
-    def _check_classes(self, set_name: str, labels: np.ndarray) -> None:
-        what = f"profile {self.profile.name!r}, {set_name}"
-        if len(labels) == 0:
+    def _with_classes(self, set_name: str, labelled):
+        """A source or feature set whose labels count along the classes of train; ValueError if they cannot."""
+        from .data import by_name
+
+        what, train = f"profile {self.profile.name!r}, {set_name}", set_name == "train"
+        if len(labelled) == 0:
             raise ValueError(f"{what}: the set holds no images")
-        if set_name in ("train", "test") or set_name in self.profile.shifted:
-            check_classes(labels, self.profile.n_classes, what, every=set_name == "train")
+        if set_name in self.profile.ood:
+            return labelled
+        if not train:
+            names = (self.features if self.profile.pack else self.source)("train").class_names
+            labelled = by_name(labelled, names, what)
+        known = labelled.labels >= 0
+        if train and known.any() and not known.all():
+            first = labelled.ids[~known][0]
+            log.warning("%s: %d images have no class and are left out, the first is %s", what, (~known).sum(), first)
+            labelled, known = labelled.take(known), known[known]
+        labels = labelled.labels if train else labelled.labels[known]
+        check_classes(labels, self.profile.n_classes, what, train, labelled.class_names)
+        return labelled
 
     def _extracted(self, set_name: str) -> FeatureSet:
         self.source("train")  # labels that do not fit stop the run before the first extraction

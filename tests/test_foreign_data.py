@@ -1,0 +1,239 @@
+"""Other people's data: what would give a wrong number without a word is mapped by name, told, or refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import unicodedata
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import small_profile
+from PIL import Image
+
+import capsae.features
+from capsae.asarray import as_labels
+from capsae.data import by_name, open_source
+from capsae.detectors import Observations
+from capsae.evaluate import evaluate
+from capsae.featureset import FeatureSet
+from capsae.pipeline import Run
+from capsae.probe import fit_linear_probe
+
+NAMES = ("ant", "bee", "crane", "dög")
+COLOUR = dict(zip(NAMES, ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)), strict=True))
+
+
+def png(image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def drawn(name: str, seed) -> Image.Image:
+    name = unicodedata.normalize("NFC", name)
+    noise = np.random.default_rng([*map(ord, name), seed]).integers(-25, 25, (8, 8, 3))
+    return Image.fromarray((np.array(COLOUR.get(name, (90, 90, 90))) + noise).clip(0, 255).astype(np.uint8))
+
+
+def folder(root, names=NAMES, n=6, seed=0):
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for row in range(n):
+            drawn(name, 100 * seed + row).save(root / name / f"{row}.png")
+    return {"kind": "folder", "path": str(root)}
+
+
+def parquet(path, names, rows, seed=9, **columns):
+    """Rows are class names; their labels count along ``names``."""
+    blobs = [png(drawn(name, 100 * seed + i)) for i, name in enumerate(rows)]
+    labels = [None if name is None else names.index(name) for name in rows]
+    table = pa.table({"image": blobs, "label": pa.array(labels, pa.int64())} | columns)
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(names)}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), path)
+    return {"kind": "parquet", "path": str(path)}
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """``experiment(test=spec, ...)`` gives a Run on drawn images; features are mean colours."""
+
+    def extract(source, backbone, out_dir, *, name, **_):
+        both = [source.measured(i) for i in range(len(source))]
+        cls = np.stack([np.tile(np.asarray(image).mean((0, 1)), 6)[:16] for image, _ in both])
+        rest = {"class_names": source.class_names, "pixels": np.stack([pixels for _, pixels in both])}
+        return FeatureSet(cls + 1e-3 * np.arange(16), source.labels, source.ids, name=name, **rest)
+
+    monkeypatch.setattr(capsae.features, "extract", extract)
+
+    def make(**sources):
+        given = {"train": lambda: folder(tmp_path / "train"), "test": lambda: folder(tmp_path / "test", seed=1)}
+        given |= {"ood.near/shifted": lambda: folder(tmp_path / "n", ("x",), seed=2)}
+        given |= {"ood.far/noise": lambda: folder(tmp_path / "f", ("y",), seed=3)}
+        (tmp_path / "own.toml").write_text(small_profile.TOML.format(pack='"none"'))
+        overrides = {key: sources[key] if key in sources else make() for key, make in given.items()}
+        overrides |= {key: value for key, value in sources.items() if key not in given}
+        return Run(tmp_path / "own.toml", overrides, tmp_path / "store", device="cpu", progress=False)
+
+    return make
+
+
+def accuracy(run, set_name="test") -> float:
+    features = run.features(set_name)
+    known = features.labels >= 0
+    return float((features.logits.argmax(1) == features.labels)[known].mean())
+
+
+# --- classes go by name
+
+
+def without_a_class(root):
+    return folder(root, NAMES[1:], seed=1)
+
+
+def beside_a_file_servers_folders(root):
+    for name in ("@eaDir", ".ipynb_checkpoints", "empty", "none/b"):
+        (root / name).mkdir(parents=True)
+    drawn("ant", 5).save(root / ".ipynb_checkpoints" / "0-checkpoint.png")
+    drawn("ant", 6).save(root / "@eaDir" / "0.png")
+    return folder(root, seed=1)
+
+
+def of_another_unicode_form(root):
+    return folder(root, [unicodedata.normalize("NFD", name) for name in NAMES], seed=1)
+
+
+def names_in_another_order(root):
+    return parquet(root, NAMES[::-1], NAMES * 3)
+
+
+def more_names_than_train(root):
+    return parquet(root, ("zebra", *NAMES), NAMES * 3)
+
+
+def files_of_two_orders(root):
+    root.mkdir()
+    parquet(root / "0.parquet", NAMES[::-1], NAMES)
+    parquet(root / "1.parquet", NAMES[1:], NAMES[1:], seed=8)
+    return {"kind": "parquet", "path": str(root)}
+
+
+def some_labels_unknown(root):
+    spec = parquet(root, NAMES[::-1], NAMES * 3)
+    table = pq.read_table(root)
+    labels = [None, -1, *table["label"].to_pylist()[2:]]
+    pq.write_table(table.set_column(1, "label", pa.array(labels, pa.int64())), root)
+    return spec
+
+
+LISTED = [
+    without_a_class,
+    beside_a_file_servers_folders,
+    of_another_unicode_form,
+    names_in_another_order,
+    more_names_than_train,
+    files_of_two_orders,
+    some_labels_unknown,
+]
+
+
+@pytest.mark.parametrize("role", ["test", "val", "shifted.shifted/other"])
+@pytest.mark.parametrize("listed", LISTED)
+def test_classes_go_by_name(listed, role, experiment, tmp_path):
+    run = experiment(**{role: listed(tmp_path / "theirs")})
+    name = role.removeprefix("shifted.")
+    assert run.features(name).class_names == run.features("train").class_names == tuple(sorted(NAMES))
+    assert accuracy(run, name) == 1.0
+    if role == "test":
+        rows = run.table(["msp"]).set_index(["method", "set"])
+        assert rows.loc[("head", "test"), "value"] == 1.0, "an accuracy is over the rows that have a label"
+
+
+def test_what_is_missing_unknown_or_named_twice_is_said(experiment, tmp_path, caplog):
+    run = experiment(test=without_a_class(tmp_path / "less"))
+    with caplog.at_level(logging.WARNING):
+        run.inputs.source("test")
+    assert "test: no image of 1 of 4 classes: 'ant'" in caplog.text
+    with pytest.raises(ValueError, match=r"test: 2 of 3 images are of 2 classes that train does not.*'Ant', 'bat'"):
+        experiment(test=parquet(tmp_path / "m.parquet", ("bat", "bee", "Ant"), ("bat", "Ant", "bee"))).features("test")
+    twice = parquet(tmp_path / "t.parquet", ("crane", "bee", "crane"), ("crane", "bee"))
+    for spec in (twice, twice | {"classes": ["crane"]}):
+        with pytest.raises(ValueError, match="classes 0 and 2 are both 'crane'; give each its own name"):
+            open_source(spec)
+    (tmp_path / "list.txt").write_text("ant/0.png 4\n")
+    listed = {"kind": "imglist", "list": str(tmp_path / "list.txt"), "root": str(tmp_path / "train")}
+    with pytest.raises(ValueError, match="label 4 has no name, there are 4"):
+        open_source(listed | {"class_names": NAMES})
+
+
+def test_train_leaves_out_what_has_no_class(experiment, tmp_path, caplog):
+    spec = folder(tmp_path / "loose")
+    drawn("ant", 77).save(tmp_path / "loose" / "beside.png")
+    run = experiment(train=spec)
+    with caplog.at_level(logging.WARNING):
+        assert len(run.inputs.source("train")) == 24
+    assert "train: 1 images have no class and are left out, the first is beside.png" in caplog.text
+    assert accuracy(run) == 1.0
+
+
+WRONG_LABELS = {
+    "fraction": ([0, 2.7], "holds 2.7, .*row 1"),
+    "NaN": ([0.0, float("nan")], "holds nan"),
+    "infinite": ([float("inf"), 0.0], "holds inf"),
+    "text": (["0", "1"], "holds '0'"),
+    "mixed": (["cat", 0], "holds 'cat'"),
+    "under -1": ([0, -2], "holds -2, .*-1 for none"),
+    "too large": (np.array([0, 2**63], np.uint64), "holds 9223372036854775808"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LABELS)
+def test_labels_are_whole_numbers(case, tmp_path):
+    labels, words = WRONG_LABELS[case]
+    cls = np.zeros((2, 3), np.float32)
+    uses = [as_labels, lambda labels: FeatureSet(cls, labels, ["a", "b"])]
+    uses.append(lambda labels: fit_linear_probe(cls, labels, 2))
+    if case not in ("mixed", "too large"):
+        blob = png(drawn("ant", 0))
+        pq.write_table(pa.table({"image": [blob] * 2, "label": pa.array(labels)}), tmp_path / "x.parquet")
+        uses.append(lambda _: open_source({"kind": "parquet", "path": str(tmp_path / "x.parquet")}))
+    for use in uses:
+        with pytest.raises(ValueError, match=words):
+            use(labels)
+
+
+@pytest.mark.parametrize("labels", [[0, None, 3], [0.0, -1.0, 3.0], np.array([0, -1, 3], np.int8), ([0, -1, 3])])
+def test_labels_that_are_whole_numbers_are_taken(labels):
+    assert as_labels(labels).tolist() == [0, -1, 3] and as_labels(labels).dtype == np.int64
+
+
+def test_rows_without_a_label_count_neither_as_right_nor_as_wrong():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(40, 3)).astype(np.float32), rng.integers(0, 3, 40)
+    ood = {"far/x": Observations(rng.normal(size=(9, 2)), logits=rng.normal(size=(9, 3)))}
+
+    class Norm:
+        def score(self, obs):
+            return np.linalg.norm(obs.cls, axis=1)
+
+    cls = rng.normal(size=(40, 2))
+    part = np.where(np.arange(40) < 10, -1, labels)
+    some = evaluate({"n": Norm()}, Observations(cls, logits, part), ood, n_boot=0).set_index("metric")["value"]
+    few = Observations(cls[10:], logits[10:], labels[10:])
+    right = evaluate({"n": Norm()}, few, ood, n_boot=0).set_index("metric")["value"]
+    for metric in ("accuracy", "aurc", "errors_flagged"):
+        assert some[metric] == right[metric]
+    assert "oscr" not in some and "oscr" in right
+
+
+def test_by_name_says_when_only_one_side_has_names(caplog):
+    one = FeatureSet(np.zeros((2, 1)), [0, 1], ["a", "b"], class_names=("x", "y"))
+    assert by_name(one, ("y", "x"), "here").labels.tolist() == [1, 0]
+    with caplog.at_level(logging.WARNING):
+        assert by_name(one, (), "here") is one and by_name(replace(one, class_names=()), ("y", "x"), "there")
+    assert "here: classes have names here alone; labels are taken by number" in caplog.text
+    assert "there: classes have names in train" in caplog.text
