@@ -19,6 +19,7 @@ import pandas as pd
 
 from . import detectors as _detectors
 from .arrays_io import LAYOUT, Arrays, arrays_from, load_arrays
+from .copies import check_copies
 from .detectors import Observations
 from .evaluate import compare, evaluate
 from .featureset import LinearHead
@@ -117,11 +118,14 @@ def evaluate_arrays(
     Raises
     ------
     ValueError
-        An unknown method, one that was asked for by name and that the arrays do not allow, or an SAE of another width.
+        An unknown method, one that was asked for by name and that the arrays do not allow, an SAE of another width, or
+        a set most of whose rows are those of another (:func:`capsae.copies.check_copies`).
     """
     notes: list[str] = []
     options = dict(options or {})
     names = _names(arrays, methods, options, against)
+    for number, name in enumerate(arrays.sets, start=1):
+        notes += check_copies(name, dict(list(arrays.sets.items())[:number]), arrays.source)
     sets = _with_val(arrays, seed, notes)
     head, sets = _with_logits(arrays, sets, seed, notes)
     notes.append(_check_accuracy(arrays.source, sets["train"], arrays.n_classes))

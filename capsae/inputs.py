@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .copies import check_copies
 from .featureset import FeatureSet, LinearHead
 from .profile_errors import ProfileError
 from .profiles import Holdout, Profile
@@ -61,12 +62,16 @@ class Inputs:
         """Return features as extracted, after the split into train and val; logits are the backbone's or None."""
         check_reach(set_name)
         if set_name not in self._parts:
+            before = set(self._parts)
             if self.holdout and set_name in ("train", "val"):
                 whole = self._whole("train")
                 held_out = holdout_mask(whole.labels, self.holdout.fraction, self.holdout.seed)
                 self._parts |= {"train": whole.take(~held_out), "val": whole.take(held_out)}
             else:
                 self._parts[set_name] = self._whole(set_name)
+            for new in [name for name in self._parts if name not in before]:
+                for line in check_copies(new, self._parts, f"profile {self.profile.name!r}"):
+                    log.warning("profile %r, %s", self.profile.name, line)
         return self._parts[set_name]
 
     def digest(self, set_name: str) -> str:
@@ -140,8 +145,10 @@ class Inputs:
             raise ValueError(f"{what}: the set holds no images")
         if set_name in self.profile.ood:
             return labelled
-        if not train:
-            names = (self.features if self.profile.pack else self.source)("train").class_names
+        of_pack = self.profile.pack and isinstance(labelled, FeatureSet)
+        # One image of a pack's set is shown without a look at those of train.
+        if not train and (of_pack or not self.profile.pack or "train" in self._sources):
+            names = (self.features if of_pack else self.source)("train").class_names
             labelled = by_name(labelled, names, what)
         known = labelled.labels >= 0
         if train and known.any() and not known.all():

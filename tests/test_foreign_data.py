@@ -237,3 +237,64 @@ def test_by_name_says_when_only_one_side_has_names(caplog):
         assert by_name(one, (), "here") is one and by_name(replace(one, class_names=()), ("y", "x"), "there")
     assert "here: classes have names here alone; labels are taken by number" in caplog.text
     assert "there: classes have names in train" in caplog.text
+
+
+# --- the same image twice
+
+
+def test_a_row_is_found_by_its_id_whatever_the_file_calls_it(experiment, tmp_path):
+    names = ["same.png"] * 5 + ["own.png", "same.png"]
+    spec = parquet(tmp_path / "s.parquet", NAMES, [*NAMES, "ant", "bee", "crane"], source=names)
+    run = experiment(**{"ood.near/shifted": spec, "test": spec})
+    features = run.inputs.features("test")
+    assert len(set(features.ids)) == 7 and "own.png" in features.ids
+    for row in range(7):
+        assert np.asarray(run.image("test", row)).mean((0, 1)) == pytest.approx(features.cls[row, :3], abs=1e-2)
+    few = open_source(spec | {"limit": 3})
+    assert set(few.ids) <= set(features.ids), "an id is that of the row in the whole file"
+    (tmp_path / "exclude.txt").write_text("same.png\n")
+    assert open_source(spec | {"exclude": str(tmp_path / "exclude.txt")}).ids.tolist() == ["own.png"]
+
+
+@pytest.mark.parametrize(
+    ("role", "of", "words"),
+    [
+        ("test", "train", "test: 24 of 24 images are images of train, the first is 'ant/0.png', 'ant/0.png' there"),
+        ("ood.near/shifted", "test", "near/shifted: 24 of 24 images are images of test"),
+        ("ood.far/noise", "train", "far/noise: 24 of 24 images are images of"),
+        ("shifted.shifted/a", "train", "shifted/a: 24 of 24 images are images of train"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "parquet", "renamed"])
+def test_a_set_that_is_another_is_refused(role, of, words, kind, experiment, tmp_path):
+    seed = {"train": 0, "test": 1}[of]
+    spec = folder(tmp_path / "copy", seed=seed)
+    if kind == "renamed":
+        words = words.partition(", the first")[0]
+        for path in (tmp_path / "copy").glob("*/*.png"):
+            path.rename(path.with_name(f"new {path.name}"))
+    if kind == "parquet":
+        words = words.partition(", the first")[0]
+        source = open_source(spec)
+        labels, blobs = source.labels.tolist(), [(tmp_path / "copy" / name).read_bytes() for name in source.ids]
+        spec = parquet(tmp_path / "c.parquet", NAMES, [NAMES[label] for label in labels])
+        table = pq.read_table(tmp_path / "c.parquet")
+        pq.write_table(table.set_column(0, "image", pa.array(blobs, pa.binary())), tmp_path / "c.parquet")
+    run = experiment(**{role: spec}, val=folder(tmp_path / "val", seed=7))
+    with pytest.raises(ValueError, match=words):
+        for name in run.profile.sets:
+            run.features(name)
+
+
+def test_a_few_copies_are_told(experiment, tmp_path, caplog):
+    spec = folder(tmp_path / "copy", seed=1)
+    drawn("ant", 3).save(tmp_path / "copy" / "ant" / "of train.png")
+    drawn("ant", 101).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "copy" / "bee" / "mirrored.png")
+    drawn("ant", 101).save(tmp_path / "copy" / "ant" / "twice.png")
+    run = experiment(test=spec, val=folder(tmp_path / "val", seed=7))
+    with caplog.at_level(logging.WARNING):
+        for name in run.profile.sets:
+            run.features(name)
+    assert "test: 1 of 27 images are images of train, the first is 'ant/of train.png'" in caplog.text
+    assert "test: 1 of 27 images are there twice, the first is 'ant/twice.png'" in caplog.text
+    assert caplog.text.count("images are") == 2
