@@ -342,13 +342,12 @@ def _open_hub(name, split, config=None, image=None, label=None, id=None) -> Imag
         value = images[row][image] or {}
         return value.get("bytes") or value.get("path") or b""
 
-    # datasets' own fingerprint depends on its cache. What identifies the images is the content of local files, and the
-    # addresses of remote ones, which hold the revision.
-    size, sources = getattr(table.info, "dataset_size", None), sorted(table.info.download_checksums or {})
-    local = content_digests([file for file in sources if os.path.isfile(file)])
-    remote = [file for file in sources if not os.path.isfile(file)]
-    place = str(name) if not os.path.exists(name) else "local"
-    fingerprint = json.dumps([place, config, split, size, count, local, remote])
+    # datasets' own fingerprint depends on its cache. What identifies the images is the revision of a remote set, which
+    # is the name of the folder it is kept in, and the content of a local one.
+    files, local = [each["filename"] for each in table.cache_files], os.path.exists(name)
+    content = content_digests(files) if local else sorted({Path(file).parent.name for file in files})
+    size = getattr(table.info, "dataset_size", None)
+    fingerprint = json.dumps(["local" if local else str(name), config, split, size, count, content])
     return ImageSource(f"{name}:{split}", labels, np.array(ids, dtype=str), names, read, np.arange(count), fingerprint)
 
 

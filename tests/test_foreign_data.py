@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import time
 import unicodedata
 from dataclasses import replace
 
@@ -16,6 +18,7 @@ import small_profile
 from PIL import Image
 
 import capsae.features
+from capsae import image_files
 from capsae.asarray import as_labels
 from capsae.data import by_name, open_source
 from capsae.detectors import Observations
@@ -23,6 +26,7 @@ from capsae.evaluate import evaluate
 from capsae.featureset import FeatureSet
 from capsae.pipeline import Run
 from capsae.probe import fit_linear_probe
+from capsae.scoring import find_images
 
 NAMES = ("ant", "bee", "crane", "dög")
 COLOUR = dict(zip(NAMES, ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)), strict=True))
@@ -298,3 +302,160 @@ def test_a_few_copies_are_told(experiment, tmp_path, caplog):
     assert "test: 1 of 27 images are images of train, the first is 'ant/of train.png'" in caplog.text
     assert "test: 1 of 27 images are there twice, the first is 'ant/twice.png'" in caplog.text
     assert caplog.text.count("images are") == 2
+
+
+# --- content decides
+
+
+def bitmap(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path, "BMP")
+
+
+def of_kind(kind, root, colour):
+    """A source of two images of one size; the first has the colour."""
+    for row in range(2):
+        bitmap(root / "a" / f"{row}.bmp", colour if row == 0 else "white")
+    if kind == "folder":
+        return {"kind": "folder", "path": str(root)}
+    if kind == "imglist":
+        (root / "list.txt").write_text("a/0.bmp 0\na/1.bmp 0\n")
+        return {"kind": "imglist", "list": str(root / "list.txt"), "root": str(root)}
+    blobs = [(root / "a" / f"{row}.bmp").read_bytes() for row in range(2)]
+    (root / "hub").mkdir(exist_ok=True)
+    path = root / "hub" / "train-00000-of-00001.parquet"
+    columns = {"image": pa.array([{"bytes": blob, "path": None} for blob in blobs]), "label": [0, 0]}
+    columns["image"] = columns["image"].cast(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False, write_statistics=False)
+    if kind == "hub":
+        return {"kind": "hub", "name": str(root / "hub"), "split": "train", "image": "image"}
+    return {"kind": "parquet", "path": str(path)}
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "imglist", "parquet", "hub"])
+def test_other_images_of_one_name_and_size_are_other_images(kind, known, tmp_path, monkeypatch):
+    if kind == "hub":
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if known:  # with an account of hashes on the disk
+        monkeypatch.setattr(image_files, "_WORTH", 0)
+        monkeypatch.setattr(image_files, "_SETTLED", -1)
+        monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "home"))
+    spec = of_kind(kind, tmp_path / "x", "red")
+    before = open_source(spec).digest()
+    assert open_source(spec).digest() == before
+    times = {path: os.stat(path) for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    time.sleep(0.02)  # a tick of the file system's clock
+    of_kind(kind, tmp_path / "x", "blue")
+    for path, stat in times.items():
+        assert path.stat().st_size == stat.st_size
+        if kind != "hub":  # there, datasets itself goes by it
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a copying program may
+    assert open_source(spec).digest() != before
+    time.sleep(0.02)
+    of_kind(kind, tmp_path / "x", "red")
+    assert open_source(spec).digest() == before, "the same images are the same, whenever they were written"
+
+
+def test_what_is_known_is_not_read_again_and_what_is_fresh_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "_WORTH", 0)
+    monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "home"))
+    read = []
+    monkeypatch.setattr(image_files.hashlib, "file_digest", lambda file, _: read.append(file.name) or _Digest())
+    spec = of_kind("folder", tmp_path / "x", "red")
+    for _ in range(2):
+        open_source(spec)
+    assert len(read) == 4, "files changed within the last seconds are read each time"
+    monkeypatch.setattr(image_files, "_SETTLED", -1)
+    for _ in range(3):
+        open_source(spec)
+    assert len(read) == 6
+    for path in (tmp_path / "home" / "hashes").iterdir():
+        path.write_text("{")  # a damaged account is none
+    assert open_source(spec) and len(read) == 8
+
+
+class _Digest:
+    def hexdigest(self):
+        return "00"
+
+
+# --- every image
+
+
+def test_what_pillow_opens_is_an_image(tmp_path):
+    made = {}
+    picture = drawn("ant", 1)
+    for suffix, kind in sorted(Image.registered_extensions().items()):
+        if kind not in Image.SAVE or kind not in Image.OPEN or kind in ("EPS", "IM"):
+            continue
+        try:
+            picture.convert("1" if suffix in (".xbm", ".msp") else "RGB").save(tmp_path / f"x{suffix}", kind)
+        except (OSError, ValueError):
+            (tmp_path / f"x{suffix}").unlink(missing_ok=True)  # a kind that holds no colours, or a missing library
+            continue
+        made[f"x{suffix}"] = kind
+    assert {".jfif", ".jpe", ".avif", ".jp2", ".tga", ".jpg", ".png", ".webp"} <= {f".{n.split('.')[1]}" for n in made}
+    picture.save(tmp_path / "X.JPG", "JPEG")
+    picture.save(tmp_path / "without a suffix", "PNG")
+    picture.save(tmp_path / "photo.of_mine", "JPEG")
+    picture.save(tmp_path / "x.mpo", "MPO", save_all=True, append_images=[picture])
+    source = open_source(tmp_path)
+    assert set(source.ids) == {*made, "X.JPG", "without a suffix", "photo.of_mine", "x.mpo"}
+    assert source.left_out == () and source.labels.max() == -1
+    usable = [str(id) for i, id in enumerate(source.ids) if source.image(i).mode == "RGB"]
+    assert len(usable) == len(source)
+    assert find_images([tmp_path]) == [tmp_path / id for id in source.ids]
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path, caplog, monkeypatch):
+    root = tmp_path / "theirs"
+    folder(root, ("ant", "bee"), n=2)
+    folder(tmp_path / "elsewhere", ("crane",), n=2)
+    (root / "crane").symlink_to(tmp_path / "elsewhere" / "crane")
+    (root / "ant" / "around").symlink_to(root)
+    (root / "ant" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "bee" / "linked.png").symlink_to(root / "ant" / "0.png")
+    (root / "bee" / "deep" / "er").mkdir(parents=True)
+    drawn("bee", 44).save(root / "bee" / "deep" / "er" / "0.png")
+    drawn("bee", 45).save(root / "loose.png")
+    for name in ("._0.png", ".DS_Store", "labels.txt", "phone.heic", "data.npy", "P6.txt"):
+        (root / "ant" / name).write_bytes(b"P6 1 1 255 xxx" if name == "P6.txt" else b"hello")
+    os.mkfifo(root / "bee" / "pipe.png")
+    (root / "bee" / ".ipynb_checkpoints").mkdir()
+    (root / "locked").mkdir()
+    (root / "empty").mkdir()
+    scandir = os.scandir
+
+    def locked(path):
+        if os.path.basename(os.fspath(path)) == "locked":
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with caplog.at_level(logging.WARNING):
+        source = open_source(root)
+    ids = ["ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png", "bee/deep/er/0.png", "bee/linked.png"]
+    assert source.ids.tolist() == [*ids, "crane/0.png", "crane/1.png", "loose.png"]
+    assert source.class_names == ("ant", "bee", "crane")
+    assert source.labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, -1]
+    why = dict(source.left_out)
+    assert why["ant/gone.png"] == "broken link" and why["bee/pipe.png"] == "no regular file"
+    assert why["locked"] in ("unreadable folder (Permission denied)", "folder without an image")
+    assert why["ant/._0.png"] == "hidden file" and why["bee/.ipynb_checkpoints"] == "hidden folder"
+    assert why["ant/phone.heic"] == "needs pillow-heif" or "HEIF" in Image.OPEN
+    assert why["ant/around"] == "link to a folder that holds it" and why["empty"] == "folder without an image"
+    assert "3 x no image that Pillow opens (ant/P6.txt, ...)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert len(find_images([root])) == len(source)
+    assert "unreadable folder (Permission denied) (locked)" in caplog.text
+
+
+def test_the_number_left_out_goes_with_the_features(tmp_path):
+    spec = folder(tmp_path / "x", ("ant",), n=2)
+    (tmp_path / "x" / "ant" / "notes.txt").write_text("hello")
+    settings = {"model": "vit_tiny_patch16_224", "image_size": 16}
+    found = capsae.features.extract(spec, settings, tmp_path / "out", progress=False)
+    assert found.meta["left_out"] == 1
