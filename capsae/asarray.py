@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def as_numpy(array) -> np.ndarray:
+def as_numpy(array, read_only: bool = False) -> np.ndarray:
     """A numpy array that every kernel and every writer takes: C order, native bytes, writeable.
 
     Parameters
@@ -13,6 +13,8 @@ def as_numpy(array) -> np.ndarray:
     array : numpy array, torch tensor (any device, bfloat16 too) or sequence
         What is plain already is returned as it is; negative strides, Fortran order, foreign byte order and read-only
         memory are copied. Masked values become NaN.
+    read_only : bool
+        Read-only memory is left where it is, for a caller that writes nothing: it may be a large file.
     """
     if hasattr(array, "detach"):
         array = array.detach().cpu().resolve_conj().resolve_neg()
@@ -25,7 +27,7 @@ def as_numpy(array) -> np.ndarray:
     if array.dtype.kind == "V" and "float" in array.dtype.name:  # bfloat16 of ml_dtypes, as jax has it
         array = array.astype(np.float32)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return array if array.flags.writeable else array.copy()
+    return array if read_only or array.flags.writeable else array.copy()
 
 
 def as_labels(values, what: str = "labels") -> np.ndarray:

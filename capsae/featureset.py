@@ -176,9 +176,13 @@ class LinearHead:
     weight: np.ndarray
     bias: np.ndarray
 
+    def __post_init__(self):
+        for key in ("weight", "bias"):
+            object.__setattr__(self, key, as_numpy(getattr(self, key)).astype(np.float32, copy=False))
+
     def logits(self, cls: np.ndarray) -> np.ndarray:
         """Logits (N, C) float32 of features (N, d)."""
-        cls = np.asarray(cls, dtype=np.float32)
+        cls = as_numpy(cls).astype(np.float32, copy=False)
         if cls.ndim != 2 or cls.shape[1] != self.weight.shape[1]:
             raise ValueError(f"cls has shape {cls.shape}, this head expects (N, {self.weight.shape[1]})")
         return cls @ self.weight.T + self.bias

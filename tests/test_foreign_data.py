@@ -15,17 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_profile
+import torch
 from PIL import Image
 
 import capsae.features
-from capsae import image_files
-from capsae.asarray import as_labels
+from capsae import detectors, image_files
+from capsae.arrays import arrays_from
+from capsae.asarray import as_labels, as_numpy
+from capsae.caps import ClassActivationProfiles
 from capsae.data import by_name, open_source
 from capsae.detectors import Observations
 from capsae.evaluate import evaluate
-from capsae.featureset import FeatureSet
+from capsae.featureset import FeatureSet, LinearHead
 from capsae.pipeline import Run
 from capsae.probe import fit_linear_probe
+from capsae.sae import SAEConfig, TopKSAE, train_sae
 from capsae.scoring import find_images
 
 NAMES = ("ant", "bee", "crane", "dög")
@@ -459,3 +463,82 @@ def test_the_number_left_out_goes_with_the_features(tmp_path):
     settings = {"model": "vit_tiny_patch16_224", "image_size": 16}
     found = capsae.features.extract(spec, settings, tmp_path / "out", progress=False)
     assert found.meta["left_out"] == 1
+
+
+# --- arrays as others lay them out
+
+ODD = {
+    "bfloat16": lambda x: torch.from_numpy(x.copy()).bfloat16(),
+    "needs a gradient": lambda x: torch.from_numpy(x.copy()).requires_grad_(),
+    "negative strides": lambda x: x[::-1].copy()[::-1],
+    "mirrored columns": lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
+    "big-endian": lambda x: x.astype(">f4"),
+    "Fortran": np.asfortranarray,
+    "a transpose": lambda x: np.ascontiguousarray(x.T).T,
+    "every other": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    "nested lists": lambda x: x.tolist(),
+    "float64": lambda x: x.astype(np.float64),
+}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    rng = np.random.default_rng(0)
+    x = np.round(rng.normal(size=(24, 6)) * 8).astype(np.float32) / 8  # bfloat16 holds them exactly
+    return x, np.arange(24) % 3
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_array_is_what_it_says_however_it_lies_in_memory(odd, plain, tmp_path):
+    x, labels = plain
+    given = ODD[odd](x)
+    found = as_numpy(given)
+    assert np.array_equal(found, x) and found.flags.c_contiguous and found.flags.writeable and found.dtype.isnative
+    ids = np.arange(24).astype(str)
+    features = FeatureSet(given, labels, ids, logits=given, pixels=given)
+    features = FeatureSet.load(features.save(tmp_path / "f.safetensors"))
+    assert all(np.array_equal(getattr(features, key), x) for key in ("cls", "logits", "pixels"))
+    caps = ClassActivationProfiles(given, np.asfortranarray(labels.reshape(12, 2)), labels[::-1])
+    caps.save(tmp_path / "c.safetensors")
+    caps = ClassActivationProfiles.load(tmp_path / "c.safetensors")
+    assert np.array_equal(caps.sums, x) and np.array_equal(caps.active, labels.reshape(12, 2))
+    assert np.array_equal(caps.counts, labels[::-1])
+    head = LinearHead(ODD[odd](x[:3]), ODD[odd](x[:3, 0]))
+    head = LinearHead.load(head.save(tmp_path / "h.safetensors"))
+    assert np.array_equal(head.weight, x[:3]) and np.array_equal(head.bias, x[:3, 0])
+    probe, expected = (fit_linear_probe(rows, labels, 3, strengths=(0.1,)) for rows in (given, x))
+    np.testing.assert_array_equal(probe.weight, expected.weight)
+    raw = {f"{name}/features": given for name in ("train", "test", "far/x")} | {"train/labels": labels[::-1]}
+    arrays = arrays_from(raw | {"head/weight": ODD[odd](x[:3]), "test/logits": ODD[odd](x[:, :3])} | _more(x, odd))
+    assert np.array_equal(arrays.sets["train"].cls, x) and np.array_equal(arrays.sets["test"].logits, x @ x[:3].T)
+    for name in ("mds", "knn", "msp", "she"):
+        options = {"k": 3} if name == "knn" else {}
+        both = []
+        for rows in (given, x):
+            obs = Observations(rows, logits=None, labels=labels, head=head)
+            both.append(detectors.create(name, **options).fit(obs).score(Observations(rows, head=head)))
+        np.testing.assert_allclose(both[0], both[1], rtol=1e-5, atol=1e-6)
+    if odd != "nested lists":
+        sae = TopKSAE.load(_an_sae(tmp_path / "sae", x))
+        np.testing.assert_array_equal(as_numpy(sae.encode(given).values), as_numpy(sae.encode(x).values))
+
+
+def _more(x, odd):
+    logits = x @ x[:3].T
+    given = logits if odd == "bfloat16" else ODD[odd](logits)
+    return {f"{name}/logits": given for name in ("train", "test", "far/x")}
+
+
+def _an_sae(path, x):
+    sae, _ = train_sae(x, SAEConfig(12, 2, epochs=1, batch_size=8), "cpu", progress=False)
+    sae.save(path)
+    return path
+
+
+def test_masked_values_are_no_values():
+    masked = np.ma.masked_array(np.ones((3, 2), np.float32), mask=[[0, 0], [1, 0], [0, 0]])
+    with pytest.raises(ValueError, match="NaN or infinity in 1 rows, the first is row 1"):
+        Observations(masked)
+    with pytest.raises(ValueError, match="holds nan"):
+        as_labels(np.ma.masked_array([0, 1], mask=[0, 1]))
