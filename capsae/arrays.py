@@ -19,6 +19,7 @@ import pandas as pd
 
 from . import detectors as _detectors
 from .arrays_io import LAYOUT, Arrays, arrays_from, load_arrays
+from .copies import check_copies
 from .detectors import Observations
 from .evaluate import compare, evaluate
 from .featureset import LinearHead
@@ -124,11 +125,14 @@ def evaluate_arrays(
     Raises
     ------
     ValueError
-        An unknown method, one that was asked for by name and that the arrays do not allow, or an SAE of another width.
+        An unknown method, one that was asked for by name and that the arrays do not allow, an SAE of another width, or
+        a set most of whose rows are those of another (:func:`capsae.copies.check_copies`).
     """
     notes: list[str] = []
     options = dict(options or {})
     names = _names(arrays, methods, options, against)
+    for number, name in enumerate(arrays.sets, start=1):
+        notes += check_copies(name, dict(list(arrays.sets.items())[:number]), arrays.source)
     sets = _with_val(arrays, seed, notes)
     head, sets = _with_logits(arrays, sets, seed, notes)
     notes.append(_check_accuracy(arrays.source, sets["train"], arrays.n_classes))
@@ -137,11 +141,15 @@ def evaluate_arrays(
     sae = None if sae is False else _sae(sae, sae_settings or {}, sets, seed, device, progress, notes)
     observed = {}
     for name, one in sets.items():
-        labels = one.labels if not name.startswith(("near/", "far/")) and (one.labels >= 0).all() else None
+        labels = one.labels if not name.startswith(("near/", "far/")) and (one.labels >= 0).any() else None
         given = {"logits": one.logits, "labels": labels, "head": head, "sae": sae, "pixels": one.pixels}
         observed[name] = Observations(one.cls, **given)
+    unknown = int((sets["test"].labels < 0).sum())
     if observed["test"].labels is None:
         notes.append("test/labels are not given: no accuracy, no OSCR, no AUROC of correctly classified ID")
+    elif unknown:
+        what = f"{unknown} of {len(sets['test'])} test/labels are -1 (none)"
+        notes.append(f"{what}: accuracy is over the others; no OSCR, no AUROC of correctly classified ID")
 
     fitted, left_out = _fit(names, methods is not None, _reasons(arrays, head, sae), observed, options, preset)
     wanted = ["test", *arrays.ood_sets, *arrays.shifted]

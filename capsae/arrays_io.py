@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .asarray import as_labels, as_numpy
 from .featureset import FeatureSet, LinearHead
 from .files import refuse_stub
 from .images import PIXEL_STATISTICS
@@ -23,7 +24,7 @@ from .images import PIXEL_STATISTICS
 LAYOUT = """\
 train/features  (N, d)   train/labels (N,) from 0        what detectors and the SAE learn from
 val/features, val/labels                                 optional; else a tenth of train is held out
-test/features            test/labels                     ID test; labels are optional (no accuracy without)
+test/features            test/labels                     ID test; labels are optional, -1 is none (no accuracy without)
 near/<set>/features, far/<set>/features                  at least one; <set> is a name of yours
 shifted/<set>/features, shifted/<set>/labels             optional: ID in other conditions, for the full spectrum
 head/weight     (C, d)   head/bias (C,)                  optional: the linear head that reads the features
@@ -143,7 +144,6 @@ def arrays_from(raw: Mapping[str, np.ndarray], source: str = "arrays") -> Arrays
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    import torch
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -151,7 +151,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    return {key: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for key, t in tensors.items()}
+    return {key: as_numpy(tensor) for key, tensor in tensors.items()}
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -232,17 +232,18 @@ def _one_set(raw: Mapping, name: str, source: str) -> FeatureSet:
     if labels is None or name.startswith(("near/", "far/")):  # an OOD set's classes are none of ours
         labels = np.full(len(cls), -1)
     else:
-        labels = np.asarray(labels)
+        labels = as_numpy(labels)
         if labels.shape != (len(cls),):
             raise ValueError(f"{source}: {name}/labels has shape {labels.shape}, expected ({len(cls)},)")
         if labels.dtype.kind not in "iu":
             raise ValueError(f"{source}: {name}/labels holds {labels.dtype}, expected whole numbers from 0")
+        labels = as_labels(labels, f"{source}: {name}/labels")
     return FeatureSet(cls, labels, np.arange(len(cls)).astype(str), name=name, **given)
 
 
 def _numbers(array, key: str, source: str, ndim: int, rows: int | None = None) -> np.ndarray:
     """A finite float32 array of the right shape (float64 is narrowed), or an error that says where it is not."""
-    array = np.asarray(array)
+    array = as_numpy(array)
     shape = {1: "(N,)", 2: "(N, columns)"}[ndim]
     if array.ndim != ndim:
         raise ValueError(f"{source}: {key} has shape {array.shape}, expected {shape}")
@@ -300,9 +301,9 @@ def _check_labels(sets: Mapping[str, FeatureSet], n_classes: int, source: str) -
         raise ValueError(f"{source}: {n_classes} class; detectors need at least 2")
     for name in sets:
         labels = sets[name].labels
-        if name.startswith(("near/", "far/")) or (name == "test" and (labels == -1).all()):
+        if name.startswith(("near/", "far/")):
             continue
-        outside = (labels < 0) | (labels >= n_classes)
+        outside = (labels < (0 if name == "train" else -1)) | (labels >= n_classes)  # -1 is none
         if outside.any():
             row = int(outside.argmax())
             hint = "; classes count from 0" if labels[row] == n_classes and labels.min() == 1 else ""

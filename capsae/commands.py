@@ -74,7 +74,9 @@ def extract(options) -> int:
         features = run.inputs.features(name)
         bad = len(features.meta.get("bad_images", []))
         if first:
+            left_out = features.meta.get("left_out", 0)
             line = f"{name}: {len(features)} x {features.cls.shape[1]}" + (f", {bad} bad images" if bad else "")
+            line += f", {left_out} files left out" if left_out else ""
             sys.stdout.write(line + "\n")
     if first:
         sys.stdout.write(f"kept in {run.store.root}\n")

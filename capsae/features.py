@@ -197,6 +197,7 @@ def extract(
         "source_digest": source.digest(),
         "bad_images": bad,
         "excluded": source.excluded,
+        "left_out": len(source.left_out),
         "n_images": len(source),
         "device": _device_name(device),
         "dtype": str(dtype).removeprefix("torch."),

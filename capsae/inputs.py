@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .code import digest as code_digest
+from .copies import check_copies
 from .featureset import FeatureSet, LinearHead
 from .profile_errors import ProfileError
 from .profiles import Holdout, Profile
 from .sealed import check_reach
 from .splits import check_classes, holdout_mask
 from .store import Store, artefact_digest, file_record
+
+log = logging.getLogger(__name__)
 
 DIGITS_VIT = "capsae/digits_vit"
 
@@ -52,12 +56,16 @@ class Inputs:
         """Return features as extracted, after the split into train and val; logits are the backbone's or None."""
         check_reach(set_name)
         if set_name not in self._parts:
+            before = set(self._parts)
             if self.holdout and set_name in ("train", "val"):
                 whole = self._whole("train")
                 held_out = holdout_mask(whole.labels, self.holdout.fraction, self.holdout.seed)
                 self._parts |= {"train": whole.take(~held_out), "val": whole.take(held_out)}
             else:
                 self._parts[set_name] = self._whole(set_name)
+            for new in [name for name in self._parts if name not in before]:
+                for line in check_copies(new, self._parts, f"profile {self.profile.name!r}"):
+                    log.warning("profile %r, %s", self.profile.name, line)
         return self._parts[set_name]
 
     def digest(self, set_name: str, whole: bool = False) -> str:
@@ -86,9 +94,7 @@ class Inputs:
         own = "train" if set_name == "val" and self.holdout else set_name
         if own not in self._sources:
             self.profile.check_files([own])
-            source = open_source(self.profile.source_spec(own))
-            self._check_classes(own, source.labels)
-            self._sources[own] = source
+            self._sources[own] = self._with_classes(own, open_source(self.profile.source_spec(own)))
         return self._sources[own]
 
     def backbone_settings(self, checkpoint: str | Path | None = None) -> dict[str, Any]:
@@ -124,8 +130,7 @@ class Inputs:
             features = load_pack(self.profile.pack, set_name)
         else:
             features = self._extracted(set_name)
-        self._check_classes(set_name, features.labels)  # again: bad images may have taken a class's last sample
-        return features
+        return self._with_classes(set_name, features)  # again: bad images may have taken a class's last sample
 
     def _packed(self, set_name: str) -> bool:
         """Whether the profile's pack stands in for this set's images; a set that it lacks is extracted from them."""
@@ -133,12 +138,28 @@ class Inputs:
 
         return bool(self.profile.pack) and set_name in pack_info(self.profile.pack)["sets"]
 
-    def _check_classes(self, set_name: str, labels: np.ndarray) -> None:
-        what = f"profile {self.profile.name!r}, {set_name}"
-        if len(labels) == 0:
+    def _with_classes(self, set_name: str, labelled):
+        """A source or feature set whose labels count along the classes of train; ValueError if they cannot."""
+        from .data import by_name
+
+        what, train = f"profile {self.profile.name!r}, {set_name}", set_name == "train"
+        if len(labelled) == 0:
             raise ValueError(f"{what}: the set holds no images")
-        if set_name in ("train", "test") or set_name in self.profile.shifted:
-            check_classes(labels, self.profile.n_classes, what, every=set_name == "train")
+        if set_name in self.profile.ood:
+            return labelled
+        of_pack = self._packed(set_name) and isinstance(labelled, FeatureSet)
+        # One image of a pack's set is shown without a look at those of train.
+        if not train and (of_pack or not self.profile.pack or "train" in self._sources):
+            names = (self.features if of_pack else self.source)("train").class_names
+            labelled = by_name(labelled, names, what)
+        known = labelled.labels >= 0
+        if train and known.any() and not known.all():
+            first = labelled.ids[~known][0]
+            log.warning("%s: %d images have no class and are left out, the first is %s", what, (~known).sum(), first)
+            labelled, known = labelled.take(known), known[known]
+        labels = labelled.labels if train else labelled.labels[known]
+        check_classes(labels, self.profile.n_classes, what, train, labelled.class_names)
+        return labelled
 
     def _extracted(self, set_name: str) -> FeatureSet:
         from .backbone import load_weights

@@ -278,9 +278,11 @@ class Run:
         if set_name not in self._observations:
             features = self.features(set_name)
             known = "/" not in set_name or set_name in self.profile.shifted
-            labels = features.labels if known and (features.labels >= 0).all() else None
+            labels = features.labels if known and (features.labels >= 0).any() else None
             predicted = None
             if self.profile.predicted == "true" and set_name in ("val", "test"):
+                if labels is None or (labels < 0).any():
+                    raise ValueError(f'{set_name} has rows without a label: predicted = "true" needs them all')
                 predicted, labels = labels, None
             given = {"labels": labels, "predicted": predicted, "head": self.head, "sae": self.sae}
             given |= {"logits": features.logits, "pixels": features.pixels}

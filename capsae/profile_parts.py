@@ -37,6 +37,7 @@ class _Source(Part):
     limit: int | None = Field(None, ge=1)  # at most so many images, evenly spaced over the source
     exclude: str | None = None  # file that names images to leave out: a text file, or a .csv with a column id
     crop: Crop | None = None  # in place of the backbone's, for a set whose images are cut already
+    exif: bool | None = None  # false: images as they are stored, not turned as their EXIF orientation says
 
 
 class Hub(_Source):

@@ -19,6 +19,7 @@ from .data import IMAGE_SUFFIXES, ImageSource
 from .detectors import Observations
 from .featureset import FeatureSet, LinearHead
 from .files import replacing
+from .image_files import images_below, tell
 
 DEFAULT_METHODS = ("epd", _detectors.OURS)
 KEEP = 0.95  # share of ID validation rows that must not be flagged
@@ -254,7 +255,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside, left_out = images_below(path)
+            tell(str(path), left_out)
             if not inside:
                 raise FileNotFoundError(f"folder {str(path)!r} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
             found += inside

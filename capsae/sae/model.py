@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..asarray import as_numpy
 from . import io
 from .config import SAEConfig
 from .select import compiled, encode, topk
@@ -316,7 +317,7 @@ def check_rows(x: np.ndarray | torch.Tensor, d: int | None = None, at_least: int
     if not (x.is_floating_point() if isinstance(x, torch.Tensor) else np.issubdtype(x.dtype, np.floating)):
         raise TypeError(f"{name} has dtype {x.dtype}; floating point would do")
     with warnings.catch_warnings(action="ignore"):  # read-only arrays are welcome: nothing is written to them
-        rows = torch.as_tensor(x).detach()
+        rows = torch.as_tensor(as_numpy(x, read_only=True) if isinstance(x, np.ndarray) else x).detach()
     if rows.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}; (N, d) would do")
     if len(rows) < at_least:
