@@ -223,9 +223,12 @@ DRAWN = ("overlap", "stability", "core_share", "evenness")
 
 
 def recorded(table: pd.DataFrame, caps: ClassActivationProfiles) -> Numbers:
-    """What the page records: every measure of both dictionaries and their difference, and active shares."""
-    numbers = Numbers()
-    numbers.rows(table, "{measure} {dictionary}")
+    """What the page records: every measure of both dictionaries and their difference, and active shares.
+
+    A p is recorded where it tests something: of differences of dictionaries, and of gaps between sets.
+    """
+    numbers, tests = Numbers(), (table["dictionary"] == "difference") | table["measure"].isin(list(GAPS))
+    numbers.rows(table.assign(p=table["p"].where(tests)), "{measure} {dictionary}")
     for name, share in {"active any": caps.active_fraction(), "active 5 percent": caps.active_fraction(0.05)}.items():
         numbers.add(f"{name} mean", share.mean(), unit="%")
         numbers.add(f"{name} std", share.std(), unit="points")
