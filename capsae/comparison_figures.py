@@ -64,18 +64,6 @@ def seeds(data: pd.DataFrame, columns: int = 2) -> Figure:
     return figure
 
 
-def mean_ranks(data: pd.DataFrame, cd: float) -> Figure:
-    """Mean ranks over OOD sets with Nemenyi's critical difference from the best. Columns: method, rank; best first."""
-    figure, axes = _figure(7, 1.2 + 0.3 * len(data))
-    ax, best = axes[0, 0], data["rank"].min()
-    ax.axvspan(best, best + cd, color=GREY, alpha=0.22, linewidth=0, label="not told from the best")
-    ax.scatter(data["rank"], range(len(data)), color=BLUE, s=46, zorder=3)
-    ax.set_yticks(range(len(data)), data["method"], fontsize=10)
-    ax.set(xlabel="mean rank over the OOD sets, 1 = best", xlim=(0.8, len(data) + 0.2), ylim=(len(data) - 0.5, -0.5))
-    figure.legend(loc="outside upper center")
-    return figure
-
-
 def risk_coverage(data: pd.DataFrame) -> Figure:
     """Risk of the accepted ID samples against their share. Columns: method, coverage, risk."""
     figure, axes = _figure(7, 3.8)

@@ -199,3 +199,66 @@ def recorded(table: pd.DataFrame, compared: pd.DataFrame) -> Numbers:
         numbers.add("pixel wins", int(wins["broken"].sum()))
         numbers.add("pixel wins of means", int((wins["broken"] & (wins["set"] == "mean")).sum()))
     return numbers
+
+
+# --- tuning
+
+
+def tuning_grid(tuned: Mapping) -> pd.DataFrame:
+    """The grids of ``tuning.tune`` in one table, criterion in %. Columns as there, and label."""
+    grid = pd.concat([one.table for one in tuned.values()], ignore_index=True)
+    return grid.assign(label=grid["method"].map(title), criterion=100 * grid["criterion"])
+
+
+def grid_shown(grid: pd.DataFrame) -> pd.DataFrame:
+    """:func:`tuning_grid` for a page."""
+    names = {"label": "method", "criterion": "criterion, %"}
+    shown = grid[["label", "setting", "criterion", "default", "chosen", "refused"]].rename(columns=names)
+    return shown.replace({True: "yes", False: ""})
+
+
+def tuned_shown(compared: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
+    """Tuned less default, means over all OOD sets, as text, with the setting chosen."""
+    gap = compared[compared["method"] == compared["other"] + " tuned"]
+    setting = grid[grid["chosen"]].set_index("method")["setting"]
+    chosen = {title(name): setting[name] for name in gap["other"].unique()}
+    wide = shown(gap, gap["other"]).drop(columns="method").rename(columns={"less": "method"})
+    return wide.assign(chosen=wide["method"].map(chosen))
+
+
+def against_tuned(compared: pd.DataFrame, metric: str = HEADLINE) -> pd.DataFrame:
+    """Scores as the experiment has them less tuned baselines. Columns: method, less, points, lo, hi, p, verdict."""
+    rows = compared[compared["other"].str.endswith(" tuned") & (compared["set"] == "mean")]
+    rows = rows[
+        (rows["metric"] == metric) & rows["other"].map(lambda name: info(name.split()[0])["group"] == "baseline")
+    ]
+    cells = {"method": rows["method"].map(title), "less": rows["other"].map(title)}
+    cells |= {name: (100 * rows[key]).round(1) for name, key in {"points": "value", "lo": "lo", "hi": "hi"}.items()}
+    return pd.DataFrame(cells | {"p": rows.apply(corrected, axis=1), "verdict": rows["verdict"]})
+
+
+def left_out_shown(left_out: pd.DataFrame) -> pd.DataFrame:
+    """Means over the sets of ``tuning.leave_one_set_out``, in %, one row a detector."""
+    if left_out.empty:
+        return left_out
+    names = {"value": "chosen on the other sets", "peeking": "peeking at each set"}
+    means = 100 * left_out.groupby("method", sort=False)[["default", *names]].mean()
+    return means.round(1).rename(columns=names).reset_index().assign(method=lambda t: t["method"].map(title))
+
+
+def recorded_of_tuning(compared: pd.DataFrame, tuned: Mapping, left_out: pd.DataFrame) -> Numbers:
+    """What the page on tuning records: differences tuned less default, how many help and hurt, what peeking gains."""
+    numbers = Numbers()
+    gap = compared[(compared["method"] == compared["other"] + " tuned") & (compared["set"] == "mean")]
+    plus = {"mds++": "mdspp", "rmds++": "rmdspp"}
+    numbers.rows(gap.replace({"other": plus}), "{other} tuned {metric}", unit="points")
+    verdict = gap[gap["metric"] == HEADLINE]["verdict"]
+    for name, word in {"helped": "better", "hurt": "worse", "undecided": "undecided"}.items():
+        numbers.add(name, int((verdict == word).sum()))
+    numbers.add("detectors", len(tuned))
+    numbers.add("default kept", len(tuned) - len(verdict))
+    if len(left_out):
+        means = left_out.groupby("method")[["default", "value", "peeking"]].mean()
+        numbers.add("gain of peeking", (means["default"] - means["peeking"]).median(), unit="points")
+        numbers.add("gain of other sets", (means["default"] - means["value"]).median(), unit="points")
+    return numbers

@@ -37,8 +37,12 @@ def write_pages() -> list[Path]:
         "dictionaries.md": dictionaries_page(book / "references.bib", _HEADING.format(source=DICTIONARIES)),
     }
     for name, page in made.items():
-        (book / name).write_text(page.rstrip() + "\n", encoding="utf-8")
+        (book / name).write_text(page, encoding="utf-8")
     return [book / name for name in made]
+
+
+def _page(template: str, **values: Any) -> str:
+    return render(template, **values).rstrip() + "\n"
 
 
 def published(page: str) -> Numbers:
@@ -90,7 +94,7 @@ def claims_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers],
     runs = sum(bool(entry["run"]) for entry in claims["numbers"])
     note = claims["numbers_note"].strip()
     given = {"claims": list(told.values()), "experiments": list(experiments), "broken": broken, "numbers": rows}
-    return render("claims.md", **given, runs=runs, note=note)
+    return _page("claims.md", **given, runs=runs, note=note)
 
 
 def _broken(recorded: Numbers) -> bool:
@@ -157,7 +161,7 @@ def detectors_page() -> str:
         {"title": title, "note": _KIND_NOTES[kind], "detectors": [one for one in found if one["group"] == kind]}
         for kind, title in _KINDS.items()
     ]
-    return render("detectors.md", kinds=kinds)
+    return _page("detectors.md", kinds=kinds)
 
 
 def _options(options: Mapping[str, Any]) -> str:
@@ -178,7 +182,7 @@ def parity_page(measured: Path) -> str:
         for row in found["rows"]
     ]
     others = [(info(name)["title"], why) for name, why in found["not_the_same"].items()]
-    return render("parity.md", found=found, rows=rows, others=others)
+    return _page("parity.md", found=found, rows=rows, others=others)
 
 
 def rpd_page(grid: Path) -> str:
@@ -198,7 +202,7 @@ def rpd_page(grid: Path) -> str:
     ]
     prose = " ".join(_plain(ours["description"]).split())
     best = {"best": first["profile"], "epd": first["epd"], "rmds": first["rmds"]}
-    return render("rpd.md", formula=ours["formula"], description=prose, heads=heads, grid=rows, **best)
+    return _page("rpd.md", formula=ours["formula"], description=prose, heads=heads, grid=rows, **best)
 
 
 def _plain(docstring: str) -> str:

@@ -171,6 +171,9 @@ def _levels() -> Iterator[tuple[str, str, str]]:
     yield "activation", "core", "ood other"
 
 
+MEASURES = ("overlap", "stability", "between", *(f"{name}_{where}" for name, _, where in _levels()), *GAPS)
+
+
 def _of(parts: Mapping, part: str, where: str) -> list[np.ndarray]:
     part = "other" if where == "ood other" else part
     return [of[part] for name, of in parts.items() if (name == "test") == (where == "id")]
