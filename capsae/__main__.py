@@ -68,7 +68,7 @@ class _Stopped(KeyboardInterrupt):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 a difference or our fault, 2 wrong input, 130, 143 stopped."""
+    """Run one command; returns the exit status: 0 done, 1 a difference or a bug, 2 wrong input, 130, 143 stopped."""
     _open_streams()
     options = _parser().parse_args(arguments)
     _log(options.verbose)

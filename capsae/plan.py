@@ -70,7 +70,6 @@ SWEEPS = {
     "predicted": Sweep("Predicted or true class", "predicted", "predicted-{}", ("predicted", "true")),
     "correct": Sweep("Profiles of correct samples only", "correct_only", "correct-{}", (False, True)),
     "train": Sweep("Share of the training data", "train_fraction", "train-{:.2f}", (0.1, 0.25, 0.5, 1.0)),
-    "seed": Sweep("Seed of the SAE", "seed", "seed-{:02d}", (0, 1, 2, 3, 4)),
 }
 
 
@@ -176,6 +175,11 @@ def overrides(**parameters: Any) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"unknown parameter {unknown[0]!r}: known are {', '.join(OVERRIDES)}")
     return {OVERRIDES[name]: value for name, value in parameters.items() if value is not None}
+
+
+def few_seeds(profile: str, seed: int | None = None) -> dict[str, Any]:
+    """The override that lets an ablation do with at most five seeds of the SAE; with one if it names the seed."""
+    return {"sae_seeds": 1 if seed is not None else min(5, _profile(profile).sae_seeds)}
 
 
 def detector_of(divergence: str | None) -> str:

@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import sparse
 
 from .caps import ClassActivationProfiles, core_activations
+from .findings import Numbers
 from .stats import seeds_and_images
 
 OVERLAP = 0.05  # share of the latents that the paper's figure 2 takes for a core
@@ -30,7 +31,8 @@ GAPS = {
 def of_samples(codes, of_class, caps: ClassActivationProfiles, core_fraction: float) -> dict[str, np.ndarray]:
     """Measures of every sample on the core of its class, each (N,).
 
-    ``inside``: share of the code's energy inside the core; ``entropy`` of the core profile in nats; ``evenness``: the
+    ``inside``: share of the code's energy inside the core; ``fired``: core latents that fire, share of k; ``largest``
+    share of the core profile; ``entropy`` of the core profile in nats; ``evenness``: the
     entropy over its maximum for so many firing latents, NaN below two; ``core``: mean activation of the core's latents;
     ``other``: the same over the cores of all other classes.
     """
@@ -45,7 +47,8 @@ def of_samples(codes, of_class, caps: ClassActivationProfiles, core_fraction: fl
     size = caps.core_size(core_fraction)
     other = ((values * cores[np.asarray(codes.indices)]).sum(1) - total) / size / max(caps.n_classes - 1, 1)
     whole = np.maximum(values.sum(1), 1e-12)
-    return {"inside": total / whole, "entropy": entropy, "evenness": evenness, "core": total / size, "other": other}
+    found = {"inside": total / whole, "fired": fires / share.shape[1], "largest": share.max(1), "entropy": entropy}
+    return found | {"evenness": evenness, "core": total / size, "other": other}
 
 
 def of_training(codes, labels, n_classes: int, halves: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -168,6 +171,9 @@ def _levels() -> Iterator[tuple[str, str, str]]:
     yield "activation", "core", "ood other"
 
 
+MEASURES = ("overlap", "stability", "between", *(f"{name}_{where}" for name, _, where in _levels()), *GAPS)
+
+
 def _of(parts: Mapping, part: str, where: str) -> list[np.ndarray]:
     part = "other" if where == "ood other" else part
     return [of[part] for name, of in parts.items() if (name == "test") == (where == "id")]
@@ -198,3 +204,51 @@ def _image_error(measure: str, sides: list[tuple[list[dict], int]]) -> float:
                 mean = np.ma.masked_invalid(samples).mean(0).filled(np.nan) * plus * sign / len(of_seeds[0])
                 by_set[key] = by_set.get(key, 0) + mean
     return float(np.sqrt(sum(np.nanvar(of, ddof=1) / len(of) for of in by_set.values())))
+
+
+# --- for the page
+
+SHOWN = {
+    "overlap": "Jaccard index of two cores",
+    "stability": "cosine of a class's halves",
+    "between": "cosine of two classes",
+    "inside_id": "energy inside the core, ID",
+    "inside_ood": "energy inside the core, OOD",
+    "core_share": "energy inside the core, ID less OOD",
+    "entropy": "entropy of the profile, OOD less ID, nats",
+    "evenness_id": "evenness, ID",
+    "evenness_ood": "evenness, OOD",
+    "evenness": "evenness, OOD less ID",
+    "core_activation_as": "core activation, ID less OOD of that class",
+    "core_activation_other": "core activation, OOD of that class less others",
+}
+DRAWN = ("overlap", "stability", "core_share", "evenness")
+
+
+def recorded(table: pd.DataFrame, caps: ClassActivationProfiles) -> Numbers:
+    """What the page records: every measure of both dictionaries and their difference, and active shares.
+
+    A p is recorded where it tests something: of differences of dictionaries, and of gaps between sets.
+    """
+    numbers, tests = Numbers(), (table["dictionary"] == "difference") | table["measure"].isin(list(GAPS))
+    numbers.rows(table.assign(p=table["p"].where(tests)), "{measure} {dictionary}")
+    for name, share in {"active any": caps.active_fraction(), "active 5 percent": caps.active_fraction(0.05)}.items():
+        numbers.add(f"{name} mean", share.mean(), unit="%")
+        numbers.add(f"{name} std", share.std(), unit="points")
+    return numbers
+
+
+def dots(seeds: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """For :func:`capsae.comparison_figures.seeds`: a panel a measure, a row a dictionary."""
+    means = table.rename(columns={"value": "mean"}).drop(columns=["seeds", "p"])
+    data = seeds.merge(means, on=["measure", "dictionary"])
+    data = pd.concat([data[data["measure"] == measure] for measure in DRAWN], ignore_index=True)
+    return data.assign(panel=data["measure"].map(SHOWN), title=data["dictionary"])
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The measures as text, a row a measure: trained, untrained, difference, each with its interval."""
+    rows = table[table["measure"].isin(SHOWN)]
+    text = [f"{r.value:.3f} ({r.lo:.3f} to {r.hi:.3f})" for r in rows.itertuples()]
+    wide = rows.assign(text=text).pivot(index="measure", columns="dictionary", values="text").loc[list(SHOWN)]
+    return wide[["trained", "untrained", "difference"]].reset_index().assign(measure=lambda t: t["measure"].map(SHOWN))

@@ -347,10 +347,3 @@ def critical_difference(values: pd.DataFrame, higher_is_better: bool, alpha: flo
     elif sets < 10:
         note = f"only {sets} OOD sets: the test is approximate below ten, and the sets are no random sample of any kind"
     return {"ranks": ranks, "p": p, "cd": cd, "note": note}
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation (n - 1), least and largest of a number over seeds; std is NaN of one."""
-    values = np.asarray(values, dtype=np.float64)
-    std = values.std(ddof=1) if len(values) > 1 else np.nan
-    return {"mean": values.mean(), "std": std, "least": values.min(), "largest": values.max()}

@@ -62,6 +62,7 @@ def test_two_dictionaries_that_are_one_do_not_differ(tmp_path):
     run = Run(small_profile.write(tmp_path), {"sae_seeds": 2}, tmp_path, "cpu", progress=False)
     same = [{"trained": one["trained"], "untrained": one["trained"]} for one in profile_claims._seeds(run, 3)]
     table, dots = profile_claims.combined(same)
+    assert tuple(dict.fromkeys(table["measure"])) == profile_claims.MEASURES
     table = table.set_index(["dictionary", "measure"])
     assert (table.loc["difference"][["value", "lo", "hi"]] == 0).all(axis=None)
     assert (table.loc["difference"]["p"] == 1).all()
@@ -77,3 +78,21 @@ def test_two_dictionaries_that_are_one_do_not_differ(tmp_path):
     value = table.loc["trained"]["value"]
     assert value["core_share"] == pytest.approx(value["inside_id"] - value["inside_ood"])
     assert value["evenness"] == pytest.approx(value["evenness_ood"] - value["evenness_id"])
+
+
+def test_what_the_page_records_and_draws(tmp_path):
+    run = Run(small_profile.write(tmp_path), {"sae_seeds": 2}, tmp_path, "cpu", progress=False)
+    table, seeds = profile_claims.claims(run, n_boot=2)
+    numbers = profile_claims.recorded(table, run.caps)
+    assert numbers["stability_difference"].p is not None and numbers["core_share_trained"].p is not None
+    assert numbers["stability_trained"].p is None, "that a stability is not zero is no news"
+    assert {
+        f"{one}_{side}".replace(" ", "_") for one in profile_claims.MEASURES for side in ("trained", "difference")
+    } <= (numbers.keys())
+    dots = profile_claims.dots(seeds, table)
+    assert len(dots) == len(profile_claims.DRAWN) * 2 * 2 and dots["panel"].nunique() == len(profile_claims.DRAWN)
+    assert ((dots["lo"] <= dots["mean"]) & (dots["mean"] <= dots["hi"])).all()
+    shown = profile_claims.shown(table)
+    assert shown["measure"].tolist() == list(profile_claims.SHOWN.values())
+    value = table.set_index(["measure", "dictionary"]).loc[("stability", "trained"), "value"]
+    assert shown["trained"][1].startswith(f"{value:.3f} (")

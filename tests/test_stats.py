@@ -149,11 +149,6 @@ def test_critical_difference_against_the_tables_of_demsar():
     assert "mean nothing" in one["note"] and np.isnan(one["p"])
 
 
-def test_spread():
-    assert stats.spread([1, 2, 3]) == {"mean": 2, "std": 1, "least": 1, "largest": 3}
-    assert np.isnan(stats.spread([1.0])["std"])
-
-
 # --- seeds and images
 
 
