@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 
-from . import commands
+from . import __version__, commands
 
 GUIDE = """\
 Out-of-distribution detection from class activation profiles of sparse autoencoders.
@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("capsae", description=GUIDE, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"capsae {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     common = argparse.ArgumentParser(add_help=False)

@@ -304,7 +304,7 @@ def _accuracy_row(where: str, obs: Observations, n_boot: int, seed: int) -> tupl
 
 def _error_rows(scores: Mapping[str, np.ndarray], id_test: Observations, n_boot: int, seed: int) -> list[tuple]:
     """How each method's scores deal with the head's errors on ID: no OOD sample takes part."""
-    failed, rows = ~_correct([id_test]), []
+    failed, rows = ~np.asarray(_correct([id_test])), []
     for name, of in scores.items():
         draws = bootstrap_errors(of, failed, n_boot, seed)
         for metric, value in zip(OF_ERRORS, (aurc(of, failed), errors_flagged(of, failed)), strict=True):

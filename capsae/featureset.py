@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ class FeatureSet:
         cls = np.asarray(self.cls, dtype=np.float32)
         if cls.ndim != 2:
             raise ValueError(f"cls has shape {cls.shape}, expected (N, d)")
-        arrays = {
+        arrays: dict[str, Any] = {
             "cls": cls,
             "labels": np.asarray(self.labels, dtype=np.int64),
             "ids": np.asarray(self.ids, dtype=str),
@@ -153,7 +154,7 @@ class FeatureSet:
         return cls(
             cls=tensors["cls"],
             labels=tensors["labels"],
-            ids=unpack_strings(tensors["ids"]),
+            ids=np.asarray(unpack_strings(tensors["ids"])),
             logits=tensors.get("logits"),
             name=info["name"],
             class_names=tuple(info["class_names"]),

@@ -115,7 +115,7 @@ def info(name: str) -> dict:
     """
     cls = _lookup(name)
     defaults = {
-        f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        f.name: f.default_factory() if callable(f.default_factory) else f.default
         for f in dataclasses.fields(cls)
         if f.init
     }
@@ -131,7 +131,7 @@ def info(name: str) -> dict:
 
 def score_all(detectors: Mapping[str, Detector], obs: Observations) -> dict[str, np.ndarray]:
     """Scores (N,) of several fitted detectors in one pass over blocks of rows, whose costly parts they share."""
-    parts = {name: [] for name in detectors}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in detectors}
     for block in obs.blocks():
         for name, detector in detectors.items():
             parts[name].append(detector.score(block))

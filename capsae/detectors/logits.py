@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from scipy.optimize import brentq
+from scipy.special import softmax
 
 from .base import Detector, Observations, register
 from .maths import both, class_sums, free_energy
@@ -208,13 +209,13 @@ class KLMatching(Detector):
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         rows = obs if validation is None or not len(validation) else validation
-        total, counts = 0.0, 0
+        total: Any = 0.0
+        counts: Any = 0
         for block in rows.blocks():
-            logits = block.logits.astype(np.float64)
-            p = np.exp(logits - logits.max(axis=1, keepdims=True))
-            n_classes, predicted = p.shape[1], logits.argmax(axis=1)
-            total = total + class_sums(p / p.sum(axis=1, keepdims=True), predicted, n_classes)
-            counts = counts + np.bincount(predicted, minlength=n_classes)
+            p = softmax(block.logits.astype(np.float64), axis=1)
+            predicted = block.logits.argmax(axis=1)
+            total = total + class_sums(p, predicted, p.shape[1])
+            counts = counts + np.bincount(predicted, minlength=p.shape[1])
         typical = total[counts > 0] / counts[counts > 0, None]
         self._log_typical = both(np.log(typical, out=np.full_like(typical, _LOG_ZERO), where=typical > 0).T)
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ class SparseCodes:
     Arrays are numpy or torch, as the input of `TopKSAE.encode` was. ``codes[rows]`` takes a slice, a mask or indices.
     """
 
-    values: np.ndarray | torch.Tensor
-    indices: np.ndarray | torch.Tensor
+    values: Any  # np.ndarray or torch.Tensor
+    indices: Any
     n_latents: int
 
     def __post_init__(self) -> None:
@@ -84,6 +85,12 @@ class SparseCoder(nn.Module):
     A kind of its own defines `code`, and has ``config.normalize`` and the tensors decoder (M, d), pre_bias (d,), mean
     (d,) and std (d,).
     """
+
+    config: Any
+    decoder: torch.Tensor
+    pre_bias: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def code(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values (N, k) >= 0, largest first, and indices (N, k) of normalised rows x (N, d)."""
