@@ -145,6 +145,65 @@ def bootstrap_p(differences: np.ndarray) -> float:
     return float(min(1.0, 2 * (1 + beyond) / (1 + len(differences))))
 
 
+# --- seeds and images
+
+
+def seeds_and_images(values, image_error: float, other=None, level: float = 0.95) -> dict[str, float | str]:
+    """Interval and test of a mean over seeds, with both sources of doubt: the images and the seeds.
+
+    ``SE^2 = image_error^2 + s^2 / S``, and a t distribution with the degrees of freedom of Welch and Satterthwaite.
+    The images' part counts as known: its bootstrap has many more replicates than there are seeds. What a seed does to
+    single images is in both parts, which makes the interval a little too wide rather than too narrow.
+
+    Source: Satterthwaite, Biometrics Bulletin 1946; Welch, Biometrika 1947. That images and seeds are put together in
+    this way is ours.
+
+    Parameters
+    ----------
+    values : (S,) float
+        A number for each seed, on all images. For a paired difference: the difference for each seed.
+    image_error : float
+        Standard error of the number *averaged over the seeds*, from replicates that draw the same images for all seeds
+        (and both methods).
+    other : (R,) float, optional
+        Values of another method with seeds of its own, to be taken off: the difference of two means of independent
+        seeds. ``image_error`` is that of this difference.
+    level : float
+
+    Returns
+    -------
+    dict
+        ``value`` (the mean over seeds, less that of ``other``), ``lo``, ``hi``, ``p`` (two-sided, of "nothing"),
+        ``error`` (SE), ``df``, ``seeds``, and ``holds``: what the interval holds, "images and seeds" or, where one
+        seed says nothing of seeds, "images".
+
+    Examples
+    --------
+    >>> seeds_and_images([0.10, 0.12, 0.11], 0.01)["holds"], seeds_and_images([0.10], 0.01)["holds"]
+    ('images and seeds', 'images')
+    """
+    from scipy.stats import t
+
+    sides = [np.asarray(side, dtype=np.float64) for side in (values, other) if side is not None]
+    if any(side.ndim != 1 or not len(side) for side in sides):
+        raise ValueError(f"values have shape {sides[0].shape}: a number for each seed, (S,), would do")
+    value = sides[0].mean() - (sides[1].mean() if len(sides) > 1 else 0.0)
+    parts = [(side.var(ddof=1) / len(side), len(side) - 1) for side in sides if len(side) > 1]
+    variance = float(image_error) ** 2 + sum(part for part, _ in parts)
+    known = sum(part**2 / df for part, df in parts)
+    # The share first: a variance of 1e-200 squared would be zero.
+    df = 1 / sum((part / variance) ** 2 / df for part, df in parts) if variance > 0 and known > 0 else np.inf
+    error = np.sqrt(variance)
+    reach = t.ppf((1 + level) / 2, df) * error
+    p = 2 * t.sf(abs(value) / error, df) if error > 0 else float(abs(value) < 1e-12)
+    found = {"value": value, "lo": value - reach, "hi": value + reach, "p": p, "error": error, "df": df}
+    seeds = len(sides[0]) if len(sides) == 1 else min(map(len, sides))
+    return {key: float(x) for key, x in found.items()} | {
+        "seeds": seeds,
+        "holds": "images and seeds" if parts else "images",
+    }
+
+
 # --- DeLong
 
 
@@ -205,6 +264,35 @@ def holm(p: Sequence[float]) -> np.ndarray:
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return adjusted
+
+
+def verdicts(value, p, family=None, higher_is_better=False, alpha: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
+    """Verdicts on differences, corrected by :func:`holm` within families that were named beforehand.
+
+    Parameters
+    ----------
+    value, p : (m,) float
+        Differences "method less other" and their p. A NaN p is no test: it does not count in its family.
+    family : (m,) labels, optional
+        Comparisons with one label are one family. Default: all are.
+    higher_is_better : bool or (m,) bool
+    alpha : float
+
+    Returns
+    -------
+    p_holm : (m,) float
+    verdict : (m,) str
+        "better" or "worse" where p_holm < alpha, else "undecided".
+    """
+    value, p = np.asarray(value, dtype=np.float64), np.asarray(p, dtype=np.float64)
+    family = np.zeros(len(p), int) if family is None else np.asarray(family)
+    corrected = np.full(len(p), np.nan)
+    for one in dict.fromkeys(family.tolist()):
+        tested = (family == one) & ~np.isnan(p)
+        corrected[tested] = holm(p[tested])
+    side = np.where((value > 0) == np.asarray(higher_is_better, dtype=bool), "better", "worse")
+    clear = (corrected < alpha) & (value != 0)
+    return corrected, np.where(clear, side, "undecided")
 
 
 def win_tie_loss(compared: pd.DataFrame) -> pd.DataFrame:
