@@ -305,7 +305,7 @@ def text(one: Number) -> str:
 # --- rendering
 
 
-def render(name: str, **values: Any) -> str:
+def render(name: str, /, **values: Any) -> str:
     """A template of ``templates/`` filled; in one that ends in .html, text is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
