@@ -144,7 +144,7 @@ class SparseCoder(nn.Module):
 
     @torch.no_grad()
     def fvu(self, x: np.ndarray | torch.Tensor) -> float:
-        """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean|^2, float64, on normalised inputs."""
+        """Fraction of variance unexplained, ``sum |x - x_hat|^2 / sum |x - mean|^2``, float64, on normalised inputs."""
         rows = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0]
         mean, total, left = rows.mean(0, dtype=torch.float64), 0.0, 0.0
         for block in rows.split(4096):
