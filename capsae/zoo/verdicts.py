@@ -14,7 +14,7 @@ import pandas as pd
 from ..findings import Numbers
 from ..stats import seeds_and_images, verdicts
 from .fitting import EPOCHS
-from .summary import INTERPRETABILITY, OOD, SINGLE, STABILITY, by_member, fits
+from .summary import INTERPRETABILITY, NORMAL, OOD, SINGLE, STABILITY, by_member, fits
 
 BASE, RANDOM = "topk", "random"
 SCORES = (OOD["epd", "fpr95_ood_pos"], OOD["rpd", "fpr95_ood_pos"])  # the metric of the book's verdicts
@@ -22,7 +22,6 @@ WORDS = ("better", "worse", "undecided")
 SEPARABILITY = SINGLE["separability"][1]
 PERMUTATIONS, DRAWS = 9999, 2000
 MANY_DEAD = 0.1
-_NORMAL = 3.92  # standard errors in a 95 % interval
 
 
 def lower_is_better(measure: str) -> bool:
@@ -37,7 +36,7 @@ def image_errors(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = table[(table["set"] == "mean") & (table["group"] == "all") & (table["seed"] >= 0)]
     column = [OOD.get(key) for key in zip(rows["method"], rows["measure"], strict=True)]
-    rows = rows.assign(column=column, error=(rows["hi"] - rows["lo"]) / _NORMAL).dropna(subset="column")
+    rows = rows.assign(column=column, error=(rows["hi"] - rows["lo"]) / NORMAL).dropna(subset="column")
     return rows.pivot_table(index="member", columns="column", values="error", aggfunc="mean", sort=False)
 
 
@@ -68,6 +67,22 @@ def against(wide: pd.DataFrame, measure: str, base: str = BASE, errors: pd.DataF
     table = pd.DataFrame(rows)
     p_holm, verdict = verdicts(table["value"], table["p"], higher_is_better=not lower_is_better(measure))
     return table.assign(p_holm=p_holm, verdict=verdict)
+
+
+def both(wide: pd.DataFrame, errors: pd.DataFrame, base: str = RANDOM) -> pd.DataFrame:
+    """:func:`against` for both scores, corrected apart: its columns and score ("EPD", "RPD")."""
+    return pd.concat([against(wide, measure, base, errors).assign(score=measure[:3]) for measure in SCORES])
+
+
+def shown(compared: pd.DataFrame, order: list[str]) -> pd.DataFrame:
+    """:func:`both` as a table: member, and for each score the difference in points, p by Holm and the verdict."""
+    parts = {}
+    for score, part in compared.set_index("member").groupby("score", sort=False):
+        part = part.loc[[name for name in order if name in part.index]]
+        cells = [f"{100 * r.value:+.1f} ({100 * r.lo:+.1f} to {100 * r.hi:+.1f})" for r in part.itertuples()]
+        parts |= {"member": part["title"], f"{score}, points": cells}
+        parts |= {f"{score}, p (Holm)": part["p_holm"], f"{score}, verdict": part["verdict"]}
+    return pd.DataFrame(parts)
 
 
 def counts(compared: pd.DataFrame, members: pd.DataFrame) -> dict[str, int]:
@@ -156,47 +171,52 @@ def numbers(
     found = Numbers()
     for where, table in tables.items():
         wide = fits(table)
-        members, errors = by_member(wide, table, k), image_errors(table)
-        for method, measure in zip(("epd", "rpd"), SCORES, strict=True):
-            first = best(members, measure, controls=True)["member"]
-            for of, base in (("random", RANDOM), ("control", first), ("topk", BASE)):
-                compared = against(wide, measure, base, errors)
-                for word, n in counts(compared, members).items():
-                    found.add(f"{where}_{method}_{word}_than_{of}", n)
-                if of == "topk":
-                    row = compared.set_index("member").loc[best(members, measure)["member"]] if (
-                        best(members, measure)["member"] != BASE
-                    ) else None  # fmt: skip
-                    if row is not None:
-                        found.add(f"{where}_{method}_best_less_topk", *row[["value", "lo", "hi", "p_holm"]], "points")
-            found.add(f"{where}_{method}_between", *_cells(between(wide, members, measure)), unit="%")
-            for other, name in (("FVU", "fvu"), (INTERPRETABILITY, "interpretability")):
-                found.add(f"{where}_{name}_{method}", *_cells(agreement(members, other, measure), p=True), digits=2)
-        found.add(f"{where}_epd_rpd", *_cells(agreement(members, *SCORES), p=True), digits=2)
-        found.add(f"{where}_members", int((members["kind"] != "control").sum()))
-        found.add(f"{where}_other_l0", int((~members["comparable"]).sum()))
-        found.add(f"{where}_many_dead", int((members["dead"] > MANY_DEAD).sum()))
-        same = members[members["comparable"]]
-        density = (same["L0"] / same["latents"]).corr(same[SEPARABILITY], method="spearman")
-        found.add(f"{where}_density_separability", float(density), digits=2)
-        base = members.set_index("member").loc[BASE]
-        found.add(f"{where}_topk_dead", base["dead"], unit="%", digits=1)
-        found.add(f"{where}_topk_epd", base[SCORES[0]], unit="%", digits=1)
-        chosen = grids[where][grids[where]["chosen"] & grids[where]["lr"].notna()]
-        ends = chosen[chosen["seed"] == chosen["seed"].min()]["lr"].isin([f(grids[where]["lr"]) for f in (min, max)])
-        found.add(f"{where}_rates_at_ends", int(ends.sum()))
-        last = chosen["best_epoch"] == EPOCHS.get(where, chosen["best_epoch"].max())
-        found.add(f"{where}_last_epoch_best", float(last.mean()), unit="%", digits=0)
+        members = by_member(wide, table, k)
+        _of_scores(found, where, wide, members, image_errors(table))
+        _of_fits(found, where, members, grids[where])
         alike = known[where][known[where]["kind"] != "control"].dropna(subset=["rows", "covariance"])
         found.add(f"{where}_stability_members", len(alike))
         found.add(f"{where}_more_stable_than_rows", int((alike[STABILITY] > alike["rows"]).sum()))
         found.add(f"{where}_less_stable_than_covariance", int((alike[STABILITY] < alike["covariance"]).sum()))
     for group, value in backbones[backbones["measure"] == "jaccard"].set_index("group")["value"].items():
         found.add(f"itda_{group}", value, digits=2)
-    for key, unit in (("dead", "%"), ("epd", "%")):
-        found.add(f"own_{key}", own[key], unit=unit, digits=1)
+    for key in ("dead", "epd"):
+        found.add(f"own_{key}", own[key], unit="%", digits=1)
     return found
 
 
-def _cells(found: Mapping[str, float], p: bool = False) -> list[float | None]:
-    return [found["value"], found["lo"], found["hi"], found["p"] if p else None]
+def _of_scores(found: Numbers, where: str, wide: pd.DataFrame, members: pd.DataFrame, errors: pd.DataFrame) -> None:
+    for method, measure in zip(("epd", "rpd"), SCORES, strict=True):
+        bases = {"random": RANDOM, "control": best(members, measure, controls=True)["member"], "topk": BASE}
+        for name, base in bases.items():
+            compared = against(wide, measure, base, errors)
+            for word, n in counts(compared, members).items():
+                found.add(f"{where}_{method}_{word}_than_{name}", n)
+        first = compared[compared["member"] == best(members, measure)["member"]].assign(key=f"{where}_{method}")
+        found.rows(first, "{key}_best_less_topk", "points")  # none where TopK itself is the best
+        found.add(f"{where}_{method}_between", *_cells(between(wide, members, measure)), unit="%")
+        for other, name in (("FVU", "fvu"), (INTERPRETABILITY, "interpretability")):
+            found.add(f"{where}_{name}_{method}", *_cells(agreement(members, other, measure), "p"), digits=2)
+    found.add(f"{where}_epd_rpd", *_cells(agreement(members, *SCORES), "p"), digits=2)
+    for word, n in counts(against(wide, INTERPRETABILITY, RANDOM), members).items():
+        found.add(f"{where}_interpretability_{word}_than_random", n)
+
+
+def _of_fits(found: Numbers, where: str, members: pd.DataFrame, grid: pd.DataFrame) -> None:
+    same, base = members[members["comparable"]], members.set_index("member").loc[BASE]
+    density = (same["L0"] / same["latents"]).corr(same[SEPARABILITY], method="spearman")
+    chosen = grid[grid["chosen"] & grid["lr"].notna()]
+    first = chosen[chosen["seed"] == chosen["seed"].min()]
+    last = chosen["best_epoch"] == EPOCHS.get(where, chosen["best_epoch"].max())
+    found.add(f"{where}_members", int((members["kind"] != "control").sum()))
+    found.add(f"{where}_other_l0", int((~members["comparable"]).sum()))
+    found.add(f"{where}_many_dead", int((members["dead"] > MANY_DEAD).sum()))
+    found.add(f"{where}_density_separability", float(density), digits=2)
+    found.add(f"{where}_topk_dead", base["dead"], unit="%", digits=1)
+    found.add(f"{where}_topk_epd", base[SCORES[0]], unit="%", digits=1)
+    found.add(f"{where}_rates_at_ends", int(first["lr"].isin([grid["lr"].min(), grid["lr"].max()]).sum()))
+    found.add(f"{where}_last_epoch_best", float(last.mean()), unit="%", digits=0)
+
+
+def _cells(found: Mapping[str, float], *more: str) -> list[float]:
+    return [found[key] for key in ("value", "lo", "hi", *more)]
