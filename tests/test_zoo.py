@@ -341,7 +341,7 @@ def test_findings_are_marked_by_the_numbers(random, mark):
     assert marks["fvu-epd"] == findings.FAILS and marks["agree"] == findings.HOLDS
     assert marks["itda"] == findings.HOLDS and marks["dead"] == findings.HOLDS
     assert findings.MISSING not in marks.values(), "every number of the yml is recorded"
-    assert numbers["imagenet20_rates_at_ends"].value == 0 and numbers["mini80_last_epoch_best"].value == 100
+    assert numbers["imagenet20_rates_at_ends"].value == 0 and numbers["imagenet20_last_epoch_best"].value == 100
     assert numbers["mini80_more_stable_than_rows"].value == 7 and numbers["mini80_stability_members"].value == 7
     assert numbers["mini80_less_stable_than_covariance"].value == 4 and numbers["mini80_many_dead"].value == 9
 
