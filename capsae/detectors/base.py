@@ -24,7 +24,7 @@ class Detector:
     """
 
     title: ClassVar[str]
-    group: ClassVar[str]  # "paper", "ours", "control" or "baseline"
+    group: ClassVar[str] = "baseline"  # or "paper", "ours", "control"
     formula: ClassVar[str]  # TeX; z feature, l logits, p softmax, mu_c class mean
     source: ClassVar[str]  # a key of book/references.bib, or plain words
     needs: ClassVar[tuple[str, ...]]  # of "logits", "features", "labels", "head", "codes", "pixels"
@@ -56,6 +56,13 @@ class Detector:
         # Only what is missing comes here; what fit sets has a leading underscore.
         hint = ": call fit before score" if name.startswith("_") and not name.startswith("__") else ""
         raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
+
+
+class Control(Detector):
+    """Base of scores of our own that tell what in another does the work."""
+
+    group: ClassVar[str] = "control"
+    source: ClassVar[str] = "our control"
 
 
 _REGISTRY: dict[str, type[Detector]] = {}

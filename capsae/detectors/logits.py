@@ -23,7 +23,6 @@ class MSP(Detector):
     """Maximum softmax probability."""
 
     title: ClassVar[str] = "MSP"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\max_c p_c"
     source: ClassVar[str] = "hendrycks2017baseline"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -45,7 +44,6 @@ class TempScale(Detector):
     """
 
     title: ClassVar[str] = "TempScale"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\max_c \mathrm{softmax}(l/T)_c,\; T=\arg\min_T \mathrm{NLL}_{\mathrm{val}}(T)"
     source: ClassVar[str] = "guo2017calibration"
     needs: ClassVar[tuple[str, ...]] = ("logits", "labels")
@@ -94,7 +92,6 @@ class MaxLogit(Detector):
     """Largest logit."""
 
     title: ClassVar[str] = "MaxLogit"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\max_c l_c"
     source: ClassVar[str] = "hendrycks2022scaling"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -111,7 +108,6 @@ class Energy(Detector):
     """Free energy of the logits at a temperature."""
 
     title: ClassVar[str] = "Energy"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-T\log\sum_c e^{l_c/T}"
     source: ClassVar[str] = "liu2020energy"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -135,7 +131,6 @@ class Entropy(Detector):
     """Entropy of the softmax, in nats."""
 
     title: ClassVar[str] = "Entropy"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\sum_c p_c\log p_c"
     source: ClassVar[str] = "chan2021entropy"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -163,7 +158,6 @@ class GEN(Detector):
     """
 
     title: ClassVar[str] = "GEN"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"\sum_{c\in\text{top }m} p_c^\gamma(1-p_c)^\gamma"
     source: ClassVar[str] = "liu2023gen"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -200,7 +194,6 @@ class KLMatching(Detector):
     """
 
     title: ClassVar[str] = "KL matching"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"\min_k \mathrm{KL}(p\Vert d_k),\; d_k=\mathrm{mean}\{p : \arg\max p=k\}"
     source: ClassVar[str] = "hendrycks2022scaling"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
