@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 
-from . import commands
+from . import __version__, commands
 
 GUIDE = """\
 Out-of-distribution detection from class activation profiles of sparse autoencoders.
@@ -176,6 +176,7 @@ def _check(options) -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("capsae", description=GUIDE, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"capsae {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     common = argparse.ArgumentParser(add_help=False)

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ class FeatureSet:
         cls = as_numpy(self.cls).astype(np.float32, copy=False)
         if cls.ndim != 2:
             raise ValueError(f"cls has shape {cls.shape}, expected (N, d)")
-        arrays = {
+        arrays: dict[str, Any] = {
             "cls": cls,
             "labels": as_labels(self.labels),
             "ids": np.asarray(self.ids, dtype=str),
@@ -155,7 +156,7 @@ class FeatureSet:
         return cls(
             cls=tensors["cls"],
             labels=tensors["labels"],
-            ids=unpack_strings(tensors["ids"]),
+            ids=np.asarray(unpack_strings(tensors["ids"])),
             logits=tensors.get("logits"),
             name=info["name"],
             class_names=tuple(info["class_names"]),

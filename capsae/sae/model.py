@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,8 +64,8 @@ class SparseCodes:
     Arrays are numpy or torch, as the input of `TopKSAE.encode` was. ``codes[rows]`` takes a slice, a mask or indices.
     """
 
-    values: np.ndarray | torch.Tensor
-    indices: np.ndarray | torch.Tensor
+    values: Any  # np.ndarray or torch.Tensor
+    indices: Any
     n_latents: int
 
     def __post_init__(self) -> None:
@@ -123,6 +124,11 @@ class SparseCoder(nn.Module):
     """
 
     block = 512  # rows that a CPU encodes at a time
+    config: Any
+    decoder: torch.Tensor
+    pre_bias: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def code(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values (N, k) >= 0, largest first, and indices (N, k) of normalised rows x (N, d)."""
@@ -183,7 +189,7 @@ class SparseCoder(nn.Module):
 
     @torch.no_grad()
     def fvu(self, x: np.ndarray | torch.Tensor) -> float:
-        """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean|^2, float64, on normalised inputs."""
+        """Fraction of variance unexplained, ``sum |x - x_hat|^2 / sum |x - mean|^2``, float64, on normalised inputs."""
         rows = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0]
         mean, total, left = rows.mean(0, dtype=torch.float64), 0.0, 0.0
         for block in rows.split(4096):
