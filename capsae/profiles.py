@@ -20,6 +20,7 @@ from pydantic import ValidationError, field_validator, model_validator
 from .profile_errors import ProfileError, explain_validation
 from .profile_parts import Backbone, CapConfig, Holdout, Part, Source, Validation, path_fields
 from .sae.config import SAEConfig
+from .sae.model import model as sae_model
 
 FOLDER = Path(__file__).with_name("profiles")
 DATA_ENV = "CAPSAE_DATA"  # where relative paths of sources start when a profile sets no data_root
@@ -104,6 +105,12 @@ class Profile(Part):
         if self.pack and self.head == "backbone":
             raise ValueError('head = "backbone": a pack holds no backbone head; use head = "probe" or pack = "none"')
         return self
+
+    @field_validator("sae")
+    @classmethod
+    def _known_variant(cls, value):
+        sae_model(value)
+        return value
 
     @property
     def ood_sets(self) -> list[str]:
