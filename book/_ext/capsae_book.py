@@ -26,7 +26,7 @@ def copy_data(app, exception) -> None:
 
 
 def write_in_parallel(app, env) -> None:
-    """Let several processes write the pages, most of a build's time; Jupyter Book has no option for it. Reading is over by
+    """Let several processes write the pages, most of the time; Jupyter Book has no option for it. Reading is over by
     now: some extensions would refuse to do that in parallel."""
     app.parallel = 1 + len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
