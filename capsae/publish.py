@@ -76,7 +76,7 @@ MADE_BY: dict[str, tuple[str, ...]] = {
     ),
     "12_causal": tuple(f"capsae.analyses.causal{part}" for part in ("", "_effects", "_curves", "_study", "_figures")),
     "13_meaning": (
-        *("capsae.analyses.meaning", "capsae.analyses.meaning_verdicts", "capsae.analyses.meaning_figures"),
+        *("capsae.analyses.meaning", "capsae.analyses.meaning_study", "capsae.analyses.meaning_figures"),
         *("capsae.analyses.contrast", "capsae.analyses.together", "capsae.analyses.neighbours"),
         *("capsae.analyses.meaning_tables", "capsae.analyses.wordnet"),
     ),
