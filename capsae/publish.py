@@ -80,7 +80,7 @@ MADE_BY: dict[str, tuple[str, ...]] = {
         *("capsae.analyses.contrast", "capsae.analyses.together", "capsae.analyses.neighbours"),
         *("capsae.analyses.meaning_tables", "capsae.analyses.wordnet"),
     ),
-    "14_layers": tuple(f"capsae.analyses.layers{part}" for part in ("", "_told", "_seeds", "_figures")),
+    "14_layers": tuple(f"capsae.analyses.layers{part}" for part in ("", "_study", "_figures")),
 }
 READS: dict[str, tuple[str, ...]] = {
     "08_zoo": (

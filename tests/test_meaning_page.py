@@ -31,7 +31,8 @@ def _tables(lift=0.5, recall=0.1, hits=0):
     checked = [("named", "lift", lift, lift - 0.1, lift + 0.1), ("named", "precision", 0.8, 0.7, 0.9),
                ("named", "recall", recall, recall, recall)]  # fmt: skip
     by_set = {"set": ["p", "q"], "differs": [20, 0], "more_a": [10, 10], "more_b": [10, 5], "named_a": [5, 1]}
-    measures = [{"representation": name, "measure": measure} | gap for name in (neighbours.SAE, "CLS", neighbours.RANDOM)
+    names = (neighbours.SAE, "CLS", neighbours.RANDOM)
+    measures = [{"representation": name, "measure": measure} | gap for name in names
                 for measure in ("map", "precision")]  # fmt: skip
     clusters = [{"representation": "CLS", "measure": "ari"} | gap]
     return SimpleNamespace(
@@ -39,7 +40,8 @@ def _tables(lift=0.5, recall=0.1, hits=0):
         common=pd.DataFrame({"name": ["animal", "dog"], "latents": [3, 1], "base": [0.6, 0.1]}),
         q=np.array([0.01, np.nan, 0.5]),
         checked=pd.DataFrame(checked, columns=["kind", "measure", "value", "lo", "hi"]),
-        by_set=pd.DataFrame(by_set | {"named_b": [1, 1]}), splits=pd.DataFrame({"found": [1] * hits + [0] * (40 - hits)}),
+        by_set=pd.DataFrame(by_set | {"named_b": [1, 1]}),
+        splits=pd.DataFrame({"found": [1] * hits + [0] * (40 - hits)}),
         alone={"found": 20}, within={"found": 4}, null={"found": 0}, excess=0.6,
         followed={"ari": 0.5, "lo": 0.4, "hi": 0.7}, retrieved=pd.DataFrame(measures), clusters=pd.DataFrame(clusters),
     )  # fmt: skip
