@@ -104,6 +104,7 @@ def page(request):
 def test_published_tables_agree_with_each_other(page):
     tables, _, _ = page
     pairs, contrast = tables["pairs"], tables["contrast"]
+    assert (tables["by_set"]["more_a"] + tables["by_set"]["more_b"] == tables["by_set"]["differs"]).all()
     assert ((contrast["more"] == "B").sum(), (contrast["more"] == "A").sum()) in set(
         zip(tables["by_set"]["more_b"], tables["by_set"]["more_a"], strict=True)
     )

@@ -111,7 +111,7 @@ def test_the_ablation_notebook_runs_by_itself(tmp_path, monkeypatch):
         cwd=tmp_path, kernel_name="python3", progress_bar=False,
     )  # fmt: skip
     text = json.dumps(json.loads(out.read_text()))
-    assert "application/vnd.capsae.result+json" in text and "k = 8" in text
+    assert "application/vnd.capsae.result+json" in text and "'sae.k': 8" in text
     assert "data:text/csv;base64," in text and not (tmp_path / "data").exists()
 
 
@@ -128,7 +128,7 @@ def test_the_ablation_notebook_takes_another_variant(tmp_path, monkeypatch):
         {"profile": str(tmp_path / "tiny.toml"), "sae_variant": "matryoshka"},
         cwd=tmp_path, kernel_name="python3", progress_bar=False,
     )  # fmt: skip
-    assert "`sae.variant` = matryoshka" in json.dumps(json.loads(out.read_text()))
+    assert "'sae.variant': 'matryoshka'" in json.dumps(json.loads(out.read_text()))
     kinds = [json.loads(cfg.read_text())["kind"] for cfg in (tmp_path / "store").rglob("cfg.json")]
     assert kinds == ["matryoshka"]
 

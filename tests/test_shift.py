@@ -15,7 +15,6 @@ from capsae import display, findings, plan, publish
 from capsae.analyses import calibration, probes, shift, shift_figures, shift_study
 from capsae.pipeline import Run
 from capsae.probe import fit_linear_probe
-from capsae.sae.measures import _matrix
 
 SETS = ["noise/1", "noise/5", "blur/2"]
 
@@ -104,11 +103,11 @@ def test_a_probe_on_sparse_codes_is_that_on_dense_ones(run):
     labels = run.features("train").labels
     for standardise in (True, False):
         (_, sparse), (_, dense) = (
-            next(probes.fit_rows(rows, labels, standardise, (0.03,))) for rows in (_matrix(train), train.dense())
+            next(probes.fit_rows(rows, labels, standardise, (0.03,))) for rows in (train.csr(), train.dense())
         )
-        found, expected = (calibration.log_softmax(z) for z in (sparse(_matrix(test)), dense(test.dense())))
+        found, expected = (calibration.log_softmax(z) for z in (sparse(test.csr()), dense(test.dense())))
         np.testing.assert_allclose(found, expected, atol=0.02)
-    assert _matrix(train).nnz == (train.values > 0).sum()
+    assert train.csr().nnz == (train.values > 0).sum()
 
 
 def test_all_probes_know_these_classes_and_the_controls_are_what_they_say(run, fitted):

@@ -46,11 +46,11 @@ def test_bootstrap_replicate_is_the_metric_of_the_resampled_scores(tied, compile
 @given(few, few)
 def test_the_compiled_loops_are_the_readable_ones(id_scores, ood_scores):
     one = Thresholds.of(id_scores, ood_scores, np.arange(len(id_scores)) % 3 > 0)
-    weights = np.ones((1, len(one.order)), np.int32)
+    weights = np.ones((len(one.order), 65), np.int32)  # one more than stand side by side
     found = stats._replicates(one, weights, one.metrics)
     exact = metrics.all_metrics(one, np.ones(one.n_id), np.ones(len(ood_scores)))
     for metric in one.metrics:
-        assert found[metric][0] == pytest.approx(float(exact[metric]), abs=1e-12, nan_ok=True), metric
+        assert found[metric] == pytest.approx(np.full(65, float(exact[metric])), abs=1e-12, nan_ok=True), metric
 
 
 def test_only_the_metrics_asked_for(tied):
@@ -149,6 +149,61 @@ def test_critical_difference_against_the_tables_of_demsar():
     assert "mean nothing" in one["note"] and np.isnan(one["p"])
 
 
-def test_spread():
-    assert stats.spread([1, 2, 3]) == {"mean": 2, "std": 1, "least": 1, "largest": 3}
-    assert np.isnan(stats.spread([1.0])["std"])
+# --- seeds and images
+
+
+def _drawn(rng, n, seeds, image_sd, seed_sd):
+    """Values of S seeds on n images, whose mean over both is 0 in truth, and the images' part of the error."""
+    images = rng.normal(0, image_sd, n)
+    values = images.mean() + rng.normal(0, seed_sd, seeds)
+    return values, images.std(ddof=1) / np.sqrt(n)
+
+
+@pytest.mark.parametrize(("image_sd", "seed_sd"), [(1.0, 0.05), (0.5, 0.1), (0.1, 0.3)])
+def test_an_interval_of_seeds_and_images_covers(image_sd, seed_sd):
+    """Both sources drawn anew in each trial; one seed's own interval misses what the seeds add."""
+    rng, hit, naive = np.random.default_rng(0), 0, 0
+    for _ in range(1500):
+        values, error = _drawn(rng, 100, 5, image_sd, seed_sd)
+        found = stats.seeds_and_images(values, error)
+        hit += found["lo"] <= 0 <= found["hi"]
+        naive += abs(values[0]) <= 1.96 * error
+    assert 0.935 <= hit / 1500 <= 0.97
+    assert naive / 1500 < (0.93 if seed_sd >= 0.1 else 1)
+
+
+def test_differences_of_two_methods_with_seeds_of_their_own_cover():
+    rng, hit, false = np.random.default_rng(1), 0, 0
+    for _ in range(1500):
+        images = rng.normal(0, 0.4, 80)
+        a = 0.2 + images.mean() + rng.normal(0, 0.1, 10)
+        b = rng.normal(0, 0.05, 5)
+        found = stats.seeds_and_images(a, images.std(ddof=1) / np.sqrt(80), b)
+        hit += found["lo"] <= 0.2 <= found["hi"]
+        false += stats.seeds_and_images(a - 0.2, images.std(ddof=1) / np.sqrt(80), b)["p"] < 0.05
+    assert 0.935 <= hit / 1500 <= 0.965 and 0.035 <= false / 1500 <= 0.065
+
+
+def test_one_seed_knows_the_images_alone_and_says_so():
+    found = stats.seeds_and_images([0.3], 0.1)
+    assert found["holds"] == "images" and found["df"] == np.inf and found["seeds"] == 1
+    assert found["hi"] - 0.3 == pytest.approx(norm.isf(0.025) * 0.1) and found["p"] == pytest.approx(2 * norm.sf(3))
+
+
+def test_seeds_that_agree_add_nothing():
+    many, one = stats.seeds_and_images([0.3] * 5, 0.1), stats.seeds_and_images([0.3], 0.1)
+    assert many["holds"] == "images and seeds"
+    assert {key: many[key] for key in ("lo", "hi", "p")} == {key: pytest.approx(one[key]) for key in ("lo", "hi", "p")}
+    sure = stats.seeds_and_images([0.0] * 3, 0.0)
+    assert sure["p"] == 1 and sure["lo"] == sure["hi"] == 0 and stats.seeds_and_images([0.125] * 4, 0.0)["p"] == 0
+
+
+def test_degrees_of_freedom_are_those_of_students_t_without_images():
+    from scipy.stats import ttest_1samp, ttest_ind
+
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(0.5, 1, 7), rng.normal(0, 2, 4)
+    assert stats.seeds_and_images(a, 0.0)["p"] == pytest.approx(ttest_1samp(a, 0).pvalue)
+    assert stats.seeds_and_images(a, 0.0, b)["p"] == pytest.approx(ttest_ind(a, b, equal_var=False).pvalue)
+    with pytest.raises(ValueError, match="for each seed"):
+        stats.seeds_and_images([], 0.1)
