@@ -19,6 +19,7 @@ _PUBLIC = {
     "Profile": "profiles",
     "Run": "pipeline",
     "SAEConfig": "sae",
+    "Scorer": "scoring",
     "SparseCodes": "sae",
     "TopKSAE": "sae",
     "compare": "evaluate",
@@ -46,7 +47,22 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
+def _version() -> str:
+    """Version of the installed package; in a clone that is not installed, that of its pyproject.toml."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(__name__)
+    except metadata.PackageNotFoundError:
+        import tomllib
+        from pathlib import Path
+
+        return tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+
+
 def __getattr__(name: str):
+    if name == "__version__":
+        return _version()
     if name in _MODULES:
         return import_module(f".{name}", __name__)
     if name in _PUBLIC:

@@ -1,111 +1,76 @@
-"""What ``capsae evaluate`` prints: an aligned table of means over sets, what it rests on, and what is missing."""
+"""What ``capsae evaluate`` prints: the table of means over sets, what it rests on, and what is missing."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 from .arrays import Evaluation
-from .detectors.pixels import pixel_controls_verdict
+from .detectors.pixels import PIXEL_CONTROLS, pixel_controls_verdict
 
-SHOWN = {"auroc": "AUROC", "fpr95_ood_pos": "FPR95, OOD positive", "fpr95_id_pos": "FPR95, ID positive"}
-_SHORT = {"auroc": "AUROC", "fpr95_ood_pos": "FPR95 OOD+", "fpr95_id_pos": "FPR95 ID+"}
+SHOWN = {"auroc": "AUROC", "fpr95_ood_pos": "FPR95 OOD+", "fpr95_id_pos": "FPR95 ID+"}
+LEGEND = """\
+Percent; unweighted means over the OOD sets. Single sets and further metrics are in the CSV (--out).
+FPR95 OOD+: ID rejected where 95 % of OOD are caught (as OpenOOD); ID+: OOD accepted where 95 % of ID stay."""
+TESTS = """\
+[95 % intervals]: {intervals} bootstrap replicates over both sides. p: of the difference in AUROC from {against}, by
+DeLong, corrected by Holm over all methods. Verdicts against {against} at 5 %; FPR95 by {comparison} paired replicates."""
+TOO_FEW = "Some FPR95 are too clear for so few replicates to say so after Holm: give a larger --n-boot."
 
 
 def report(found: Evaluation) -> str:
     """The whole text; percent throughout, both conventions of FPR95, best mean AUROC first."""
-    sizes = {name: one["rows"] for name, one in found.settings["sets"].items()}
-    dim, n_classes = found.settings["dim"], found.settings["n_classes"]
+    settings, n_boot = found.settings, found.settings["n_boot"]
+    sizes = ", ".join(f"{name} {one['rows']}" for name, one in settings["sets"].items())
     lines = [
-        f"{found.settings['source']}: {dim} columns, {n_classes} classes",
-        "  rows: " + ", ".join(f"{name} {rows}" for name, rows in sizes.items()),
+        f"{settings['source']}: {settings['dim']} columns, {settings['n_classes']} classes",
+        f"  rows: {sizes}",
         *(f"  {note}" for note in found.notes),
-        *_accuracy(found.table),
-        "",
-        *_aligned(_columns(found)),
-        "",
-        *_legend(found),
-        *_verdicts(found.table),
-        *_left_out(found.left_out),
+        *(f"  accuracy on {r.set}: {_cell(r)} %" for r in found.table.query("metric == 'accuracy'").itertuples()),
+        f"\n{_text(_table(found))}\n\n{LEGEND}",
     ]
+    if n_boot["intervals"]:
+        lines.append(TESTS.format(**n_boot, against=settings["against"]))
+    if len(found.comparison) and (found.comparison["p_at_most"] & (found.comparison["p_holm"] >= 0.05)).any():
+        lines.append(TOO_FEW)
+    if set(found.table["method"]) & set(PIXEL_CONTROLS):
+        lines.append(f"\nPixel controls beside the best other score, AUROC:\n{_text(_pixels(found.table))}")
+    if found.left_out:
+        left_out = pd.DataFrame(found.left_out.items(), columns=["name", "why"]).groupby("why", sort=False)["name"]
+        lines += ["\nLeft out:", *(f"  {', '.join(names)}: {why}" for why, names in left_out)]
     return "\n".join(lines)
 
 
-def _accuracy(table: pd.DataFrame) -> list[str]:
-    rows = table[table["metric"] == "accuracy"]
-    return [f"  accuracy on {row.set}: {_cell(row)} %" for row in rows.itertuples()]
+def _table(found: Evaluation) -> pd.DataFrame:
+    """A row a method: means over all sets with intervals, over groups of sets, and the tests of both."""
+    means = found.table[found.table["set"] == "mean"]
+    cells = means.assign(cell=[_cell(row) for row in means.itertuples()], short=100 * means["value"])
+    cells = cells.set_index(["method", "group", "metric"])
+    order = cells.xs(("all", "auroc"), level=("group", "metric"))["short"].sort_values(ascending=False).index
+    table = pd.DataFrame({title: cells["cell"].xs(("all", m), level=(1, 2)) for m, title in SHOWN.items()})
+    for group in (one for one in cells.index.unique("group") if one != "all"):
+        parts = [cells["short"].xs((group, metric), level=(1, 2)).map("{:.1f}".format) for metric in SHOWN]
+        table[f"{group}: AUROC/OOD+/ID+"] = parts[0].str.cat(parts[1:], sep="/")
+    if len(found.comparison):
+        tests = found.comparison[found.comparison["set"] == "mean"].pivot(index="method", columns="metric")
+        table[f"p vs {found.settings['against']}"] = tests["p_holm", "auroc"].map("{:.2g}".format)
+        for metric, title in SHOWN.items():
+            table[f"by {title}"] = tests["verdict", metric]
+    return table.loc[order].fillna("").rename_axis("method").reset_index()
 
 
-def _columns(found: Evaluation) -> list[list[str]]:
-    """Header and rows, as text. The first columns are means over all sets, with intervals."""
-    means = found.table[found.table["set"] == "mean"].set_index(["method", "group", "metric"])
-    order = means.xs(("all", "auroc"), level=("group", "metric"))["value"].sort_values(ascending=False).index
-    groups = [g for g in means.index.unique("group") if g != "all"]
-    header = ["method", *(_SHORT[metric] for metric in SHOWN)]
-    header += [f"{group}: AUROC/OOD+/ID+" for group in groups]
-    against = found.settings["against"]
-    compared = found.comparison
-    if len(compared):
-        compared = compared[compared["set"] == "mean"].set_index(["method", "metric"])
-        header += [f"p vs {against}", "verdict"]
-    rows = []
-    for name in order:
-        row = [name, *(_cell(means.loc[(name, "all", metric)]) for metric in SHOWN)]
-        row += ["/".join(f"{100 * means.loc[(name, group, m), 'value']:.1f}" for m in SHOWN) for group in groups]
-        if len(compared):
-            row += _tested(compared, name)
-        rows.append(row)
-    return [header, *rows]
-
-
-def _tested(compared: pd.DataFrame, name: str) -> list[str]:
-    """Holm's p of the AUROC's difference, and where the three metrics decide the same way, the verdict."""
-    if (name, "auroc") not in compared.index:
-        return ["", "(reference)"]
-    verdicts = {metric: compared.loc[(name, metric), "verdict"] for metric in SHOWN}
-    p = compared.loc[(name, "auroc"), "p_holm"]
-    if len(set(verdicts.values())) == 1:
-        return [f"{p:.2g}", verdicts["auroc"]]
-    decided = [f"{verdict} {_SHORT[metric]}" for metric, verdict in verdicts.items() if verdict != "undecided"]
-    return [f"{p:.2g}", ", ".join(decided)]
+def _pixels(table: pd.DataFrame) -> pd.DataFrame:
+    found = pixel_controls_verdict(table)
+    shares = {key: found[key].map("{:.1%}".format) for key in ("control_value", "method_value")}
+    return found.assign(**shares, control_wins=found["broken"].map({True: "yes", False: "no"})).drop(columns="broken")
 
 
 def _cell(row) -> str:
-    if pd.isna(row.lo):
-        return f"{100 * row.value:.1f}"
-    return f"{100 * row.value:.1f} [{100 * row.lo:.1f}, {100 * row.hi:.1f}]"
+    ends = "" if pd.isna(row.lo) else f" [{100 * row.lo:.1f}, {100 * row.hi:.1f}]"
+    return f"{100 * row.value:.1f}{ends}"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _legend(found: Evaluation) -> list[str]:
-    n_boot, against = found.settings["n_boot"], found.settings["against"]
-    lines = [
-        "Percent; unweighted means over the OOD sets. Single sets and further metrics are in the CSV (--out).",
-        "FPR95 OOD+: ID rejected where 95 % of OOD are caught (as OpenOOD); ID+: OOD accepted where 95 % of ID stay.",
-    ]
-    if n_boot["intervals"]:
-        lines += [
-            f"[95 % intervals] by {n_boot['intervals']} bootstrap replicates over both sides. p: of the difference in "
-            "AUROC, by DeLong,",
-            f"corrected by Holm over all methods. verdict: against {against} at 5 %, on all three metrics (FPR95 by "
-            f"{n_boot['comparison']} paired",
-            "replicates) or on those named.",
-        ]
-    if len(found.comparison) and (found.comparison["p_at_most"] & (found.comparison["p_holm"] >= 0.05)).any():
-        lines.append("Some FPR95 are too clear for so few replicates to say so after Holm: give a larger --n-boot.")
-    return lines
-
-
-def _verdicts(table: pd.DataFrame) -> list[str]:
-    verdict = pixel_controls_verdict(table) if not set(table["method"]).isdisjoint(("sharpness",)) else pd.DataFrame()
-    return ["", "Pixel controls:", *(f"  {words}" for words in verdict["words"])] if len(verdict) else []
-
-
-def _left_out(left_out: dict[str, str]) -> list[str]:
-    by_reason: dict[str, list[str]] = {}
-    for name, why in left_out.items():
-        by_reason.setdefault(why, []).append(name)
-    return ["", "Left out:", *(f"  {', '.join(n)}: {why}" for why, n in by_reason.items())] if by_reason else []
+def _text(table: pd.DataFrame) -> str:
+    """Aligned columns, to the left."""
+    cells = [list(table.columns), *table.astype(str).to_numpy().tolist()]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)

@@ -140,11 +140,12 @@ def reliability(table: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 def risk_curves(run, scores: pd.DataFrame, names: Sequence[str], points: int = 200) -> pd.DataFrame:
     """Risk-coverage curves of the head's errors on ID test rows, thinned. Columns: method, coverage, risk."""
     obs = run.observations("test")
-    failed, rows = obs.predicted != obs.labels, []
-    keep = np.unique(np.linspace(len(obs) // 50, len(obs) - 1, points).round().astype(int))  # the first few are noise
+    known, rows = obs.labels >= 0, []
+    failed, n = (obs.predicted != obs.labels)[known], int(known.sum())
+    keep = np.unique(np.linspace(n // 50, n - 1, points).round().astype(int))  # the first few are noise
     for name in names:
         of = scores[(scores["method"] == name) & (scores["set"] == "test")].sort_values("row")["score"].to_numpy()
-        coverage, risk = metrics.risk_coverage(of, failed)
+        coverage, risk = metrics.risk_coverage(of[known], failed)
         rows.append(pd.DataFrame({"method": title(name), "coverage": coverage[keep], "risk": risk[keep]}))
     return pd.concat(rows, ignore_index=True)
 

@@ -89,10 +89,10 @@ def evaluate(
         groups "full-spectrum near", "full-spectrum far", "full-spectrum all": ID is then the test set and all
         shifted sets in one heap.
 
-        If labels of ``id_test`` are known, there are rows for OSCR and for the AUROC of correctly classified ID, and
-        with ``set`` "test" and ``group`` "id" for each method's AURC and share of errors flagged, and, method "head",
-        for its accuracy. Shifted sets with labels have an accuracy of their own; the full spectrum has OSCR and the
-        like where all of them have labels.
+        If all labels of ``id_test`` are known, there are rows for OSCR and for the AUROC of correctly classified ID.
+        With ``set`` "test" and ``group`` "id" there are each method's AURC and share of errors flagged, and, method
+        "head", the accuracy, all over the rows that have a label (-1 is none). Shifted sets with labels have an
+        accuracy of their own; the full spectrum has OSCR and the like where all rows of all of them have labels.
 
     Raises
     ------
@@ -205,5 +205,12 @@ def all_scores(
 
 
 def correct(obs: Observations) -> np.ndarray | None:
-    """Whether the head classified each sample correctly (N,); None for a set without labels."""
-    return None if obs.labels is None else obs.predicted == as_numpy(obs.labels)
+    """Whether the head classified each sample correctly (N,): bool, or float with NaN where some have no label (-1).
+
+    None for a set without labels.
+    """
+    if obs.labels is None or (as_numpy(obs.labels) < 0).all():
+        return None
+    labels = as_numpy(obs.labels)
+    hit = obs.predicted == labels
+    return hit if (labels >= 0).all() else np.where(labels >= 0, hit, np.nan)

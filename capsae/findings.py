@@ -69,7 +69,7 @@ class Numbers(dict):
         Parameters
         ----------
         key : str
-            What is no letter or digit in it becomes an underscore: ``mds++ far/textures`` is ``mds_far_textures``.
+            What is no letter or digit in it becomes an underscore: ``a, far/b`` is ``a_far_b``.
         value, lo, hi, p : float
             The estimate, its interval, its corrected p. NaN counts as unknown; an unknown value is not recorded.
         unit : str
@@ -120,8 +120,8 @@ class Numbers(dict):
 
 
 def slug(text: str) -> str:
-    """A text as the name of a number: ``EPD, far/textures`` -> ``epd_far_textures``."""
-    return re.sub(r"[^a-z0-9]+", "_", str(text).lower()).strip("_")
+    """A text as the name of a number: ``MDS++, far/textures`` -> ``mds_plus_plus_far_textures``."""
+    return re.sub(r"[^a-z0-9]+", "_", str(text).lower().replace("+", "_plus_")).strip("_")
 
 
 # --- expressions

@@ -21,7 +21,7 @@ RESULTS = Path("benchmarks/results")
 SELECTION = Path("benchmarks/results/rpd_selection.csv")
 PARITY = Path("benchmarks/results/parity.json")
 DICTIONARIES = "the metadata in capsae/sae"
-_HEADING = "<!-- Made by `python -m capsae.publish pages`; edit {source} and make it again. -->\n\n"
+_HEADING = "<!-- Made by `python -m capsae.build pages`; edit {source} and make it again. -->\n\n"
 
 
 def write_pages() -> list[Path]:

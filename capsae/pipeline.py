@@ -18,6 +18,7 @@ import pandas as pd
 
 from . import detectors as _detectors
 from .caps import ClassActivationProfiles
+from .code import digest as code_digest
 from .detectors import Observations
 from .evaluate import all_scores, correct
 from .featureset import FeatureSet, LinearHead
@@ -31,18 +32,6 @@ from .store import Store, artefact_digest, versions
 
 log = logging.getLogger(__name__)
 
-# What makes each kind of artefact: a change of this code (comments aside) makes it anew.
-MODULES = {
-    "head": ("capsae.probe", "capsae.featureset:LinearHead", "capsae.splits"),
-    "sae": ("capsae.sae", "capsae.splits"),
-    "caps": ("capsae.caps", "capsae.splits"),
-    "table": (
-        *("capsae.caps", "capsae.detectors", "capsae.metrics", "capsae.stats", "capsae.evaluate", "capsae.sae"),
-        "capsae.score_tables",
-        "capsae.bootstrap_kernels",
-        *("capsae.pipeline", "capsae.inputs"),
-    ),
-}
 _CHUNK = 65_536  # rows encoded at a time where only a running sum is kept
 
 
@@ -289,9 +278,11 @@ class Run:
         if set_name not in self._observations:
             features = self.features(set_name)
             known = "/" not in set_name or set_name in self.profile.shifted
-            labels = features.labels if known and (features.labels >= 0).all() else None
+            labels = features.labels if known and (features.labels >= 0).any() else None
             predicted = None
             if self.profile.predicted == "true" and set_name in ("val", "test"):
+                if labels is None or (labels < 0).any():
+                    raise ValueError(f'{set_name} has rows without a label: predicted = "true" needs them all')
                 predicted, labels = labels, None
             given = {"labels": labels, "predicted": predicted, "head": self.head, "sae": self.sae}
             given |= {"logits": features.logits, "pixels": features.pixels}
@@ -393,9 +384,9 @@ class Run:
         Stages: "features" (all sets together), "head", "sae", "caps", "scores", "table" (of detectors ``names``).
         """
         if stage == "features":
-            return artefact_digest("sets", None, {name: self.inputs.digest(name) for name in self.profile.sets}, ())
+            return artefact_digest("sets", None, {name: self.inputs.digest(name) for name in self.profile.sets})
         config, inputs = self._recipe(stage, names)
-        return artefact_digest(stage, config, inputs, self._modules(stage))
+        return artefact_digest(stage, config, inputs, self._code(stage))
 
     def provenance(self) -> dict[str, Any]:
         """Return what stands behind this run's numbers: profile, seeds, versions, device, digests, wall times."""
@@ -415,11 +406,21 @@ class Run:
 
     def _stored(self, stage: str, make, save, load, names: list[str] | None = None):
         config, inputs = self._recipe(stage, names)
-        return self.store.get_or_make(stage, config, inputs, self._modules(stage), make, save, load, self._who())
+        return self.store.get_or_make(stage, config, inputs, self._code(stage), make, save, load, self._who())
 
-    def _modules(self, stage: str) -> tuple[str, ...]:
-        modules = MODULES["table" if stage == "scores" else stage]
-        return (*modules, "capsae.probe") if stage == "sae" and self._chooses_by_head else modules
+    def _code(self, stage: str) -> str:
+        """Digest of a stage's code: its methods with all that they name; what they take from others is its input."""
+        from .sae import dictionaries, variants
+
+        if stage == "head":
+            return code_digest(Run.features, Run.head, *[Inputs.backbone_head] * (self.profile.head == "backbone"))
+        if stage == "sae":  # of the variants, the one that is trained
+            made_by = Run.features, Run._trained, variants.model(self.profile.sae)
+            made_by += (Run._head_of_normalized,) * self._chooses_by_head
+            return code_digest(*made_by, without=((variants, "REGISTRY"), (dictionaries, "METHODS")))
+        if stage == "caps":
+            return code_digest(Run.features, Run.caps)
+        return code_digest(Run.features, Run.observations, Run.detectors, Run.table if stage == "table" else Run.scores)
 
     def _recipe(self, stage: str, names: Iterable[str] | None = None) -> tuple[dict, dict[str, str]]:
         """Return a stage's own settings and the digests of what it is made from."""

@@ -49,18 +49,20 @@ def evaluate_scores(
 ) -> pd.DataFrame:
     """The table of :func:`evaluate`, of scores as :func:`all_scores` gives them.
 
-    ``known``: for "test" and each shifted set, whether the head was right (N,) bool, or None where nobody knows.
+    ``known``: for "test" and each shifted set what :func:`capsae.evaluate.correct` gives: accuracy and errors are over
+    the samples with a label, what joins correctness with scores of all samples needs a label of each.
     """
     groups = {where: group_of(where) for where in ood_sets}
-    rows = _rows(_measure(scores, ["test"], ood_sets, known["test"], n_boot, seed), scores, ["test"], groups)
+    whole = {where: _of_all(right) for where, right in known.items()}
+    rows = _rows(_measure(scores, ["test"], ood_sets, whole["test"], n_boot, seed), scores, ["test"], groups)
     if len(known) > 1:
-        labelled = None if any(right is None for right in known.values()) else np.concatenate(list(known.values()))
+        labelled = None if any(right is None for right in whole.values()) else np.concatenate(list(whole.values()))
         measured = _measure(scores, list(known), ood_sets, labelled, n_boot, seed)
         full = {where: f"{FULL_SPECTRUM} {group}" for where, group in groups.items()}
         rows += _rows(measured, scores, list(known), full)
     rows += [_accuracy_row(where, right, n_boot, seed) for where, right in known.items() if right is not None]
     if known["test"] is not None:
-        rows += _error_rows(scores, ~known["test"], n_boot, seed)
+        rows += _error_rows(scores, known["test"], n_boot, seed)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -77,7 +79,7 @@ def compare_scores(
     """The table of :func:`compare`, of scores as :func:`all_scores` gives them; ``right`` (N,): the head on "test"."""
     scores = {name: scores[name] for name in dict.fromkeys(name for pair in pairs for name in pair)}
     by_bootstrap = [metric for metric in metrics if metric != "auroc"]
-    measured = _measure(scores, ["test"], ood_sets, right, n_boot if by_bootstrap else 0, seed, by_bootstrap)
+    measured = _measure(scores, ["test"], ood_sets, _of_all(right), n_boot if by_bootstrap else 0, seed, by_bootstrap)
     placed = {name: {where: _placed(of["test"], of[where]) for where in ood_sets} for name, of in scores.items()}
     columns, rows = {**{where: [where] for where in ood_sets}, "mean": list(ood_sets)}, []
     for metric in metrics:
@@ -144,6 +146,11 @@ def _with_seeds(a: np.ndarray, b: np.ndarray, image_error: float) -> dict:
 
 
 # --- what both are made of
+
+
+def _of_all(right: np.ndarray | None) -> np.ndarray | None:
+    """Correctness of every sample, or None."""
+    return right if right is not None and right.dtype == bool else None
 
 
 def _measure(
@@ -227,6 +234,7 @@ def _error(draws: np.ndarray) -> float:
 
 
 def _accuracy_row(where: str, right: np.ndarray, n_boot: int, seed: int) -> tuple:
+    right = right[~np.isnan(right)]
     draws = np.random.default_rng(seed).binomial(len(right), right.mean(), n_boot) / len(right)
     lo, hi = interval(draws)
     if lo == hi:
@@ -234,13 +242,15 @@ def _accuracy_row(where: str, right: np.ndarray, n_boot: int, seed: int) -> tupl
     return ("head", where, "id", "accuracy", float(right.mean()), lo, hi, 1)
 
 
-def _error_rows(scores: Scores, failed: np.ndarray, n_boot: int, seed: int) -> list[tuple]:
+def _error_rows(scores: Scores, right: np.ndarray, n_boot: int, seed: int) -> list[tuple]:
     """How each method's scores deal with the head's errors on ID: no OOD sample takes part."""
-    rows = []
+    rows, known = [], ~np.isnan(right)
+    failed = right[known] == 0
     for name, of in scores.items():
-        draws = [bootstrap_errors(row, failed, n_boot, seed) for row in of["test"]]
+        of_seeds = of["test"][:, known]
+        draws = [bootstrap_errors(row, failed, n_boot, seed) for row in of_seeds]
         for metric, function in zip(OF_ERRORS, (aurc, errors_flagged), strict=True):
-            values = np.array([function(row, failed) for row in of["test"]])
+            values = np.array([function(row, failed) for row in of_seeds])
             mean = np.mean([one[metric] for one in draws], axis=0)
             rows.append((name, "test", "id", metric, float(values.mean()), *_interval(values, mean), len(values)))
     return rows

@@ -41,7 +41,7 @@ def speed_page(folder: Path) -> str:
     kinds = read_results(folder)
     quality = folder / "sae_quality.csv"
     lines = [
-        "<!-- Made by `python -m capsae.publish pages` from benchmarks/results; measure and make it again. -->",
+        "<!-- Made by `python -m capsae.build pages` from benchmarks/results; measure and make it again. -->",
         "",
         "# Speed",
         "",

@@ -70,7 +70,8 @@ def bootstrap(
     for start in range(0, n_boot, chunk):
         part = slice(start, min(start + chunk, n_boot))
         size = part.stop - part.start
-        weights = np.concatenate([_draws(id_rng, n_id, size), _draws(ood_rng, n_ood, size)], axis=1)
+        drawn = np.concatenate([_draws(id_rng, n_id, size), _draws(ood_rng, n_ood, size)], axis=1)
+        weights = np.ascontiguousarray(drawn.T)
         for method, thresholds in methods.items():
             for metric, values in _replicates(thresholds, weights, metrics).items():
                 out[method][metric][part] = values
@@ -78,10 +79,10 @@ def bootstrap(
 
 
 def _replicates(of: Thresholds, weights: np.ndarray, metrics: Sequence[str]) -> dict[str, np.ndarray]:
-    """The metrics for weights (replicates, N_id + N_ood)."""
+    """The metrics for weights (N_id + N_ood, replicates)."""
     kernels = _kernels()
     if kernels is None:
-        weights = weights.T.astype(np.float64)
+        weights = weights.astype(np.float64)
         found = all_metrics(of, weights[: of.n_id], weights[of.n_id :])
         return {metric: found[metric] for metric in metrics}
     found = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from .explain import plain_name
 from .stats import exact_interval, seeds_and_images
 
 METRIC_PANELS = {
@@ -30,7 +30,7 @@ def class_names(run) -> list[str]:
     names = run.features("test").class_names or run.features("train").class_names
     if len(names) != n_classes:
         return [f"class {c}" for c in range(n_classes)]
-    return [re.sub(r"^n\d{8}_", "", str(name)).replace("_", " ") for name in names]
+    return [plain_name(name) for name in names]
 
 
 def sets(run) -> pd.DataFrame:
@@ -299,7 +299,7 @@ def explained(table: pd.DataFrame, top: int = 12) -> pd.DataFrame:
 
 def _short(classes: str) -> str:
     """The first two of a latent's classes, without wordnet numbers."""
-    names = [re.sub(r"n\d{8}_", "", name).replace("_", " ") for name in str(classes).split(", ")]
+    names = [plain_name(name) for name in str(classes).split(", ")]
     return ", ".join(names[:2])
 
 

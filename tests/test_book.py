@@ -67,9 +67,9 @@ def test_published_runs_are_clean(path):
 
 def test_claims_and_detectors_pages_are_in_step_with_their_sources():
     claims = pages.read_claims(BOOK / "claims.yml")
-    assert (BOOK / "claims.md").read_text() == pages.claims_page(claims, pages.published), "run capsae.publish pages"
-    assert (BOOK / "intro.md").read_text() == pages.intro_page(claims, pages.published), "run capsae.publish pages"
-    assert (BOOK / "detectors.md").read_text() == pages.detectors_page(), "run python -m capsae.publish pages"
+    assert (BOOK / "claims.md").read_text() == pages.claims_page(claims, pages.published), "run capsae.build pages"
+    assert (BOOK / "intro.md").read_text() == pages.intro_page(claims, pages.published), "run capsae.build pages"
+    assert (BOOK / "detectors.md").read_text() == pages.detectors_page(), "run python -m capsae.build pages"
     assert (BOOK / "rpd.md").read_text() == pages.rpd_page(publish.root() / pages.SELECTION)
 
 

@@ -53,7 +53,7 @@ def test_the_numbers_of_a_csv_give_the_same_marks_and_texts():
     made.add("count", 12345)
     again = Numbers.read(io.StringIO(made.frame().to_csv(index=False)))
     assert again == made and judge(load(TYPED, ENTRIES), again) == judge(load(TYPED, ENTRIES), made)
-    assert set(made) == {"gain", "other", "mds_far_x", "count"}
+    assert set(made) == {"gain", "other", "mds_plus_plus_far_x", "count"}
     assert findings.text(made["gain"]) == "3.64 (1.12 to 6.31) points, p = 0.004"
     assert findings.text(made["count"]) == "12345"
 

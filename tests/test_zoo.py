@@ -1,4 +1,4 @@
-"""The zoo: equal terms, what is measured, the sentences on its page against tables of either outcome."""
+"""The zoo: equal terms, what is measured, the marks of its findings against tables of either outcome."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import pytest
 import small_profile
 from scipy import stats
 
-from capsae import commands, display, publish, zoo
+from capsae import code, commands, display, findings, zoo
 from capsae.__main__ import main
 from capsae.pipeline import Run
 from capsae.sae import dictionaries, variants
 from capsae.sealed import SealedError
-from capsae.store import source_digest
 from capsae.zoo import figures, fitting, measure, page, runner, summary, tables, tasks, verdicts
 
 PUBLISHED = ("imagenet20", "mini80")
@@ -66,14 +65,24 @@ def test_all_variants_dictionaries_and_controls_are_members():
     assert fitting.rates("pca") == (None,) and fitting.rates("topk") == fitting.RATES
 
 
-def test_a_fit_hangs_on_its_own_code_and_not_on_that_of_others():
-    jump, mp = fitting.modules("jumprelu"), fitting.modules("mp")
-    assert "capsae.sae.variants:JumpReLU" in jump and "capsae.sae.variants:Variant" in jump
-    assert not any("MatchingPursuit" in name or "Gated" in name for name in jump)
-    assert "capsae.sae.pursuit:matching_pursuit" in mp and "capsae.sae.train" in mp
-    assert not any("train" in name for name in fitting.modules("itda"))
-    for name in zoo.members():
-        assert source_digest(fitting.modules(name))
+def test_a_fit_hangs_on_its_own_code_and_not_on_that_of_others(monkeypatch):
+    reached = set()
+
+    def note(*entries, without):
+        sources = code._sources()
+        of, shut = ([u for e in given for u in sources.units(e)] for given in (entries, without))
+        reached.update(unit.name for unit in sources.reached(of, shut) if unit not in shut)
+        return "digest"
+
+    monkeypatch.setattr(fitting, "code_digest", note)
+    for name, ours, others in (
+        ("jumprelu", {"JumpReLU", "Variant", "train_saes"}, {"MatchingPursuit", "Gated", "ITDA"}),
+        ("mp", {"MatchingPursuit", "matching_pursuit", "choose_rows", "train_saes"}, {"JumpReLU", "ITDA"}),
+        ("itda", {"ITDA", "normalize"}, {"train_saes", "JumpReLU", "KMeans"}),
+    ):
+        reached.clear()
+        assert fitting.fit_code(name) == "digest"
+        assert ours <= reached and not others & reached, name
 
 
 def _grid(rows):
@@ -203,7 +212,7 @@ def test_the_command_hands_on_its_options_and_keeps_committed_tables(tmp_path, m
     assert commands.zoo and "backbones.csv" in capsys.readouterr().out
 
 
-# --- sentences, of made-up tables
+# --- numbers and marks, of made-up tables
 
 
 def _table(level=None, noise=0.0003, l0=None, seeds=5, opposed=False):
@@ -223,7 +232,7 @@ def _table(level=None, noise=0.0003, l0=None, seeds=5, opposed=False):
                 value = value + noise * dice.standard_normal()
                 rows.append((*about, seed, 0.01, measure, method, where, group, value, np.nan, np.nan))
 
-            rows.append((*about, seed, 0.01, "n_latents", "", "", "", 1920, np.nan, np.nan))
+            rows.append((*about, seed, 0.01, "n_latents", "", "", "", 1920 - i, np.nan, np.nan))
             rows.append((*about, seed, 0.01, "l0", "", "test", "", (l0 or {}).get(name, 32.0), np.nan, np.nan))
             add("fvu", "test", 0.1 + at)
             sign = 1 if opposed else -1
@@ -248,119 +257,102 @@ def _both(**options):
     return wide, summary.by_member(wide, table)
 
 
-def test_welch_is_scipys_and_one_value_is_exact():
-    a, b = np.array([1.0, 2, 4, 3]), np.array([5.0, 5.5, 4.5])
-    found, theirs = verdicts.welch(a, b), stats.ttest_ind(a, b, equal_var=False)
+def test_differences_hold_seeds_and_images():
+    wide, _ = _both()
+    found = verdicts.against(wide, EPD).set_index("member")
+    a, b = (wide.loc[wide["member"] == name, EPD] for name in ("mp", "topk"))
+    theirs = stats.ttest_ind(a, b, equal_var=False)
     reach = theirs.confidence_interval()
-    assert [found["p"], found["lo"], found["hi"]] == pytest.approx([theirs.pvalue, reach.low, reach.high])
-    assert verdicts.welch(a, [3.0])["p"] == pytest.approx(stats.ttest_1samp(a, 3.0).pvalue)
-    assert np.isnan(verdicts.welch([1.0], [2.0])["p"])
+    assert found.loc["mp", ["p", "lo", "hi"]].tolist() == pytest.approx([theirs.pvalue, reach.low, reach.high])
+    exact = wide.loc[wide["member"] == "pca", EPD].item()  # without seeds
+    assert found.loc["pca", "p"] == pytest.approx(stats.ttest_1samp(b, exact).pvalue)
+    errors = pd.DataFrame({EPD: 0.2}, index=wide["member"].unique())
+    wider = verdicts.against(wide, EPD, errors=errors).set_index("member")
+    assert (wider["hi"] - wider["lo"] > 4 * 0.2).all() and (wider["verdict"] == "undecided").all()
+    assert (verdicts.against(wide, "FVU", errors=errors)["p"] < 0.01).all(), "no error over images is known for it"
+    alone = verdicts.against(wide[wide["seed"] == 0], EPD)
+    assert alone["p"].isna().all() and (alone["verdict"] == "undecided").all()
 
 
-def test_the_best_is_named_with_whether_it_beats_topk():
-    wide, members = _both()
-    told = verdicts.best_text(wide, members, EPD, "here")
-    assert told.startswith(f"On here, by {EPD}, the best of the autoencoders and dictionaries is TopK (10.0 %)")
-    assert told.endswith("6 of the 6 others are clearly worse.")
-    wide, members = _both(level={"mp": -0.1})
-    told = verdicts.best_text(wide, members, EPD, "here")
-    assert (
-        "is MP-SAE (6.7 %, seeds " in told and "against 10.0 % of TopK: clearly better than seeds explain (-3" in told
-    )
-    wide, members = _both(level={"mp": -0.001}, noise=0.01)
-    told = verdicts.best_text(wide, members, EPD, "here")
-    assert "no clear difference over seeds" in told or "is TopK" in told
+def test_errors_over_images_are_those_of_the_intervals():
+    table = _table(noise=0)
+    table["lo"], table["hi"] = table["value"] - 0.0196, table["value"] + 0.0196
+    errors = verdicts.image_errors(table)
+    assert errors.shape == (9, len(summary.OOD)) and errors.to_numpy() == pytest.approx(0.01)
+    compared = verdicts.both(summary.fits(table), errors)
+    assert compared["score"].unique().tolist() == ["EPD", "RPD"]
+    row = compared.set_index(["member", "score"]).loc["topk", "EPD"]
+    assert row["hi"] - row["value"] == pytest.approx(1.96 * 0.01 * 2**0.5, rel=1e-3)
+    shown = verdicts.shown(compared, ["pca", "topk"])
+    assert shown["member"].tolist() == ["PCA", "TopK"] and shown.loc["topk", "EPD, verdict"] == "better"
+
+
+def test_better_worse_and_another_number_of_active_latents():
+    wide, members = _both(level={"mp": -0.1, "vsae": 0.0}, noise=0.001)
+    assert verdicts.counts(verdicts.against(wide, EPD), members) == {"better": 1, "worse": 4, "undecided": 1}
+    assert verdicts.best(members, EPD)["member"] == "mp"
     wide, members = _both(level={"mp": -0.1}, l0={"mp": 60.0})
-    assert "is TopK" in verdicts.best_text(wide, members, EPD, "here")  # what has another L0 is not named best
+    assert verdicts.best(members, EPD)["member"] == "topk", "what has another L0 is not named best"
+    assert sum(verdicts.counts(verdicts.against(wide, EPD), members).values()) == 5
+    members = _both(level={"random": 0.3, "pca": -0.2})[1]
+    assert verdicts.best(members, EPD, controls=True)["member"] == "pca"
+    with pytest.raises(ValueError, match="no control with the same L0"):
+        verdicts.best(members[members["kind"] != "control"], EPD, controls=True)
 
 
-def test_the_best_control_and_the_tally():
-    wide, members = _both(level={"random": 0.3, "pca": -0.2})
-    told = verdicts.control_text(wide, members, EPD, "here")
-    assert (
-        told.startswith(f"The best control on here, by {EPD}, is PCA (3.3 %, without seeds)")
-        and "clearly better" in told
-    )
-    wide, members = _both(level={"random": 0.3, "pca": 0.4})
-    told = verdicts.control_text(wide, members, EPD, "here")
-    assert "is Random dictionary (20.0 %, seeds" in told and "clearly worse than seeds explain" in told
-    told = verdicts.tally_text(*_both(level={"mp": -0.1, "vsae": 0.0}, noise=0.001), EPD, "here")
-    assert "1 of the 6 others are clearly better (MP-SAE)" in told and "undecided" in told
-
-
-@pytest.mark.parametrize(
-    "opposed, word", [(False, "agree: Spearman +1.00"), (True, "oppose each other: Spearman -1.00")]
-)
-def test_rankings_agree_or_oppose(opposed, word):
-    members = _both(opposed=opposed, noise=1e-4)[1]
-    told = verdicts.agreement_text(members, EPD, summary.INTERPRETABILITY, "here")
-    assert word in told and "over 7 members" in told
+@pytest.mark.parametrize("opposed, value", [(False, 1), (True, -1)])
+def test_rankings_agree_or_oppose(opposed, value):
+    found = verdicts.agreement(_both(opposed=opposed, noise=1e-4)[1], EPD, summary.INTERPRETABILITY)
+    assert found["value"] == pytest.approx(value) and found["p"] < 0.01 and found["n"] == 7
 
 
 def test_rankings_that_have_nothing_to_do_with_each_other():
     _, members = _both()
     members["FVU"] = [0.3, 0.1, 0.6, 0.5, 0.2, 0.7, 0.35, 0.5, 0.5]
-    assert "neither agree nor oppose clearly" in verdicts.agreement_text(members, "FVU", EPD, "here")
-    assert "too few members" in verdicts.agreement_text(members.head(3), "FVU", EPD, "here")
+    assert np.isnan(verdicts.agreement(members.head(3), "FVU", EPD)["value"])
     found = verdicts.agreement(members, "FVU", EPD)
     own = members[members["kind"] != "control"]
-    assert found["value"] == pytest.approx(stats.spearmanr(own["FVU"], own[EPD]).statistic)
+    assert found["value"] == pytest.approx(stats.spearmanr(own["FVU"], own[EPD]).statistic) and found["p"] > 0.05
 
 
 def test_more_than_seeds_or_not():
     wide, members = _both()
-    assert "are more than seeds make" in verdicts.between_text(wide, members, EPD, "here")
     found = verdicts.between(wide, members, EPD)
     own = [part[EPD] for name, part in wide.groupby("member") if zoo.member(name).kind != "control"]
     theirs = stats.f_oneway(*own)
     assert [found["F"], found["p"]] == pytest.approx([theirs.statistic, theirs.pvalue])
-    assert found["lo"] < found["value"] < found["hi"] <= 1
+    assert 0.9 < found["lo"] < found["value"] < found["hi"] <= 1
     flat = dict.fromkeys(wide["member"], 0.0)
     wide, members = _both(level=flat, noise=0.05)
-    assert "are not told from what seeds make" in verdicts.between_text(wide, members, EPD, "here")
+    assert verdicts.between(wide, members, EPD)["p"] > 0.05
     with pytest.raises(ValueError, match="seeds"):
         verdicts.between(wide.drop(index=1), members, EPD)
 
 
-def test_who_missed_the_target_is_named():
-    assert "every member is within a tenth of 32" in verdicts.l0_text(_both()[1], "here")
-    told = verdicts.l0_text(_both(l0={"gba": 40.0})[1], "here")
-    assert "1 of 9 members miss L0 = 32" in told and "GBA (40)" in told
+def _recorded(table):
+    """The page's numbers where both experiments have the same table."""
+    members = summary.by_member(summary.fits(table), table).assign(rows=0.25, covariance=0.335)
+    grid = pd.DataFrame([("topk", r, 0, 8.0, r == 2) for r in (1.0, 2, 3)], columns=[
+        "member", "lr", "seed", "best_epoch", "chosen"])  # fmt: skip
+    jaccard = pd.DataFrame({"measure": "jaccard", "group": ["backbones", "seeds", "chance"], "value": [0.2, 0.4, 0.1]})
+    of = {name: dict.fromkeys(PUBLISHED, data) for name, data in (("t", table), ("g", grid), ("k", members))}
+    return verdicts.numbers(of["t"], of["g"], of["k"], jaccard, {"dead": 0.01, "epd": 0.12})
 
 
-def test_ends_of_the_grid_and_dead_latents_are_named():
-    rows = [("topk", 1.0, 0, False), ("topk", 2.0, 0, True), ("topk", 3.0, 0, False), ("topk", 2.0, 1, True)]
-    rows += [("pca", np.nan, 0, True)]
-    grid = pd.DataFrame(rows, columns=["member", "lr", "seed", "chosen"])
-    told = verdicts.rates_text(grid, "here")
-    assert told == "Of the learning rates tried on here (1, 2, 3), no member took one at an end."
-    grid["chosen"] = [False, False, True, True, True]
-    assert verdicts.rates_text(grid, "here").endswith("better ones may lie: 1 the largest, 3 (TopK).")
-    _, members = _both()
-    assert "5 of" not in verdicts.dead_text(members, "here") and "9 of 9 members" in verdicts.dead_text(members, "here")
-    members["dead"] = 0.05
-    assert "no member has more than a tenth" in verdicts.dead_text(members, "here")
-    members.loc[0, "dead"] = 0.4
-    assert "1 of 9 members" in verdicts.dead_text(members, "here") and "TopK (40.0 %)" in verdicts.dead_text(
-        members, "here"
-    )
-
-
-def test_stability_and_backbones_in_words():
-    members = _both()[1]
-    for rows, covariance, words in (
-        (0.25, 0.1, ("in 7 of 7 members", "in 0 they are less")),
-        (0.8, 0.335, ("in 0 of 7 members;", "in 4 they are less alike")),
-    ):
-        known = members.dropna(subset=summary.STABILITY).assign(rows=rows, covariance=covariance)
-        told = verdicts.stability_text(known, "here")
-        assert all(word in told for word in words)
-        assert told.endswith(f"TopK has 0.30, rows {rows:.2f}, such directions {covariance:.2f}.")
-    for share, word in ((0.5, "share training images more than chance"), (0.1, "no more than chance")):
-        rows = pd.DataFrame(
-            {"measure": "jaccard", "group": ["backbones", "seeds", "chance"], "value": [share, 0.4, 0.2]}
-        )
-        assert word in verdicts.backbones_text(rows, "digits")
+@pytest.mark.parametrize("random, mark", [(-0.3, findings.HOLDS), (0.9, findings.FAILS)])
+def test_findings_are_marked_by_the_numbers(random, mark):
+    table = _table(level={"random": random, "pca": 0.95}, noise=0.001)
+    table["lo"], table["hi"] = table["value"] - 0.001, table["value"] + 0.001
+    numbers = _recorded(table)
+    marks = {row["key"]: row["mark"] for row in findings.judge(findings.of_notebook("08_zoo"), numbers)}
+    assert marks["no-better-epd"] == marks["no-better-rpd"] == mark and marks["between"] == findings.HOLDS
+    assert marks["worse-epd"] == (findings.HOLDS if random < 0 else findings.FAILS)
+    assert marks["fvu-epd"] == findings.FAILS and marks["agree"] == findings.HOLDS
+    assert marks["itda"] == findings.HOLDS and marks["dead"] == findings.HOLDS
+    assert findings.MISSING not in marks.values(), "every number of the yml is recorded"
+    assert numbers["imagenet20_rates_at_ends"].value == 0 and numbers["imagenet20_last_epoch_best"].value == 100
+    assert numbers["mini80_more_stable_than_rows"].value == 7 and numbers["mini80_stability_members"].value == 7
+    assert numbers["mini80_less_stable_than_covariance"].value == 4 and numbers["mini80_many_dead"].value == 9
 
 
 def test_nulls_know_the_data_and_the_sign():
@@ -377,67 +369,6 @@ def test_nulls_know_the_data_and_the_sign():
     joined = summary.with_nulls(members, found.reset_index()).set_index("member")
     assert joined.loc[["itda", "topk"], "rows"].tolist() == [found.loc[False, "rows"], found.loc[True, "rows"]]
     assert "pca" not in joined.index
-
-
-def test_a_random_dictionary_must_be_beaten():
-    table = _table(level={"random": 0.9, "pca": 0.95}, noise=0.001)
-    wide = summary.fits(table)
-    members = summary.by_member(wide, table)
-    told = verdicts.beaten_text(wide, members, EPD, "here")
-    assert "7 of the 7 autoencoders" in told and told.endswith(
-        "0 undecided; the random dictionary is the best control."
-    )
-    first = verdicts.answer({"here": table})
-    assert "pays more often" in first[0] and "of 14 comparisons" in first[0] and "14 are clearly better" in first[0]
-    table = _table(level={"random": -0.3, "pca": -0.4, "mp": -0.5}, noise=0.001)
-    wide = summary.fits(table)
-    told = verdicts.beaten_text(wide, summary.by_member(wide, table), EPD, "here")
-    assert "1 of the 7" in told and "is clearly better than a random dictionary (MP-SAE), 6 clearly worse" in told
-    assert "than the best control, PCA, 1 is clearly better (MP-SAE), 6 clearly worse" in told
-    first = verdicts.answer({"here": table, "there": table})
-    assert "seldom pays" in first[0] and len(first) == 3 and "1 (MP-SAE) / 6 / 0 against PCA" in first[2]
-
-
-def test_early_training_and_the_books_own_sae_are_named():
-    rows = [("topk", 1.0, 0, 8.0, True), ("relu", 1.0, 0, 8.0, True), ("relu", 2.0, 0, 3.0, False)]
-    grid = pd.DataFrame(rows, columns=["member", "lr", "seed", "best_epoch", "chosen"])
-    assert "last of 8 epochs was the best in 2 of 2" in verdicts.epochs_text(grid, "imagenet20")
-    assert "of early training" in verdicts.epochs_text(grid, "imagenet20")
-    grid["best_epoch"] = [3.0, 5.0, 8.0]
-    told = verdicts.epochs_text(grid, "imagenet20")
-    assert "in 0 of 2 chosen" in told and "most had their best before the end" in told
-    members = _both(noise=0)[1].assign(dead=0.43)
-    own = {"lr": 0.008, "epochs": 25, "dead": 0.001, "epd": 0.12, "rpd": 0.1}
-    told = verdicts.recipe_text(members, own, "here")
-    assert "25 epochs with a rate of 0.008" in told and "(0.1 % here)" in told and "EPD of 12.0 %" in told
-    assert "a rate of 0.01, chosen by FVU alone, 43.0 % dead and 10.0 %." in told
-
-
-def test_density_core_and_halves_are_named():
-    members = _both(noise=0)[1].assign(latents=1920)
-    members["latents"] = [1920, 1800, 1700, 1600, 1500, 1400, 1300, 1200, 192]
-    name = summary.SINGLE["separability"][1]
-    assert "does not clearly go with" in verdicts.density_text(members, "here")
-    members[name] = np.linspace(0.1, 0.5, 9)
-    told = verdicts.density_text(members, "here")
-    assert " goes with how often" in told and "that of PCA (0.500), where a latent fires on 16.7 %" in told
-    assert "288 of them, but for 29 (PCA)" in verdicts.core_text(members.iloc[[0, 0, 8]], 0.15, "here")
-    assert "288 of them in every member." in verdicts.core_text(members.iloc[[0]], 0.15, "here")
-    members["dead"] = [0.5, 0, 0, 0, 0, 0, 0, 0, 0]
-    assert "half-latents" not in verdicts.dead_text(members, "here")
-    members.loc[6, "dead"] = 0.5
-    assert "Of ITDA it is half-latents that are counted" in verdicts.dead_text(members, "here")
-
-
-def test_agreements_are_corrected():
-    members = _both()[1]
-    pairs = [(EPD, RPD), (EPD, "FVU"), ("FVU", RPD)]
-    raw = [verdicts.agreement(members, *pair)["p"] for pair in pairs]
-    told = verdicts.agreements(members, pairs, "here")
-    for text, p in zip(told, verdicts.holm(raw), strict=True):
-        assert text.endswith(f"{verdicts.p_text(p)} by permutation and Holm.")
-    assert "neither agree" in verdicts.agreement_text(members, EPD, RPD, "here", 0.2)
-    assert "agree: Spearman" in verdicts.agreement_text(members, EPD, RPD, "here")
 
 
 def test_the_interpretability_rank_is_the_mean_of_three():
@@ -458,16 +389,20 @@ def test_ranks_order_and_text():
     assert shown.iloc[0].tolist() == ["TopK", "10.0"] and shown.iloc[-1, 1] == f"{100 * (0.1 + 0.8 / 3):.1f}"
 
 
-def test_intervals_are_those_of_one_seed():
+def test_intervals_hold_seeds_and_images():
     table = _table(noise=0)
-    table["lo"], table["hi"] = table["value"] - 0.01, table["value"] + 0.02
+    table["lo"], table["hi"] = table["value"] - 0.0196, table["value"] + 0.0196
     order = ["pca", *[name for name in table["member"].unique() if name != "pca"]]
-    text = summary.intervals_text(table, order)
-    assert text.loc[1, ["member", EPD]].tolist() == ["TopK", "10.0 (9.0–12.0)"] and text["member"][0] == "PCA"
+    text = summary.intervals_text(summary.over_seeds(table), order)
+    assert text.loc[1, ["member", EPD]].tolist() == ["TopK", "10.0 (8.0–12.0)"] and text["member"][0] == "PCA"
     assert list(text.columns) == ["member", *summary.OOD.values()]
     found = summary.by_set(table, "epd", order)
     assert set(found["metric"]) == set(measure.OOD_METRICS) and found["method"][0] == "PCA"
     assert len(found) == 3 * len(order)
+    apart = table.assign(value=table["value"] + 0.01 * table["seed"])
+    wider = summary.by_set(apart, "epd", order).set_index(["member", "metric"])
+    row, values = wider.loc["topk", "auroc"], 0.01 * np.arange(5)
+    assert (row["hi"] - row["lo"]) / 2 > stats.norm.ppf(0.975) * np.hypot(0.01, values.std(ddof=1) / 5**0.5)
 
 
 def test_figures_are_drawn_in_both_themes():
@@ -530,35 +465,12 @@ def test_a_cheap_member_fitted_again_has_its_committed_numbers():
         assert row.value == pytest.approx(committed[row.measure, row.method, row.set, row.group], abs=tolerance)
 
 
-def test_the_page_says_what_the_committed_tables_say():
-    name = "imagenet20/08_zoo"
-    if not publish.path_of(name).is_file():
-        pytest.skip("this page is not executed yet")
-    found, text = publish.results(name), publish.path_of(name).read_text(encoding="utf-8")
-    for profile in PUBLISHED:
-        assert found["sentences"][profile] == verdicts.sentences(zoo.load(profile), zoo.load_grid(profile), profile)
-        assert all(one in text for part in found["sentences"][profile].values() for one in part)
-    assert found["answer"] == verdicts.answer({profile: zoo.load(profile) for profile in PUBLISHED})
-    assert all(one in text for one in [*found["answer"], *found["across"], found["core"], found["recipe"]["sentence"]])
-    for profile, told in zip(PUBLISHED, found["across"], strict=False):
-        assert told == verdicts.stability_text(pd.DataFrame(found["known"][profile]), profile)
-    table = zoo.load("imagenet20")
-    members = summary.by_member(summary.fits(table), table)
-    assert found["recipe"]["sentence"] == verdicts.recipe_text(members, found["recipe"], "imagenet20")
-    assert found["core"] == verdicts.core_text(members, 0.15, "imagenet20")
-    assert found["across"][-1] == verdicts.backbones_text(tables.backbones(), "digits")
-    means = pd.DataFrame(found["members"])
-    own = means[(means["profile"] == "imagenet20") & means["comparable"] & ~means["member"].isin(fitting.CONTROLS)]
-    title = zoo.member(own.loc[own[EPD].idxmin(), "member"]).title
-    assert f"dictionaries is {title} " in found["sentences"]["imagenet20"]["ood"][1]
-
-
 def test_the_page_of_dictionaries_is_in_step_and_cites_what_is_in_the_references():
     from capsae import pages
 
     book = tables.root() / "book"
     text = page.dictionaries_page(book / "references.bib", pages._HEADING.format(source=pages.DICTIONARIES))
-    assert (book / "dictionaries.md").read_text(encoding="utf-8") == text, "run python -m capsae.publish pages"
+    assert (book / "dictionaries.md").read_text(encoding="utf-8") == text, "run python -m capsae.build pages"
     for name in zoo.members():
         assert f"(`{name}`)" in text
     assert "FAST" in text and "arXiv 2" not in text.split("## Not in the zoo")[0].replace("as arXiv 2604.26409", "")

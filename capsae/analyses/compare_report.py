@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..sae.measures import _matrix
 from . import contrast, meaning
 
 EXAMPLES = 3  # rows named for each latent and side
@@ -64,8 +63,11 @@ def compare_sides(a: Side, b: Side, named: meaning.Named, fdr: float = contrast.
     for i, column in enumerate(about):
         table.insert(1 + i, column, about[column])
     for key, of in (("examples_a", a), ("examples_b", b)):
-        columns = _matrix(of.codes).tocsc()
-        table[key] = [" | ".join(_strongest(columns, latent, of.ids)) for latent in table["latent"]]
+        columns = of.codes.csr().tocsc()
+        examples = [" | ".join(_strongest(columns, latent, of.ids)) for latent in table["latent"]]
+        table[key] = pd.Series(
+            examples, table.index, dtype=object
+        )  # file names may be no UTF-8, which pandas' own strings refuse
     return table
 
 

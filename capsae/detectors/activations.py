@@ -23,7 +23,6 @@ class ReAct(Detector):
     """
 
     title: ClassVar[str] = "ReAct"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\log\sum_c \exp(W\min(z,t)+b)_c"
     source: ClassVar[str] = "sun2021react"
     needs: ClassVar[tuple[str, ...]] = ("features", "head")
@@ -53,7 +52,6 @@ class _Shaped(Detector):
     a ReLU network hardly reach; for others a sum near zero would else give infinite scores.
     """
 
-    group: ClassVar[str] = "baseline"
     needs: ClassVar[tuple[str, ...]] = ("features", "head")
     fitted_on: ClassVar[str] = "nothing"
     percentile: float = 90.0
@@ -162,7 +160,6 @@ class DICE(Detector):
     """
 
     title: ClassVar[str] = "DICE"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\log\sum_c \exp\bigl((W\odot[W\odot\bar z>t])z+b\bigr)_c"
     source: ClassVar[str] = "sun2022dice"
     needs: ClassVar[tuple[str, ...]] = ("features", "head")

@@ -24,7 +24,7 @@ class Detector:
     """
 
     title: ClassVar[str]
-    group: ClassVar[str]  # "paper", "ours", "control" or "baseline"
+    group: ClassVar[str] = "baseline"  # or "paper", "ours", "control"
     formula: ClassVar[str]  # TeX; z feature, l logits, p softmax, mu_c class mean
     source: ClassVar[str]  # a key of book/references.bib, or plain words
     needs: ClassVar[tuple[str, ...]]  # of "logits", "features", "labels", "head", "codes", "pixels"
@@ -56,6 +56,13 @@ class Detector:
         # Only what is missing comes here; what fit sets has a leading underscore.
         hint = ": call fit before score" if name.startswith("_") and not name.startswith("__") else ""
         raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
+
+
+class Control(Detector):
+    """Base of scores of our own that tell what in another does the work."""
+
+    group: ClassVar[str] = "control"
+    source: ClassVar[str] = "our control"
 
 
 _REGISTRY: dict[str, type[Detector]] = {}
@@ -115,7 +122,7 @@ def info(name: str) -> dict:
     """
     cls = _lookup(name)
     defaults = {
-        f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        f.name: f.default_factory() if callable(f.default_factory) else f.default
         for f in dataclasses.fields(cls)
         if f.init
     }
@@ -131,7 +138,7 @@ def info(name: str) -> dict:
 
 def score_all(detectors: Mapping[str, Detector], obs: Observations) -> dict[str, np.ndarray]:
     """Scores (N,) of several fitted detectors in one pass over blocks of rows, whose costly parts they share."""
-    parts = {name: [] for name in detectors}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in detectors}
     for block in obs.blocks():
         for name, detector in detectors.items():
             parts[name].append(detector.score(block))

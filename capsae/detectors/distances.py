@@ -19,7 +19,6 @@ from .observations import unit_rows
 
 @dataclass
 class _Mahalanobis(Detector):
-    group: ClassVar[str] = "baseline"
     needs: ClassVar[tuple[str, ...]] = ("features", "labels")
     normalise: ClassVar[bool] = False
     relative: ClassVar[bool] = False
@@ -99,7 +98,6 @@ class KNN(Detector):
     """
 
     title: ClassVar[str] = "KNN"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"\lVert \hat z - \hat z_{(k)}\rVert^2"
     source: ClassVar[str] = "sun2022knn"
     needs: ClassVar[tuple[str, ...]] = ("features",)

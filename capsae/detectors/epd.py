@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from scipy.special import entr
 
 from ..caps import ClassActivationProfiles, as_numpy, core_activations, core_reference, epd_terms
-from .base import Detector, Observations, register
+from .base import Control, Detector, Observations, register
 
 PAPER = "oh2026sparsity"
 
 
 @dataclass
-class _OnProfiles(Detector):
+class _OnProfiles(Control):
     """Fits the CAPs that a score on profiles needs."""
 
-    group: ClassVar[str] = "control"
     needs: ClassVar[tuple[str, ...]] = ("codes", "labels", "logits")
     core_fraction: float = 0.15
     correct_only: bool = False
@@ -39,7 +39,11 @@ class _OnProfiles(Detector):
         if self.correct_only:
             hit = obs.predicted == labels
             codes, labels = codes[hit], labels[hit]
-        self.caps = ClassActivationProfiles.fit(codes, labels, n_classes)
+        return self.on(ClassActivationProfiles.fit(codes, labels, n_classes))
+
+    def on(self, caps: ClassActivationProfiles) -> Detector:
+        """Fit on profiles that are made already; returns self."""
+        self.caps = caps
         return self
 
 
@@ -64,11 +68,10 @@ class EPD(_OnProfiles):
 class _Divergence(_OnProfiles):
     """Another comparison of the same P and Q on the same core. A silent core (P = 0) gets the largest value."""
 
-    source: ClassVar[str] = "our control"
     largest: ClassVar[float]
 
-    def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
-        super().fit(obs)
+    def on(self, caps: ClassActivationProfiles) -> Detector:
+        super().on(caps)
         self._reference = core_reference(self.caps, self.core_fraction)[0]
         return self
 
@@ -137,10 +140,10 @@ class Spearman(_Divergence):
     source: ClassVar[str] = "withdrawn earlier version of the paper"
     largest: ClassVar[float] = 2.0
 
-    def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
+    def on(self, caps: ClassActivationProfiles) -> Detector:
         from scipy.stats import rankdata
 
-        super().fit(obs)
+        super().on(caps)
         core = self.caps.core(self.core_fraction).astype(np.int64)
         ranks = rankdata(np.take_along_axis(self._reference, core, 1), axis=1)
         ranks -= ranks.mean(axis=1, keepdims=True)
@@ -203,12 +206,20 @@ class SymmetricKL(ReverseKL):
         return super().score(obs) + epd_terms(obs.codes, obs.predicted, self.caps, self.core_fraction)[0]
 
 
-def _code_values(obs: Observations) -> np.ndarray:
-    return as_numpy(obs.codes.values).astype(np.float64)
+class _OnCodes(Control):
+    """Reads the activations of a code and nothing else."""
+
+    needs: ClassVar[tuple[str, ...]] = ("codes",)
+
+    def score(self, obs: Observations) -> np.ndarray:
+        return self._of(as_numpy(obs.codes.values).astype(np.float64))
+
+    def _of(self, values: np.ndarray) -> np.ndarray:
+        raise TypeError(f"{type(self).__name__} defines no score")
 
 
 @register("code_l1")
-class CodeL1(Detector):
+class CodeL1(_OnCodes):
     """The L1 norm of the code, without class or profile; a large one counts as OOD.
 
     At one L2 norm a larger L1 norm means a flatter code. OOD codes also have less energy, which works the other way, so
@@ -217,55 +228,43 @@ class CodeL1(Detector):
     """
 
     title: ClassVar[str] = "code L1 norm"
-    group: ClassVar[str] = "control"
     formula: ClassVar[str] = r"\lVert h\rVert_1"
-    source: ClassVar[str] = "our control"
-    needs: ClassVar[tuple[str, ...]] = ("codes",)
 
-    def score(self, obs: Observations) -> np.ndarray:
-        return _code_values(obs).sum(axis=1)
+    def _of(self, values):
+        return values.sum(axis=1)
 
 
 @register("code_flatness")
-class CodeFlatness(Detector):
+class CodeFlatness(_OnCodes):
     """Flatness alone: the L1 norm of the code over its L2 norm, without class or profile. A silent code is flattest."""
 
     title: ClassVar[str] = "code L1/L2"
-    group: ClassVar[str] = "control"
     formula: ClassVar[str] = r"\lVert h\rVert_1/\lVert h\rVert_2"
-    source: ClassVar[str] = "our control"
-    needs: ClassVar[tuple[str, ...]] = ("codes",)
 
-    def score(self, obs: Observations) -> np.ndarray:
-        values = _code_values(obs)
+    def _of(self, values):
         norm = np.linalg.norm(values, axis=1)
         flattest = np.full(len(values), np.sqrt(values.shape[1]))
         return np.divide(values.sum(axis=1), norm, out=flattest, where=norm > 0)
 
 
 @register("code_energy")
-class CodeEnergy(Detector):
+class CodeEnergy(_OnCodes):
     """Energy alone: the L2 norm of the code, without class or profile; a small one counts as OOD."""
 
     title: ClassVar[str] = "code energy"
-    group: ClassVar[str] = "control"
     formula: ClassVar[str] = r"-\lVert h\rVert_2"
-    source: ClassVar[str] = "our control"
-    needs: ClassVar[tuple[str, ...]] = ("codes",)
 
-    def score(self, obs: Observations) -> np.ndarray:
-        return -np.linalg.norm(_code_values(obs), axis=1)
+    def _of(self, values):
+        return -np.linalg.norm(values, axis=1)
 
 
 @register("sae_error")
-class SAEError(Detector):
+class SAEError(Control):
     """What the SAE leaves unexplained: squared error of its reconstruction, on the normalised feature, without class
     or profile."""
 
     title: ClassVar[str] = "SAE error"
-    group: ClassVar[str] = "control"
     formula: ClassVar[str] = r"\lVert x-\hat x\rVert_2^2"
-    source: ClassVar[str] = "our control"
     needs: ClassVar[tuple[str, ...]] = ("features", "codes")
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
@@ -280,19 +279,13 @@ class SAEError(Detector):
 
 
 @register("code_entropy")
-class CodeEntropy(Detector):
+class CodeEntropy(_OnCodes):
     """Flatness alone: the entropy of the normalised code, without class or profile."""
 
     title: ClassVar[str] = "code entropy"
-    group: ClassVar[str] = "control"
     formula: ClassVar[str] = r"H(h/\lVert h\rVert_1)"
-    source: ClassVar[str] = "our control"
-    needs: ClassVar[tuple[str, ...]] = ("codes",)
 
-    def score(self, obs: Observations) -> np.ndarray:
-        from scipy.special import entr
-
-        values = _code_values(obs)
+    def _of(self, values):
         total = values.sum(axis=1, keepdims=True)
         return entr(np.divide(values, total, out=np.zeros_like(values), where=total > 0)).sum(axis=1)
 
@@ -311,31 +304,33 @@ def _standardised_rows(x: np.ndarray) -> np.ndarray:
     return np.divide(x, std, out=np.zeros_like(x), where=std > 0)
 
 
+class _OtherCodes(EPD):
+    """EPD on codes of its own making."""
+
+    group: ClassVar[str] = "control"
+    source: ClassVar[str] = "our control"
+    needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
+
+
 @register("epd_dense")
-class EPDDense(EPD):
+class EPDDense(_OtherCodes):
     """EPD with the feature itself, each row standardised and rectified, in place of the code: no dictionary at all."""
 
     title: ClassVar[str] = "EPD on dense ReLU"
-    group: ClassVar[str] = "control"
     formula: ClassVar[str] = r"\text{EPD with } h=\mathrm{relu}(\mathrm{std}(z))"
-    source: ClassVar[str] = "our control"
-    needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
 
     def _codes(self, obs):
         return dense_codes(np.maximum(_standardised_rows(obs.cls), 0))
 
 
 @register("epd_pca")
-class EPDPCA(EPD):
+class EPDPCA(_OtherCodes):
     """EPD on principal components of the row-standardised, centred features, each split into two latents by sign."""
 
     title: ClassVar[str] = "EPD on PCA"
-    group: ClassVar[str] = "control"
     formula: ClassVar[str] = (
         r"\text{EPD with } h=\mathrm{relu}([Vx, -Vx]),\; x=\mathrm{std}(z)-\overline{\mathrm{std}(z)}"
     )
-    source: ClassVar[str] = "our control"
-    needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
 
     def fit(self, obs, validation=None):
         x = _standardised_rows(obs.cls)
@@ -350,13 +345,11 @@ class EPDPCA(EPD):
 
 @register("epd_untrained")
 @dataclass
-class EPDUntrained(EPD):
+class EPDUntrained(_OtherCodes):
     """EPD on the SAE before its first training step: random unit rows; normalisation and pre-bias are set already."""
 
     title: ClassVar[str] = "EPD, untrained SAE"
-    group: ClassVar[str] = "control"
     formula: ClassVar[str] = r"\text{EPD with random } W"
-    source: ClassVar[str] = "our control"
     needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits", "codes")
     seed: int | None = None  # None: the seed of the SAE
 

@@ -23,7 +23,6 @@ class SHE(Detector):
     """
 
     title: ClassVar[str] = "SHE"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\langle z, \bar z_{\hat y}\rangle"
     source: ClassVar[str] = "zhang2023she"
     needs: ClassVar[tuple[str, ...]] = ("features", "logits", "labels")
@@ -53,7 +52,6 @@ class NNGuide(Detector):
     """
 
     title: ClassVar[str] = "NNGuide"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = (
         r"-E(x)\,\tfrac1k\sum_{i\in\text{top }k}E_i\langle\hat z,\hat z_i\rangle,\; E=\log\sum_c e^{l_c}"
     )
@@ -98,7 +96,6 @@ class FDBD(Detector):
     """
 
     title: ClassVar[str] = "fDBD"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = (
         r"-\frac{1}{C-1}\sum_{c\ne\hat y}\frac{|l_{\hat y}-l_c|}{\lVert w_{\hat y}-w_c\rVert\,\lVert z-\mu\rVert}"
     )
@@ -134,7 +131,6 @@ class NCI(Detector):
     """Projection of the predicted class's weights on the centred feature's direction, and the feature's L1 norm."""
 
     title: ClassVar[str] = "NCI"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = (
         r"-\Bigl(\frac{\langle w_{\hat y}, z-\mu\rangle}{\lVert z-\mu\rVert}+\alpha\lVert z\rVert_1\Bigr)"
     )
@@ -169,7 +165,6 @@ class GradNorm(Detector):
     """
 
     title: ClassVar[str] = "GradNorm"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\lVert z\rVert_1\,\lVert p-\tfrac1C\rVert_1"
     source: ClassVar[str] = "huang2021gradnorm"
     needs: ClassVar[tuple[str, ...]] = ("features", "logits")

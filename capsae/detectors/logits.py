@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from scipy.optimize import brentq
+from scipy.special import softmax
 
 from .base import Detector, Observations, register
 from .maths import both, class_sums, free_energy
@@ -22,7 +23,6 @@ class MSP(Detector):
     """Maximum softmax probability."""
 
     title: ClassVar[str] = "MSP"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\max_c p_c"
     source: ClassVar[str] = "hendrycks2017baseline"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -44,7 +44,6 @@ class TempScale(Detector):
     """
 
     title: ClassVar[str] = "TempScale"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\max_c \mathrm{softmax}(l/T)_c,\; T=\arg\min_T \mathrm{NLL}_{\mathrm{val}}(T)"
     source: ClassVar[str] = "guo2017calibration"
     needs: ClassVar[tuple[str, ...]] = ("logits", "labels")
@@ -59,7 +58,9 @@ class TempScale(Detector):
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         self._temperature = self.temperature
         if self.temperature is None:
-            rows = validation if validation is not None and validation.labels is not None else obs
+            rows = obs
+            if validation is not None and validation.labels is not None:
+                rows = validation.take(validation.labels >= 0)  # -1 is none
             rows.require_labels(rows.logits.shape[1])
             low, high = (1 / t for t in reversed(_TEMPERATURES))
             if _slope(rows, low) >= 0:
@@ -93,7 +94,6 @@ class MaxLogit(Detector):
     """Largest logit."""
 
     title: ClassVar[str] = "MaxLogit"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\max_c l_c"
     source: ClassVar[str] = "hendrycks2022scaling"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -110,7 +110,6 @@ class Energy(Detector):
     """Free energy of the logits at a temperature."""
 
     title: ClassVar[str] = "Energy"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-T\log\sum_c e^{l_c/T}"
     source: ClassVar[str] = "liu2020energy"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -134,7 +133,6 @@ class Entropy(Detector):
     """Entropy of the softmax, in nats."""
 
     title: ClassVar[str] = "Entropy"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\sum_c p_c\log p_c"
     source: ClassVar[str] = "chan2021entropy"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -162,7 +160,6 @@ class GEN(Detector):
     """
 
     title: ClassVar[str] = "GEN"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"\sum_{c\in\text{top }m} p_c^\gamma(1-p_c)^\gamma"
     source: ClassVar[str] = "liu2023gen"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -199,7 +196,6 @@ class KLMatching(Detector):
     """
 
     title: ClassVar[str] = "KL matching"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"\min_k \mathrm{KL}(p\Vert d_k),\; d_k=\mathrm{mean}\{p : \arg\max p=k\}"
     source: ClassVar[str] = "hendrycks2022scaling"
     needs: ClassVar[tuple[str, ...]] = ("logits",)
@@ -208,13 +204,13 @@ class KLMatching(Detector):
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         rows = obs if validation is None or not len(validation) else validation
-        total, counts = 0.0, 0
+        total: Any = 0.0
+        counts: Any = 0
         for block in rows.blocks():
-            logits = block.logits.astype(np.float64)
-            p = np.exp(logits - logits.max(axis=1, keepdims=True))
-            n_classes, predicted = p.shape[1], logits.argmax(axis=1)
-            total = total + class_sums(p / p.sum(axis=1, keepdims=True), predicted, n_classes)
-            counts = counts + np.bincount(predicted, minlength=n_classes)
+            p = softmax(block.logits.astype(np.float64), axis=1)
+            predicted = block.logits.argmax(axis=1)
+            total = total + class_sums(p, predicted, p.shape[1])
+            counts = counts + np.bincount(predicted, minlength=p.shape[1])
         typical = total[counts > 0] / counts[counts > 0, None]
         self._log_typical = both(np.log(typical, out=np.full_like(typical, _LOG_ZERO), where=typical > 0).T)
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -43,7 +44,8 @@ def class_means(
     counts = np.bincount(labels[keep], minlength=n_classes)
     if (counts == 0).any():
         raise ValueError(f"class {int((counts == 0).argmax())} has no training row: give every class at least one")
-    total, start = 0.0, 0
+    total: Any = 0.0
+    start = 0
     for block in obs.blocks():
         rows = slice(start, start + len(block))
         total = total + class_sums(features(block)[keep[rows]], labels[rows][keep[rows]], n_classes)
@@ -82,14 +84,14 @@ def largest_products(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.
     """
     import torch
 
-    queries, bank = torch.from_numpy(queries), torch.from_numpy(bank)
+    x, rest = torch.from_numpy(queries), torch.from_numpy(bank)
     rows = max(1, _PRODUCTS // min(len(bank), _BANK))
     values, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     for at in range(0, len(queries), rows):
-        block = queries[at : at + rows]
+        block = x[at : at + rows]
         best = torch.empty(len(block), 0), torch.empty(len(block), 0, dtype=torch.int64)
         for start in range(0, len(bank), _BANK):
-            products = block @ bank[start : start + _BANK].T
+            products = block @ rest[start : start + _BANK].T
             top = products.topk(min(k, products.shape[1]), dim=1)
             found = torch.cat([best[0], top.values], 1), torch.cat([best[1], top.indices + start], 1)
             order = found[0].topk(min(k, found[0].shape[1]), dim=1)

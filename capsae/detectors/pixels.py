@@ -16,7 +16,8 @@ import pandas as pd
 
 from ..images import PIXEL_STATISTICS
 from ..metrics import HIGHER_IS_BETTER
-from .base import Detector, Observations, register
+from .base import Control, Observations, register
+from .maths import whitening
 
 _RATIOS = ("file_size", "bytes_per_pixel", "image_size", "aspect", "sharpness")  # twice as much is as far as half
 
@@ -41,15 +42,12 @@ def _statistics(obs: Observations) -> np.ndarray:
 
 
 @dataclass
-class Deviation(Detector):
+class Deviation(Control):
     """Absolute deviation from the ID training median in units of the median absolute deviation (two-sided).
 
     Where the training rows are all alike (a benchmark whose images have one size) the unit is their standard deviation,
     or 1 if that is 0, too: then rows that are like them score 0 and all others more.
     """
-
-    group: ClassVar[str] = "control"
-    source: ClassVar[str] = "our control"
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Deviation:
         values = self.values(obs)
@@ -74,91 +72,36 @@ class _PixelControl(Deviation):
         return _statistics(obs)[:, PIXEL_STATISTICS.index(self.statistic)]
 
 
-@register("file_size")
-@dataclass
-class FileSize(_PixelControl):
-    """Bytes of the encoded image, on a logarithmic scale."""
-
-    title: ClassVar[str] = "File size"
-    formula: ClassVar[str] = r"|\log b - \mathrm{med}| / \mathrm{MAD}, \quad b \text{ bytes of the file}"
-    statistic: ClassVar[str] = "file_size"
-
-
-@register("bytes_per_pixel")
-@dataclass
-class BytesPerPixel(_PixelControl):
-    """Bytes of the encoded image over its pixels, on a logarithmic scale: how hard it was compressed."""
-
-    title: ClassVar[str] = "Bytes per pixel"
-    formula: ClassVar[str] = r"|\log (b / WH) - \mathrm{med}| / \mathrm{MAD}"
-    statistic: ClassVar[str] = "bytes_per_pixel"
-
-
-@register("image_size")
-@dataclass
-class ImageSize(_PixelControl):
-    """Number of pixels, on a logarithmic scale."""
-
-    title: ClassVar[str] = "Image size"
-    formula: ClassVar[str] = r"|\log WH - \mathrm{med}| / \mathrm{MAD}"
-    statistic: ClassVar[str] = "image_size"
-
-
-@register("aspect")
-@dataclass
-class Aspect(_PixelControl):
-    """Width over height, on a logarithmic scale."""
-
-    title: ClassVar[str] = "Aspect ratio"
-    formula: ClassVar[str] = r"|\log (W / H) - \mathrm{med}| / \mathrm{MAD}"
-    statistic: ClassVar[str] = "aspect"
-
-
-@register("sharpness")
-@dataclass
-class Sharpness(_PixelControl):
-    """Variance of the Laplacian, on a logarithmic scale: enlarged and blurred images have little."""
-
-    title: ClassVar[str] = "Sharpness"
-    formula: ClassVar[str] = r"|\log (1 + \mathrm{Var} \Delta g) - \mathrm{med}| / \mathrm{MAD}, \quad g \text{ grey}"
-    statistic: ClassVar[str] = "sharpness"
-
-
-@register("brightness")
-@dataclass
-class Brightness(_PixelControl):
-    """Mean of the grey image."""
-
-    title: ClassVar[str] = "Brightness"
-    formula: ClassVar[str] = r"|\bar g - \mathrm{med}| / \mathrm{MAD}"
-    statistic: ClassVar[str] = "brightness"
-
-
-@register("contrast")
-@dataclass
-class Contrast(_PixelControl):
-    """Standard deviation of the grey image."""
-
-    title: ClassVar[str] = "Contrast"
-    formula: ClassVar[str] = r"|\sigma_g - \mathrm{med}| / \mathrm{MAD}"
-    statistic: ClassVar[str] = "contrast"
-
-
-@register("colourfulness")
-@dataclass
-class Colourfulness(_PixelControl):
-    """Spread and mean of the two opponent colours, after Hasler and Suesstrunk."""
-
-    title: ClassVar[str] = "Colourfulness"
-    formula: ClassVar[str] = (
-        r"|M - \mathrm{med}| / \mathrm{MAD}, \quad M = \|(\sigma_{rg}, \sigma_{yb})\| + 0.3 \|(\mu_{rg}, \mu_{yb})\|"
-    )
-    statistic: ClassVar[str] = "colourfulness"
+_OF_ONE_STATISTIC = {  # name: title, value that is compared (TeX), description
+    "file_size": ("File size", r"\log b", "Bytes b of the encoded image, on a logarithmic scale."),
+    "bytes_per_pixel": (
+        "Bytes per pixel",
+        r"\log (b / WH)",
+        "Bytes b of the encoded image over its pixels, on a logarithmic scale: how hard it was compressed.",
+    ),
+    "image_size": ("Image size", r"\log WH", "Number of pixels, on a logarithmic scale."),
+    "aspect": ("Aspect ratio", r"\log (W / H)", "Width over height, on a logarithmic scale."),
+    "sharpness": (
+        "Sharpness",
+        r"\log (1 + \mathrm{Var} \Delta g)",
+        "Variance of the grey image's Laplacian, on a logarithmic scale: enlarged and blurred images have little.",
+    ),
+    "brightness": ("Brightness", r"\bar g", "Mean of the grey image g."),
+    "contrast": ("Contrast", r"\sigma_g", "Standard deviation of the grey image g."),
+    "colourfulness": (
+        "Colourfulness",
+        r"\|(\sigma_{rg}, \sigma_{yb})\| + 0.3 \|(\mu_{rg}, \mu_{yb})\|",
+        "Spread and mean of the two opponent colours, after Hasler and Suesstrunk.",
+    ),
+}
+for _name, (_title, _value, _about) in _OF_ONE_STATISTIC.items():
+    _own = {"title": _title, "formula": rf"|{_value} - \mathrm{{med}}| / \mathrm{{MAD}}", "statistic": _name}
+    register(_name)(type(_title.title().replace(" ", ""), (_PixelControl,), {"__doc__": _about, **_own}))
 
 
 @register("pixel_statistics")
 @dataclass
-class PixelStatistics(Detector):
+class PixelStatistics(Control):
     """All pixel statistics together: Mahalanobis distance to their ID training mean, classes left out of account.
 
     Parameters
@@ -169,9 +112,7 @@ class PixelStatistics(Detector):
     """
 
     title: ClassVar[str] = "Pixel statistics"
-    group: ClassVar[str] = "control"
     formula: ClassVar[str] = r"(s - \mu)^\top (\Sigma + r I)^{-1} (s - \mu), \quad s \text{ standardised statistics}"
-    source: ClassVar[str] = "our control"
     needs: ClassVar[tuple[str, ...]] = ("pixels",)
 
     ridge: float = 1e-3
@@ -183,8 +124,7 @@ class PixelStatistics(Detector):
         self.mean_, std = values.mean(axis=0), values.std(axis=0)
         self.scale_ = np.where(std > 1e-9, std, 1.0)  # of equal values, rounding leaves about 1e-15
         unit = (values - self.mean_) / self.scale_
-        variances, axes = np.linalg.eigh(unit.T @ unit / len(unit) + self.ridge * np.eye(values.shape[1]))
-        self.whiten_ = axes / np.sqrt(variances)
+        self.whiten_ = whitening(unit.T @ unit / len(unit) + self.ridge * np.eye(values.shape[1]))
         return self
 
     def score(self, obs: Observations) -> np.ndarray:
@@ -222,8 +162,8 @@ def pixel_controls_verdict(table: pd.DataFrame, metric: str = "auroc") -> pd.Dat
     -------
     DataFrame
         A row a set, and a row for each mean over sets: set, group, control, control_value (the best pixel control),
-        method, method_value (the best of all others), broken (True where the control does better), and words,
-        a sentence. Empty where the table holds no pixel control.
+        method, method_value (the best of all others), broken (True where the control does better). Empty where the
+        table holds no pixel control.
 
     Raises
     ------
@@ -242,10 +182,5 @@ def pixel_controls_verdict(table: pd.DataFrame, metric: str = "auroc") -> pd.Dat
             raise ValueError(f"{where}: the table holds pixel controls alone, so there is nothing to compare them with")
         best = [each.loc[(sign * each["value"]).idxmax()] for each in (part[is_control], part[~is_control])]
         broken = bool(sign * best[0]["value"] > sign * best[1]["value"])
-        name = where if where != "mean" else f"mean of {group} sets"
-        told = f"{best[0]['method']} {best[0]['value']:.3f}, {best[1]['method']} {best[1]['value']:.3f}"
-        words = f"{name}: {'broken, pixel statistics win' if broken else 'no pixel control wins'} ({metric}: {told})"
-        rows.append((where, group, *(each[key] for each in best for key in ("method", "value")), broken, words))
-    return pd.DataFrame(
-        rows, columns=["set", "group", "control", "control_value", "method", "method_value", "broken", "words"]
-    )
+        rows.append((where, group, *(each[key] for each in best for key in ("method", "value")), broken))
+    return pd.DataFrame(rows, columns=["set", "group", "control", "control_value", "method", "method_value", "broken"])

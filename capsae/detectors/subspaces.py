@@ -33,7 +33,6 @@ class Residual(Detector):
     """
 
     title: ClassVar[str] = "Residual"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"\lVert P_\perp (z-u)\rVert,\; u=-W^+ b"
     source: ClassVar[str] = "wang2022vim"
     needs: ClassVar[tuple[str, ...]] = ("features", "head")
@@ -98,7 +97,6 @@ class NECO(Detector):
     """
 
     title: ClassVar[str] = "NECO"
-    group: ClassVar[str] = "baseline"
     formula: ClassVar[str] = r"-\frac{\lVert V_{1..D}^\top\tilde z\rVert}{\lVert\tilde z\rVert}\max_c l_c"
     source: ClassVar[str] = "benammar2024neco"
     needs: ClassVar[tuple[str, ...]] = ("features", "logits")

@@ -11,11 +11,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from ..asarray import as_numpy as _numpy
+
 ROWS = 8192  # handled at a time: bounds the memory of a pass whatever N is
-
-
-def _numpy(array) -> np.ndarray:
-    return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
 def _need_rows(name: str, n: int, n_codes: int, of: str = "codes") -> None:

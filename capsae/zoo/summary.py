@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from .fitting import NEAR
+from ..sae.model import TopKSAE
+from ..stats import seeds_and_images
+from .fitting import NEAR, settings
 
 OOD = {
     ("epd", "fpr95_ood_pos"): "EPD FPR95 (OOD pos.)",
@@ -37,6 +39,13 @@ SINGLE: dict[str, tuple[str, str, bool | None]] = {
 INTERPRETABLE = ("monosemanticity", "separability", "probing_1")  # each of one latent at a time
 STABILITY, CHANCE = "stability over seeds", "stability by chance"
 INTERPRETABILITY = "interpretability rank"
+LOOK_INTO = {  # columns of the table of what is best to look into, with their formats
+    **{INTERPRETABILITY: "{:.1f}", "monosemanticity": "{:.3f}", "monosemanticity defined for": "{:.1%}"},
+    **{"concept separability": "{:.3f}", "probing, 1 latent": "{:.1%}", "probing, 5 latents": "{:.1%}"},
+    **{"probing, 20 latents": "{:.1%}", "CAP stability": "{:.3f}", "core overlap": "{:.3f}", "dead": "{:.1%}"},
+    **{"head accuracy kept": "{:.1%}", "training, CPU s": "{:.0f}"},
+}
+NORMAL = 3.92  # standard errors in a 95 % interval
 SPLIT = ("abs_topk", "itda", "pca")  # two latents a direction, one a sign
 
 
@@ -96,21 +105,36 @@ def by_member(wide: pd.DataFrame, table: pd.DataFrame | None = None, k: int = 32
     return found
 
 
-def by_set(table: pd.DataFrame, method: str, order: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """One score's results on every set with bootstrap intervals over samples, of one seed, for `results_heatmap`.
+def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """OOD results as means over seeds, with intervals that hold seeds and images.
+
+    The error over images is the mean of the seeds' own, which is at least that of their mean: all see the same images.
+    Columns: member, title, kind, method, set, group, metric, value, lo, hi.
+    """
+    rows = rows[(rows["method"] != "") & (rows["seed"] >= 0)].rename(columns={"measure": "metric"})
+    keys, found = ["member", "title", "kind", "method", "set", "group", "metric"], []
+    for key, part in rows.groupby(keys, sort=False):
+        error = (part["hi"] - part["lo"]).mean() / NORMAL
+        cell = seeds_and_images(part["value"].to_numpy(), error)
+        found.append((*key, cell["value"], cell["lo"], cell["hi"]))
+    return pd.DataFrame(found, columns=[*keys, "value", "lo", "hi"])
+
+
+def by_set(table: pd.DataFrame, method: str, order: Sequence[str]) -> pd.DataFrame:
+    """One score's results on every set, of :func:`over_seeds`, for `results_heatmap`.
 
     Columns: member, method (the member's title), set, group, metric, value, lo, hi.
     """
-    rows = table[(table["method"] == method) & (table["seed"] == seed)]
-    rows = rows.rename(columns={"measure": "metric"}).assign(method=rows["title"])
+    rows = over_seeds(table[table["method"] == method])
+    rows = rows.assign(method=rows["title"])
     return in_order(rows, order)[["member", "method", "set", "group", "metric", "value", "lo", "hi"]]
 
 
-def intervals_text(table: pd.DataFrame, order: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """Means over all sets in % with bootstrap intervals over samples, of one seed. Columns: member, those of `OOD`."""
-    rows = table[(table["set"] == "mean") & (table["group"] == "all") & (table["seed"] == seed)]
+def intervals_text(means: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
+    """Means over all sets in % with their intervals, of :func:`over_seeds`. Columns: member, those of `OOD`."""
+    rows = means[(means["set"] == "mean") & (means["group"] == "all")]
     text = [f"{100 * r.value:.1f} ({100 * r.lo:.1f}–{100 * r.hi:.1f})" for r in rows.itertuples()]
-    column = [OOD.get(key) for key in zip(rows["method"], rows["measure"], strict=True)]
+    column = [OOD.get(key) for key in zip(rows["method"], rows["metric"], strict=True)]
     cells = rows.assign(text=text, column=column).pivot(index="member", columns="column", values="text")
     titles = rows.drop_duplicates("member").set_index("member")["title"]
     shown = cells.loc[list(order), list(OOD.values())].rename_axis(columns=None)
@@ -196,6 +220,21 @@ def with_nulls(members: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     signed = ~members["member"].isin(SPLIT)
     atoms = (members["latents"] / np.where(signed, 1, 2)).round().astype(int)
     return members.assign(atoms=atoms, signed=signed).merge(found, on=["atoms", "signed"], how="left")
+
+
+def with_data_nulls(members: pd.DataFrame, run) -> pd.DataFrame:
+    """:func:`with_nulls` of a run's own training rows."""
+    x, config = run.features("train").cls, settings(run.profile)
+    sizes = [(config.latents, True), (config.latents, False), (x.shape[1], True)]
+    return with_nulls(members, nulls(TopKSAE(x.shape[1], config).normalize(x), sizes))
+
+
+def alike(known: pd.DataFrame) -> pd.DataFrame:
+    """The page's table of stability, of :func:`with_nulls`: what exceeds two choices of samples by most comes first."""
+    titles = {"title": "member", "atoms": "atoms", STABILITY: "two seeds", "rows": "two choices of samples"}
+    titles |= {"covariance": "covariance", CHANCE: "alike in all of space"}
+    order = (known[STABILITY] - known["rows"]).sort_values(ascending=False, kind="stable").index
+    return known.loc[order, list(titles)].rename(columns=titles)
 
 
 def in_order(data: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
