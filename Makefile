@@ -1,4 +1,4 @@
-# make reproduce | test | book | zoo | bench | lint | clean
+# make reproduce | reproduce-all | test | book | zoo | bench | lint | clean
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -7,10 +7,15 @@ BENCH := .venv-bench
 # One place for all results; `make clean` removes it.
 export CAPSAE_HOME ?= $(CURDIR)/.capsae
 
-.PHONY: reproduce test book zoo bench lint clean env
+.PHONY: reproduce reproduce-all test book zoo bench lint clean env
 
-reproduce: env  ## execute every notebook on the embedded profiles, then build the book
+reproduce: env  ## execute the main story (notebooks 01 to 06), build the book, compare every number with the published one
+	$(BIN)/capsae reproduce --main --all
+	$(BIN)/capsae verify
+
+reproduce-all: env  ## the same with every notebook
 	$(BIN)/capsae reproduce --all
+	$(BIN)/capsae verify
 
 test: env
 	$(BIN)/python -m pytest

@@ -36,22 +36,24 @@ rule all:
     default_target: True
 
 
-# One process executes several short pages, one after another: half the time of an ablation's run is the start of its process.
-BATCH = 4
-LONG = ("04_score_ood", "07_tuning")
-ABLATIONS = ("05_ablation", "06_sweep")
-chapters = [name for name in STALE if PAGES[name].notebook not in LONG + ABLATIONS]
-short = [chapters] + [[name for name in STALE if PAGES[name].notebook == notebook] for notebook in ABLATIONS]
-jobs = [names[i : i + BATCH] for names in short for i in range(0, len(names), BATCH)]
-jobs += [[name] for name in PAGES if not any(name in names for names in jobs)]
+# One process and one kernel execute several pages, one after another: their start takes longer than a short page. In this
+# order, so that no two at a time train the same SAE and the short ones keep both cores busy until the end.
+def batches(names, size):
+    return [names[i : i + size] for i in range(0, len(names), size)]
 
 
-def priority(names):
-    """Long pages first, ablations last, so that both cores are busy until the end."""
-    return 10 if PAGES[names[0]].notebook in LONG else 5 if names[0] in chapters else 1
+def stale(*notebooks, profile=None):
+    found = [name for name in STALE if PAGES[name].notebook in notebooks]
+    return [name for name in found if profile in (None, PAGES[name].profile)]
 
 
-for names in jobs:
+chapters = [notebook for notebook in plan.MAIN if notebook not in plan.ABLATIONS]
+others = dict.fromkeys(page.notebook for page in PAGES.values() if page.notebook not in plan.MAIN)
+jobs = sum((batches(stale(*chapters, profile=profile), 4) for profile in plan.BOOK_PROFILES), [])
+jobs += batches(stale(*others), 3)
+jobs += sum((batches(stale(notebook), 10) for notebook in plan.ABLATIONS), [])
+
+for number, names in enumerate(jobs):
 
     rule:
         name: names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
@@ -62,9 +64,9 @@ for names in jobs:
         params:
             pages=names,
         message: "; ".join(f"{name}: {STALE.get(name, 'asked for by name')}" for name in names)
-        priority: priority(names)
+        priority: len(jobs) - number
         shell:
-            "{sys.executable} -m capsae.publish run {params.pages}"
+            "{sys.executable} -m capsae.build run {params.pages}"
 
 
 for name in [name for names in jobs if len(names) > 1 for name in names]:

@@ -19,6 +19,7 @@ _PUBLIC = {
     "Profile": "profiles",
     "Run": "pipeline",
     "SAEConfig": "sae",
+    "Scorer": "scoring",
     "SparseCodes": "sae",
     "TopKSAE": "sae",
     "compare": "evaluate",

@@ -19,9 +19,11 @@ import pandas as pd
 
 from . import detectors as _detectors
 from .arrays_io import LAYOUT, Arrays, arrays_from, load_arrays
+from .copies import check_copies
 from .detectors import Observations
 from .evaluate import compare, evaluate
 from .featureset import LinearHead
+from .files import Output, beside
 from .splits import holdout_mask
 
 __all__ = ["LAYOUT", "Arrays", "Evaluation", "arrays_from", "default_sae", "evaluate_arrays", "load_arrays"]
@@ -56,16 +58,22 @@ class Evaluation:
     settings: dict[str, Any]
 
     def save(self, path: str | os.PathLike) -> list[Path]:
-        """Write the table to ``path``, and beside it ``<stem>.compared.csv`` and ``<stem>.json``: settings, notes, what
-        was left out. Returns the three files.
+        """Write the table to ``path``, and beside it ``<path less .csv>.compared.csv`` and ``.json``: settings, notes,
+        what was left out. Returns the three files; raises FileExistsError for a file that is no such table.
         """
-        path = Path(path)
-        record = {"settings": self.settings, "notes": self.notes, "left_out": self.left_out}
-        compared, settings = path.with_suffix(".compared.csv"), path.with_suffix(".json")
-        self.table.to_csv(path, index=False)
-        self.comparison.to_csv(compared, index=False)
-        settings.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        return [path, compared, settings]
+        table, compared, settings = outputs(path)
+        record = {"table": Path(path).name, "settings": self.settings, "notes": self.notes, "left_out": self.left_out}
+        table.table(self.table)
+        compared.table(self.comparison)
+        settings.write(json.dumps(record, indent=1) + "\n")
+        return [Path(path), beside(path, ".compared.csv"), beside(path, ".json")]
+
+
+def outputs(path: str | os.PathLike) -> tuple[Output, Output, Output]:
+    """The three files of :meth:`Evaluation.save`, checked: a name that another table's files have is refused."""
+    head = json.dumps({"table": Path(path).name}, indent=1).removesuffix("\n}")
+    settings = Output(beside(path, ".json"), head)
+    return Output(path, "method,set,"), Output(beside(path, ".compared.csv"), "method,"), settings
 
 
 def evaluate_arrays(
@@ -117,11 +125,14 @@ def evaluate_arrays(
     Raises
     ------
     ValueError
-        An unknown method, one that was asked for by name and that the arrays do not allow, or an SAE of another width.
+        An unknown method, one that was asked for by name and that the arrays do not allow, an SAE of another width, or
+        a set most of whose rows are those of another (:func:`capsae.copies.check_copies`).
     """
     notes: list[str] = []
     options = dict(options or {})
     names = _names(arrays, methods, options, against)
+    for number, name in enumerate(arrays.sets, start=1):
+        notes += check_copies(name, dict(list(arrays.sets.items())[:number]), arrays.source)
     sets = _with_val(arrays, seed, notes)
     head, sets = _with_logits(arrays, sets, seed, notes)
     notes.append(_check_accuracy(arrays.source, sets["train"], arrays.n_classes))
@@ -130,11 +141,15 @@ def evaluate_arrays(
     sae = None if sae is False else _sae(sae, sae_settings or {}, sets, seed, device, progress, notes)
     observed = {}
     for name, one in sets.items():
-        labels = one.labels if not name.startswith(("near/", "far/")) and (one.labels >= 0).all() else None
+        labels = one.labels if not name.startswith(("near/", "far/")) and (one.labels >= 0).any() else None
         given = {"logits": one.logits, "labels": labels, "head": head, "sae": sae, "pixels": one.pixels}
         observed[name] = Observations(one.cls, **given)
+    unknown = int((sets["test"].labels < 0).sum())
     if observed["test"].labels is None:
         notes.append("test/labels are not given: no accuracy, no OSCR, no AUROC of correctly classified ID")
+    elif unknown:
+        what = f"{unknown} of {len(sets['test'])} test/labels are -1 (none)"
+        notes.append(f"{what}: accuracy is over the others; no OSCR, no AUROC of correctly classified ID")
 
     fitted, left_out = _fit(names, methods is not None, _reasons(arrays, head, sae), observed, options, preset)
     wanted = ["test", *arrays.ood_sets, *arrays.shifted]

@@ -16,13 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+from .asarray import as_labels, as_numpy
 from .featureset import FeatureSet, LinearHead
+from .files import refuse_stub
 from .images import PIXEL_STATISTICS
 
 LAYOUT = """\
 train/features  (N, d)   train/labels (N,) from 0        what detectors and the SAE learn from
 val/features, val/labels                                 optional; else a tenth of train is held out
-test/features            test/labels                     ID test; labels are optional (no accuracy without)
+test/features            test/labels                     ID test; labels are optional, -1 is none (no accuracy without)
 near/<set>/features, far/<set>/features                  at least one; <set> is a name of yours
 shifted/<set>/features, shifted/<set>/labels             optional: ID in other conditions, for the full spectrum
 head/weight     (C, d)   head/bias (C,)                  optional: the linear head that reads the features
@@ -74,7 +76,8 @@ class Arrays:
 
 
 def load_arrays(path: str | os.PathLike) -> Arrays:
-    """Read and check arrays from a ``.safetensors`` file, an ``.npz`` file or a folder of ``.npy`` files.
+    """Read and check arrays from a ``.safetensors`` file, an ``.npz`` file or a folder of ``.npy`` files; or a table
+    (``.csv``, ``.parquet``, or a folder of them), see :mod:`capsae.arrays_tables`.
 
     Parameters
     ----------
@@ -90,16 +93,22 @@ def load_arrays(path: str | os.PathLike) -> Arrays:
         Unknown, missing or empty arrays; shapes that do not fit together; labels out of range; a class without a
         training row; NaN or infinity (the row is named); a head that did not make the logits; a pickle; a damaged file.
     """
+    from .arrays_tables import SUFFIXES, read_table, read_tables
+
     path = Path(path)
     if path.is_dir():
-        raw = _read_folder(path)
+        tables = any(file.suffix in SUFFIXES for file in path.rglob("*"))
+        raw = read_tables(path) if tables else _read_folder(path)
     elif not path.is_file():
         raise FileNotFoundError(f"no file or folder {str(path)!r} of arrays")
     elif path.suffix in _PICKLES:
         raise ValueError(
             f"{path} is a pickle, and loading a pickle runs the code in it; a .safetensors or .npz file would do"
         )
+    elif path.suffix in SUFFIXES:
+        raw = read_table(path)
     else:
+        refuse_stub(path)
         raw = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
     return arrays_from(raw, str(path))
 
@@ -135,7 +144,6 @@ def arrays_from(raw: Mapping[str, np.ndarray], source: str = "arrays") -> Arrays
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    import torch
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -143,15 +151,17 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    return {key: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for key, t in tensors.items()}
+    return {key: as_numpy(tensor) for key, tensor in tensors.items()}
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: _member(file, key, path) for key in file.files}
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is not a whole .npz file: {error}") from None
+    except (ValueError, OSError, AttributeError) as error:  # AttributeError: a single .npy under this name
+        raise error if str(path) in str(error) else ValueError(f"{path} is not a whole .npz file: {error}") from None
 
 
 def _member(file, key: str, path: Path) -> np.ndarray:
@@ -167,6 +177,7 @@ def _read_folder(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"folder {str(path)!r} holds no .npy file; train/features.npy and so on would do")
     found = {}
     for file in files:
+        refuse_stub(file)
         try:
             found[file.relative_to(path).with_suffix("").as_posix()] = np.load(file, allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
@@ -221,17 +232,18 @@ def _one_set(raw: Mapping, name: str, source: str) -> FeatureSet:
     if labels is None or name.startswith(("near/", "far/")):  # an OOD set's classes are none of ours
         labels = np.full(len(cls), -1)
     else:
-        labels = np.asarray(labels)
+        labels = as_numpy(labels)
         if labels.shape != (len(cls),):
             raise ValueError(f"{source}: {name}/labels has shape {labels.shape}, expected ({len(cls)},)")
         if labels.dtype.kind not in "iu":
             raise ValueError(f"{source}: {name}/labels holds {labels.dtype}, expected whole numbers from 0")
+        labels = as_labels(labels, f"{source}: {name}/labels")
     return FeatureSet(cls, labels, np.arange(len(cls)).astype(str), name=name, **given)
 
 
 def _numbers(array, key: str, source: str, ndim: int, rows: int | None = None) -> np.ndarray:
     """A finite float32 array of the right shape (float64 is narrowed), or an error that says where it is not."""
-    array = np.asarray(array)
+    array = as_numpy(array)
     shape = {1: "(N,)", 2: "(N, columns)"}[ndim]
     if array.ndim != ndim:
         raise ValueError(f"{source}: {key} has shape {array.shape}, expected {shape}")
@@ -289,9 +301,9 @@ def _check_labels(sets: Mapping[str, FeatureSet], n_classes: int, source: str) -
         raise ValueError(f"{source}: {n_classes} class; detectors need at least 2")
     for name in sets:
         labels = sets[name].labels
-        if name.startswith(("near/", "far/")) or (name == "test" and (labels == -1).all()):
+        if name.startswith(("near/", "far/")):
             continue
-        outside = (labels < 0) | (labels >= n_classes)
+        outside = (labels < (0 if name == "train" else -1)) | (labels >= n_classes)  # -1 is none
         if outside.any():
             row = int(outside.argmax())
             hint = "; classes count from 0" if labels[row] == n_classes and labels.min() == 1 else ""

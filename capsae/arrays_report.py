@@ -71,6 +71,6 @@ def _cell(row) -> str:
 
 def aligned(table: pd.DataFrame) -> str:
     """Aligned columns, to the left."""
-    cells = [list(table.columns), *table.astype(str).to_numpy().tolist()]
+    cells = [list(table.columns), *([str(cell) for cell in row] for row in table.itertuples(index=False))]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .files import refuse_stub
+
 POOLINGS = ("cls", "token", "avg")
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
@@ -26,7 +28,7 @@ class BackboneSpec:
     ----------
     model : str
         A timm name (``deit_tiny_patch16_224``), or ``torchvision/vit_b_16`` (converted to timm), or
-        ``capsae/digits_vit`` (needs ``checkpoint``).
+        ``capsae/digits_vit`` (embedded).
     checkpoint : str or None
         A file of weights (safetensors, or a torch state dict).
     pretrained : bool
@@ -204,22 +206,49 @@ def load_backbone(settings) -> Backbone:
         weights = spec.checkpoint or ("DEFAULT" if spec.pretrained else None)
         return Backbone(load_torchvision_vit(name, weights=weights), spec)
     if family == "capsae":
-        from .tinyvit import load_digits_vit
+        from .tinyvit import WEIGHTS, load_digits_vit
 
         if name != "digits_vit":
             raise ValueError(f"unknown backbone {spec.model!r}; ours is 'capsae/digits_vit'")
-        if spec.checkpoint is None:
-            raise ValueError(
-                "backbone 'capsae/digits_vit' needs a checkpoint: train one with capsae.tinyvit.train_digits_vit"
-            )
-        return Backbone(load_digits_vit(spec.checkpoint), spec)
+        return Backbone(load_digits_vit(spec.checkpoint or WEIGHTS), spec)
     return Backbone(_timm_model(spec), spec, _file_digest(spec.checkpoint) if spec.checkpoint else None)
 
 
-def _timm_model(spec: BackboneSpec) -> torch.nn.Module:
+def load_weights(settings: Mapping) -> Backbone:
+    """Load a backbone that must have weights: as :func:`load_backbone`, with errors that say how to get them.
+
+    Raises
+    ------
+    FileNotFoundError
+        Neither a file of weights nor downloaded ones can be had.
+    ValueError
+        The file of weights is empty, a pointer of git-lfs, damaged, or of another model.
+    """
+    model, file = settings["model"], settings.get("checkpoint")
+    if not file and not settings.get("pretrained"):
+        raise FileNotFoundError(f"backbone {model!r} has no weights: give --checkpoint FILE or set backbone.pretrained")
+    if file and os.path.isfile(file):
+        refuse_stub(file)
+    try:
+        return load_backbone(settings)
+    except (ValueError, MemoryError, ImportError):
+        raise
+    except OSError as error:
+        if file:
+            raise
+        why = str(error).strip().split(". ")[0] or type(error).__name__
+        raise FileNotFoundError(
+            f"the weights of {model!r} are neither on this machine nor to be downloaded: give --checkpoint FILE (or "
+            f"--set backbone.checkpoint=FILE), or run once with a connection ({why})"
+        ) from None
+    except Exception as error:  # whatever torch, pickle and safetensors make of a damaged file
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"{file or model} holds no weights of {model!r} that can be read: {first}") from None
+
+
+def _timm_model(spec: BackboneSpec, **options) -> torch.nn.Module:
     import timm
 
-    options = {}
     if spec.image_size:
         own = (timm.get_pretrained_cfg(spec.model, allow_unregistered=True) or None) if "/" not in spec.model else None
         if own is None or own.input_size[-1] != spec.image_size:
@@ -229,10 +258,23 @@ def _timm_model(spec: BackboneSpec) -> torch.nn.Module:
         try:
             return timm.create_model(spec.model, **arguments, **options)
         except TypeError:  # fully convolutional: takes any size and no img_size
-            return timm.create_model(spec.model, **arguments)
+            return timm.create_model(spec.model, **arguments, **{k: v for k, v in options.items() if k != "img_size"})
     except RuntimeError as error:
+        if spec.checkpoint and "num_classes" not in options:  # fine-tuned weights: their head has its own classes
+            return _timm_model(spec, num_classes=_classes_in(spec.checkpoint))
         first = str(error).strip().splitlines()
         raise ValueError(f"backbone {spec.model!r} (checkpoint {spec.checkpoint}): {' '.join(first[:2])}") from None
+
+
+def _classes_in(checkpoint: str) -> int:
+    """Classes of the linear head in a file of weights, 0 where there is none."""
+    from timm.models import load_state_dict
+
+    weights = load_state_dict(checkpoint)
+    heads = [
+        weights[key] for key in ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight") if key in weights
+    ]
+    return len(heads[0]) if heads else 0
 
 
 def available_cores() -> int:

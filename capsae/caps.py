@@ -9,21 +9,16 @@ is marked "our choice".
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from .asarray import as_numpy
+from .featureset import read_tensors, write_tensors
+
 SCHEMA = 1
 _ROWS = 65_536  # codes handled at a time: bounds the memory of a pass whatever N is
-
-
-def as_numpy(array) -> np.ndarray:
-    """Return a numpy view or copy of a numpy array, a torch tensor (any device) or a sequence."""
-    if hasattr(array, "detach"):
-        array = array.detach().cpu().numpy()
-    return np.asarray(array)
 
 
 def _check_codes(codes) -> tuple[np.ndarray, np.ndarray, int]:
@@ -69,6 +64,9 @@ class ClassActivationProfiles:
     sums: np.ndarray
     active: np.ndarray
     counts: np.ndarray
+
+    def __post_init__(self):
+        self.sums, self.active, self.counts = map(as_numpy, (self.sums, self.active, self.counts))
 
     @classmethod
     def empty(cls, n_classes: int, n_latents: int) -> ClassActivationProfiles:
@@ -176,21 +174,16 @@ class ClassActivationProfiles:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
-        from safetensors.numpy import save_file
-
         arrays = {"sums": self.sums, "active": self.active, "counts": self.counts}
-        save_file(arrays, str(path), metadata={"capsae": json.dumps({"kind": "caps", "schema": SCHEMA})})
+        write_tensors(path, arrays, {"kind": "caps", "schema": SCHEMA})
 
     @classmethod
     def load(cls, path: str | Path) -> ClassActivationProfiles:
         """Read what :meth:`save` wrote; ValueError for another kind of file or schema."""
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("capsae", "{}"))
-            if header != {"kind": "caps", "schema": SCHEMA}:
-                raise ValueError(f"{path} holds {header or 'no capsae header'}, expected caps of schema {SCHEMA}")
-            return cls(*(file.get_tensor(name) for name in ("sums", "active", "counts")))
+        arrays, info = read_tensors(path)
+        if info != {"kind": "caps", "schema": SCHEMA}:
+            raise ValueError(f"{path} holds {info or 'no capsae header'}, expected caps of schema {SCHEMA}")
+        return cls(*(arrays[name] for name in ("sums", "active", "counts")))
 
 
 def stability(codes, labels, n_classes: int, seed: int = 0) -> np.ndarray:

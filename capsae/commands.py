@@ -9,20 +9,23 @@ import logging
 import os
 import re
 import sys
-import tomllib
 from pathlib import Path
 
-from .files import replacing
+from .files import Output, check_folder, csv_text, replacing
 
-MIN_VAL = 40  # with fewer rows the 95 % quantile is their largest or second largest
+TRAINED = (
+    *("cfg.json", "sae.safetensors", "head.safetensors", "caps.safetensors", "history.csv", "provenance.json"),
+    "scorer.json",
+)
+OVERFITTED = 3  # a held-out FVU so many times that of the training rows is told
 
 
 def profiles(options) -> int:
-    from .profiles import available, load_profile
+    from .profiles import available, load_profile, overrides_of
 
     name = options.name or options.profile
     if name or options.set:
-        profile = load_profile(name or "imagenet20", _overrides(options.set))
+        profile = load_profile(name or "imagenet20", overrides_of(options.set))
         sys.stdout.writelines(f"{line}\n" for line in _dotted(profile.to_dict()))
         return 0
     for name in available():
@@ -33,6 +36,28 @@ def profiles(options) -> int:
             f"{name}\n  {profile.title}\n  {data}; {sae}\n  needs {profile.needs}{_pack_size(profile)}\n\n"
         )
     sys.stdout.write("capsae profiles NAME prints all keys of one.\n")
+    return 0
+
+
+def init(options) -> int:
+    from .profiles import load_profile
+    from .starting import look
+
+    path = Path(options.out or Path(options.folder) / "capsae.toml")
+    text, lists = look(options.folder, options.model, options.checkpoint)
+    for name in (path, *(Path(options.folder) / name for name in lists)):
+        if name.exists():
+            raise FileExistsError(f"{name} is there; remove it, or name another by --out")
+    if lists and options.out:
+        raise ValueError(f"--out: without a folder 'test', lists are written beside the profile, into {options.folder}")
+    for name, content in lists.items():
+        Output(Path(options.folder) / name).write(content)
+    Output(path).write(text)
+    profile = load_profile(path)
+    sys.stdout.write(
+        f"{text}\n{path}: {profile.n_classes} classes; edit it as you like, then\n"
+        f"  capsae train --profile {path} --out my-sae\n  capsae score --sae my-sae IMAGES --out scores.csv\n"
+    )
     return 0
 
 
@@ -49,7 +74,9 @@ def extract(options) -> int:
         features = run.inputs.features(name)
         bad = len(features.meta.get("bad_images", []))
         if first:
+            left_out = features.meta.get("left_out", 0)
             line = f"{name}: {len(features)} x {features.cls.shape[1]}" + (f", {bad} bad images" if bad else "")
+            line += f", {left_out} files left out" if left_out else ""
             sys.stdout.write(line + "\n")
     if first:
         sys.stdout.write(f"kept in {run.store.root}\n")
@@ -57,85 +84,118 @@ def extract(options) -> int:
 
 
 def _extract_pack(run, options) -> int:
-    from .packs import add_pixels, make_pack
+    from .packs import add_pixels, make_pack, pack_info
     from .scoring import load_weights
 
     profile = run.profile
     names = [name for name in profile.sets if not (name == "val" and run.inputs.holdout)]
+    files = (f"{name.replace('/', '__')}.safetensors" for name in names)
+    out = check_folder(options.out or Path("packs") / profile.name, ("pack.json", *files), "pack.json", "sets")
     profile.check_files(names)
     run.inputs.source("train")
-    backbone = None if options.pixels else load_weights(run)
-    out = Path(options.out or Path("packs") / profile.name)
+    if options.train_backbone:
+        from .backbone import load_backbone
+        from .tinyvit import save_with_provenance
+
+        vit, source = run.inputs.train_backbone()
+        weights = save_with_provenance(vit, out, profile.seed, source)
+        backbone = load_backbone(run.inputs.backbone_settings(weights))
+    else:
+        backbone = None if options.pixels else load_weights(run)
     sources = {name: run.inputs.source(name) for name in names}
     if options.pixels:
         add_pixels(profile.pack, sources, out)
         sys.stdout.write(f"{out}: {', '.join(names)}: features as in {profile.pack!r}, pixel statistics new\n")
         return 0
     notes = f"made by `capsae extract {profile.name}`"
-    make_pack(profile.name, sources, backbone, out, notes=notes, device=options.device, progress=not options.quiet)
+    settings = {"device": options.device, "progress": not options.quiet}
+    settings["stored"] = pack_info(profile.pack).get("dtype", {}).get("stored", "float16")
+    make_pack(profile.name, sources, backbone, out, notes=notes, **settings)
     sys.stdout.write(f"{out}: {', '.join(names)}\nuse it with --set pack={out}\n")
     return 0
 
 
 def train(options) -> int:
     import json
+    import tempfile
 
     from . import distributed
+    from .scoring import save_scorer
 
     distributed.start()  # under torchrun, all ranks train one SAE
-    run, out = _run(options), Path(options.out)
+    out = check_folder(options.out, TRAINED, "provenance.json", "digests")
+    run = _run(options)
     best = run.history.attrs["best_epoch"]
     at_best = run.history.set_index("epoch").loc[best]
     head, caps, provenance = run.head, run.caps, run.provenance()
+    run.features("train"), run.features("val")  # by all ranks together, for the thresholds
     if distributed.rank() > 0:
         return 0  # the first one writes
     out.mkdir(parents=True, exist_ok=True)
-    run.sae.save(out)
-    head.save(out / "head.safetensors")
-    with replacing(out / "caps.safetensors") as path:
-        caps.save(path)
-    run.history.to_csv(out / "history.csv", index=False)
-    (out / "provenance.json").write_text(json.dumps(provenance, indent=1, default=str) + "\n", encoding="utf-8")
-    figures = f"FVU {at_best['fvu']:.4f}, held out {at_best['held_out_fvu']:.4f}, dead {at_best['dead_fraction']:.1%}"
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as new:  # whole before the first old file goes
+        new = Path(new)
+        run.sae.save(new)
+        head.save(new / "head.safetensors")
+        caps.save(new / "caps.safetensors")
+        save_scorer(run, new)
+        (new / "history.csv").write_text(csv_text(run.history), encoding="utf-8")
+        (new / "provenance.json").write_text(json.dumps(provenance, indent=1, default=str) + "\n", encoding="utf-8")
+        for file in sorted(new.iterdir()):
+            with replacing(out / file.name) as path:
+                os.rename(file, path)
+    fvu, held_out = at_best["fvu"], at_best["held_out_fvu"]
+    figures = f"FVU {fvu:.4f}, held out {held_out:.4f}, dead {at_best['dead_fraction']:.1%}"
     sys.stdout.write(f"{out}: epoch {best} of {len(run.history)} kept; {figures}\n")
+    if held_out > OVERFITTED * fvu + 0.01:
+        sys.stderr.write(
+            f"capsae: warning: the SAE is overfitted: FVU {held_out:.3f} on held-out rows, {fvu:.3f} on its training "
+            "rows; more training images, or fewer latents (--set sae.latents=), would do\n"
+        )
     sys.stdout.write(
-        f"In Python: capsae.sae.load({str(out)!r}). `capsae score`, `explain` and `compare` take it from the store: "
-        "give them the same --profile and --set.\n"
+        f"`capsae score --sae {out} IMAGES` and capsae.Scorer.load({str(out)!r}) need this folder alone; "
+        "`explain` and `compare` take the SAE from the store: give them the same --profile and --set.\n"
     )
     return 0
 
 
 def score(options) -> int:
-    from .scoring import DEFAULT_METHODS, find_images, score_images
+    import pandas as pd
+    from tqdm.auto import tqdm
 
+    from .scoring import DEFAULT_METHODS, Scorer, doubts, find_images, join_features
+    from .store import Store
+
+    methods = tuple(map(_method, options.method)) if options.method else None
+    if options.sae and (options.set or options.profile):
+        raise ValueError("--sae FOLDER stands for itself: leave --profile and --set out")
+    out = Output(options.out, "path,predicted,")
+    kept_features = Output(options.features, what="--features") if options.features else None
+    if kept_features and kept_features.path == out.path:
+        raise ValueError(f"--out and --features are both {options.out!r}: give two names")
     images = find_images(options.images)
-    _check_out(options.out)
-    methods = tuple(map(_method, options.method)) if options.method else DEFAULT_METHODS
     logging.getLogger("capsae.features").setLevel(logging.ERROR)  # bad images are named below
-    run = _run(options)
-    table = score_images(run, images, options.checkpoint, methods)
+    if options.sae:
+        scorer, store = Scorer.load(options.sae, methods, options.checkpoint, options.device), Store()
+    else:
+        run = _run(options)
+        scorer, store = Scorer.of(run, methods or DEFAULT_METHODS, options.checkpoint), run.store
+    tables, parts = [], [] if kept_features else None
+    bar = tqdm(total=len(images), unit="images", disable=options.quiet or len(images) <= 64)
+    with out.rows() as add, bar:
+        for table in scorer.blocks(images, store.scratch("score", scorer.key), parts):
+            add(table)
+            tables.append(table)
+            bar.update(len(table))
+    if kept_features:
+        join_features(parts, kept_features.path)
+    table, first = pd.concat(tables, ignore_index=True), next(iter(scorer.thresholds))
     for row in table[table["reason"] != ""].itertuples():
         sys.stderr.write(f"capsae: skipped {row.path}: {row.reason}\n")
-    for warning in _doubts(table, methods, len(run.features("val"))):
+    for warning in doubts(table, list(scorer.thresholds), scorer.n_val):
         sys.stderr.write(f"capsae: warning: {warning}\n")
-    table.to_csv(options.out or sys.stdout, index=False)
     flagged, scored = int(table["flag"].sum()), int(table["flag"].notna().sum())
-    sys.stderr.write(f"{flagged} of {scored} images flagged as out of distribution ({methods[0]} over its threshold)\n")
+    sys.stderr.write(f"{flagged} of {scored} images flagged as out of distribution ({first} over its threshold)\n")
     return 0 if scored else 2
-
-
-def _doubts(table, methods: tuple[str, ...], n_val: int) -> list[str]:
-    """What makes a flag worth little: few rows behind the threshold, or scores that all tie with it."""
-    found = []
-    if n_val < MIN_VAL:
-        found.append(f"the threshold rests on {n_val} ID validation rows: give it {MIN_VAL} or more")
-    for name in methods:
-        scores = table[name].dropna()
-        if len(scores) and (scores == table.loc[scores.index, f"{name}_threshold"]).mean() > 0.5:
-            found.append(
-                f"most scores of {name} equal its threshold, so it flags nothing: more images or fewer latents may help"
-            )
-    return found
 
 
 def explain(options) -> int:
@@ -144,7 +204,7 @@ def explain(options) -> int:
 
     if (options.image is None) == (options.from_set is None):
         raise ValueError("give one image file, or --from-set SET --row N")
-    _check_out(options.out)
+    out = Output(options.out, "latent,profile,")
     run, row, method = _run(options), options.row, _method(options.method)
     if options.from_set:
         run.profile.source(options.from_set)
@@ -163,7 +223,7 @@ def explain(options) -> int:
     title = f"{what}: predicted {predicted}; {method} {score:.4f}, threshold {threshold:.4f}: {verdict}"
     sys.stdout.write(describe(table, score, title, options.top) + "\n")
     if options.out:
-        table.to_csv(options.out, index=False)
+        out.table(table)
     return 0
 
 
@@ -175,7 +235,7 @@ def compare(options) -> int:
         raise ValueError(f"--fdr {options.fdr}: a share between 0 and 1 would do, such as 0.05")
     if options.a == options.b:
         raise ValueError(f"A and B are both {options.a!r}: two different sets or folders would do")
-    _check_out(options.out)
+    out = Output(options.out, "latent,name,")
     run = _run(options)
     a, b = (side(run, given, options.checkpoint, which) for which, given in (("A", options.a), ("B", options.b)))
     for each in (*a.bad, *b.bad):
@@ -183,21 +243,21 @@ def compare(options) -> int:
     table = compare_sides(a, b, meaning.of_run(run), options.fdr)
     sys.stdout.write(report(table, a, b, options.fdr, options.top) + "\n")
     if options.out:
-        table.to_csv(options.out, index=False)
+        out.table(table)
         sys.stderr.write(f"capsae: wrote {options.out}\n")
     return 0
 
 
 def evaluate(options) -> int:
-    from .arrays import evaluate_arrays, load_arrays
+    from .arrays import evaluate_arrays, load_arrays, outputs
     from .arrays_report import report
+    from .profiles import overrides_of
 
     if options.sae and options.no_sae:
         raise ValueError("--sae and --no-sae: give one of the two")
-    if options.n_boot < 0:
-        raise ValueError(f"--n-boot {options.n_boot}: 0 (no intervals) or more would do")
-    _check_out(options.out)
-    settings = _grouped(_overrides(options.set))
+    if options.out:
+        outputs(options.out)
+    settings = _grouped(overrides_of(options.set))
     found = evaluate_arrays(
         load_arrays(options.arrays),
         [_method(name) for name in options.method] if options.method else None,
@@ -214,6 +274,32 @@ def evaluate(options) -> int:
     sys.stdout.write(report(found) + "\n")
     for path in found.save(options.out) if options.out else ():
         sys.stderr.write(f"capsae: wrote {path}\n")
+    return 0
+
+
+def store(options) -> int:
+    from .kept import used
+    from .store import Store
+
+    kept = Store()
+    entries = list(kept.entries())
+    flags = used(kept, entries)
+    if options.action == "list":
+        sys.stdout.write(f"{'stage':14}{'key':22}{'experiment':18}{'MB':>9}{'days':>7}  used\n")
+    for entry, flag in zip(entries, flags, strict=True):
+        if options.action == "clean" and flag is not False:
+            continue
+        name = entry.provenance.get("profile", "?")
+        sys.stdout.write(
+            f"{entry.stage:14}{entry.key:22}{name:18}{entry.size / 1e6:9.1f}{entry.age / 86400:7.1f}"
+            f"  {({True: 'yes', False: 'no', None: '?'})[flag]}\n"
+        )
+        if options.action == "clean" and not options.dry_run:
+            kept.remove(entry)
+    chosen = [e for e, flag in zip(entries, flags, strict=True) if options.action == "list" or flag is False]
+    what = {"list": "in", "clean": "would be removed from" if options.dry_run else "removed from"}[options.action]
+    size = sum(entry.size for entry in chosen) / 1e6
+    sys.stdout.write(f"{len(chosen)} artefacts, {size:.1f} MB {what} {kept.root}\n")
     return 0
 
 
@@ -236,13 +322,11 @@ def zoo(options) -> int:
     from .zoo.fitting import RATES, SEEDS
     from .zoo.runner import PROFILES, run_backbones, run_zoo
 
-    if options.jobs < 1:
-        raise ValueError(f"--jobs {options.jobs}: 1 or more processes would do")
-    if min(options.seeds, default=0) < 0:
-        raise ValueError(f"--seeds {min(options.seeds)}: 0 or more would do")
     names = [name for text in options.members for name in text.split(",")] or members()
     seeds = tuple(options.seeds) or SEEDS
     whole = tables.is_whole(names, seeds, RATES)
+    if options.out:
+        check_folder(options.out, (), "", "")
     folder = Path(options.out) if options.out else root() / (tables.FOLDER if whole else "build/zoo")
     for profile in options.profile or PROFILES:
         found = run_zoo(profile, names, seeds, options.jobs)
@@ -250,22 +334,36 @@ def zoo(options) -> int:
         sys.stdout.write(f"{path}\n")
     if whole and not options.profile:
         path = folder / "backbones.csv"
-        run_backbones().to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+        with replacing(path) as temporary:
+            run_backbones().to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
         sys.stdout.write(f"{path}\n")
     return 0
 
 
 def reproduce(options) -> int:
-    from . import publish
-    from .plan import pages
+    from . import build
+    from .plan import MAIN, pages
 
     known = pages()
     for name in options.profiles:
         if not any(page.profile == name for page in known.values()):
             have = ", ".join(dict.fromkeys(page.profile for page in known.values()))
             raise ValueError(f"profile {name!r} has no pages in the book; those of {have} can be reproduced")
-    targets = [str(publish.path_of(name)) for name, page in known.items() if page.profile in options.profiles]
-    return publish.reproduce(jobs=options.jobs, dry_run=options.dry_run, targets=targets, everything=options.all)
+    chosen = {name: page for name, page in known.items() if not options.main or page.notebook in MAIN}
+    targets = [name for name, page in chosen.items() if not options.profiles or page.profile in options.profiles]
+    targets = targets if len(targets) < len(known) else []
+    return build.reproduce(jobs=options.jobs, dry_run=options.dry_run, targets=targets, everything=options.all)
+
+
+def verify(options) -> int:
+    from .plan import root
+    from .verify import record, verify
+
+    reports, lines = verify(root(), options.against, shown=sys.maxsize if options.all else 10)
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    if options.record:
+        sys.stdout.write(f"{record(root(), reports, options.against)}\n")
+    return int(any(report.differences for report in reports))
 
 
 # --- helpers
@@ -274,11 +372,13 @@ def reproduce(options) -> int:
 def _run(options):
     _stay_offline_if_alone()
     from .pipeline import Run
+    from .profiles import overrides_of
 
     name = getattr(options, "name", None)
     if name and options.profile and name != options.profile:
         raise ValueError(f"two profiles: {name!r} and --profile {options.profile!r}; give one")
-    overrides = _overrides(options.set)
+    seeds = {} if options.seed is None else {"seed": options.seed, "sae.seed": options.seed}
+    overrides = seeds | overrides_of(options.set)
     return Run(name or options.profile or "imagenet20", overrides, device=options.device, progress=not options.quiet)
 
 
@@ -286,20 +386,6 @@ def _method(name: str) -> str:
     from .detectors import OURS
 
     return OURS if name == "ours" else name
-
-
-def _overrides(texts: list[str]) -> dict:
-    overrides = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"--set {text!r}: write KEY=VALUE, e.g. --set sae.k=64 (a set of images is --from-set)")
-        key = key.strip().replace('"', "")  # TOML's quotes around a set's name
-        try:
-            overrides[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            overrides[key] = value.strip()  # a bare word: --set pack=none
-    return overrides
 
 
 def _grouped(overrides: dict) -> dict[str, dict]:
@@ -339,11 +425,6 @@ def _pack_size(profile) -> str:
         return " (but its pack is missing)"
     images = sum(each["n"] for each in info["sets"].values())
     return f" ({images} images, {sum(each['bytes'] for each in info['sets'].values()) / 1e6:.1f} MB)"
-
-
-def _check_out(out: str | None) -> None:
-    if out and not Path(out).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out!r}: no folder {str(Path(out).absolute().parent)!r}")
 
 
 def _stay_offline_if_alone() -> None:

@@ -34,15 +34,33 @@ def forest(data: pd.DataFrame, method: str = "EPD", metric: str = "FPR95, OOD po
     return figure
 
 
-def mean_ranks(data: pd.DataFrame, cd: float) -> Figure:
-    """Mean ranks over OOD sets with Nemenyi's critical difference from the best. Columns: method, rank; best first."""
-    figure, axes = _figure(7, 1.2 + 0.3 * len(data))
-    ax, best = axes[0, 0], data["rank"].min()
-    ax.axvspan(best, best + cd, color=GREY, alpha=0.22, linewidth=0, label="not told from the best")
-    ax.scatter(data["rank"], range(len(data)), color=BLUE, s=46, zorder=3)
-    ax.set_yticks(range(len(data)), data["method"], fontsize=10)
-    ax.set(xlabel="mean rank over the OOD sets, 1 = best", xlim=(0.8, len(data) + 0.2), ylim=(len(data) - 0.5, -0.5))
-    figure.legend(loc="outside upper center")
+def seeds(data: pd.DataFrame, columns: int = 2) -> Figure:
+    """Every seed as a dot, their mean as a bar with its interval.
+
+    Columns: title (a row of the figure), seed, value, mean, lo, hi, and panel, if there is more than one.
+    """
+    panels = list(dict.fromkeys(data["panel"])) if "panel" in data else [""]
+    columns = min(columns, len(panels))
+    lines = [data if not panel else data[data["panel"] == panel] for panel in panels]
+    height = 0.9 + 0.3 * max(part["title"].nunique() for part in lines)
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(7, 0.5 + height * rows, rows, columns)
+    for ax, panel, part in zip(axes.ravel(), panels, lines, strict=False):
+        titles = list(dict.fromkeys(part["title"]))
+        place = part["title"].map(titles.index)
+        means = part.drop_duplicates("title")
+        gaps = np.abs(means[["lo", "hi"]].to_numpy() - means[["mean"]].to_numpy()).T
+        ax.scatter(part["value"], place, s=16, color=GREY, alpha=0.8, linewidths=0, label="one seed", zorder=2)
+        ax.errorbar(
+            means["mean"], range(len(titles)), xerr=gaps, fmt="|", color=BLUE, markersize=11, elinewidth=1.6,
+            label="mean, images and seeds", zorder=3,
+        )  # fmt: skip
+        ax.set_yticks(range(len(titles)), titles, fontsize=10)
+        ax.set(xlabel=panel or "mean FPR95, OOD positive, %", ylim=(len(titles) - 0.4, -0.6))
+    for ax in axes.ravel()[len(panels) :]:
+        ax.set_visible(False)
+    handles, labels = axes.ravel()[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
     return figure
 
 

@@ -1,7 +1,4 @@
-"""Tidy data and sentences of the results chapter: who beats whom, over samples, sets and SAE seeds.
-
-Every sentence is made from a table, so that a test can hold it against the same table; none is typed.
-"""
+"""Tidy data of the results chapter: who beats whom, over samples, sets and SAE seeds, and the numbers it records."""
 
 from __future__ import annotations
 
@@ -11,15 +8,16 @@ import numpy as np
 import pandas as pd
 
 from . import metrics
-from .detectors import info
+from .detectors import OURS, info
 from .detectors.pixels import PIXEL_CONTROLS, pixel_controls_verdict
-from .stats import critical_difference, spread, win_tie_loss
-from .tidy import METRIC_PANELS
+from .findings import Numbers
+from .stats import critical_difference, win_tie_loss
+from .tidy import METRIC_PANELS, percent
 
 HEADLINE = "fpr95_ood_pos"  # the metric of verdicts: OpenOOD's FPR95, and so presumably the paper's
 RANKED = ("epd", "rpd", "mds++", "rmds", "knn", "vim", "energy", "msp")  # a few: ranks of all would mean nothing
-SEEDS = (0, 1, 2, 3, 4)
-_NAMES = {"fpr95_ood_pos": "FPR95 (OOD positive)", "fpr95_id_pos": "FPR95 (ID positive)", "auroc": "AUROC"}
+BESIDE = ("rmds", "mds++", "knn", "vim", "energy", "msp")  # baselines that are named beside EPD
+CONTROLS = ("cosine", "euclidean", "code_flatness", "code_entropy", "code_energy", "sae_error", "epd_untrained")
 
 
 def title(name: str) -> str:
@@ -38,24 +36,6 @@ def corrected(row: Mapping) -> str:
     return p_text(row["p_holm"], bool(row.get("p_at_most", False)))
 
 
-def verdict(row: Mapping, where: str) -> str:
-    """One row of :func:`capsae.evaluate.compare` as a sentence: whether its method is better than the other.
-
-    >>> verdict({"method": "epd", "other": "msp", "metric": "auroc", "set": "mean", "value": .02, "lo": .01, "hi": .03,
-    ...          "p_holm": .004, "verdict": "better"}, "digits")
-    'EPD is better than MSP on digits: difference in mean AUROC +2.0 points (+1.0 to +3.0 uncorrected), p = 0.004 (Holm).'
-    """  # noqa: E501
-    told = {
-        "better": "is better than {} on {}",
-        "worse": "is not better than {} on {}, it is worse",
-        "undecided": "is not better than {} on {}, nor clearly worse",
-    }[row["verdict"]].format(title(row["other"]), where)
-    mean = "mean " if row["set"] == "mean" else ""
-    value, lo, hi = (f"{100 * row[key]:+.1f}" for key in ("value", "lo", "hi"))
-    difference = f"difference in {mean}{_NAMES.get(row['metric'], row['metric'])} {value} points"
-    return f"{title(row['method'])} {told}: {difference} ({lo} to {hi} uncorrected), {corrected(row)} (Holm)."
-
-
 def of_means(compared: pd.DataFrame, method: str, metric: str = HEADLINE) -> pd.DataFrame:
     """The rows of :func:`capsae.evaluate.compare` that compare a method's mean over all sets, best difference first."""
     rows = compared[(compared["method"] == method) & (compared["set"] == "mean") & (compared["metric"] == metric)]
@@ -65,26 +45,45 @@ def of_means(compared: pd.DataFrame, method: str, metric: str = HEADLINE) -> pd.
     return rows.sort_values("value", key=lambda value: sign * value, kind="stable", ignore_index=True)
 
 
-def tally(compared: pd.DataFrame, method: str, where: str, metric: str = HEADLINE) -> str:
-    """How many baselines a method beats in the mean over all sets, in one sentence; controls would swell the count."""
-    rows = of_means(compared, method, metric)
-    rows = rows[rows["other"].map(lambda name: info(name)["group"] == "baseline")]
-    better, worse, open_ = ((rows["verdict"] == word).sum() for word in ("better", "worse", "undecided"))
-    return (
-        f"On {where}, by mean {_NAMES[metric]}, {title(method)} is better than {better} of the {len(rows)} "
-        f"baselines, worse than {worse}, and {open_} comparisons are undecided (Holm, level 0.05)."
+def pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """EPD and our own score against every other detector of an evaluation, but for those that read pixels alone."""
+    others = [name for name in table["method"].unique() if name not in ("head", *PIXEL_CONTROLS)]
+    return [(method, other) for method in ("epd", OURS) for other in others if other != method]
+
+
+def shown(compared: pd.DataFrame, others: Iterable[str] = (*BESIDE, *CONTROLS, "epd")) -> pd.DataFrame:
+    """Differences of means over all sets as text: one row a pair, a column a metric, with interval and corrected p."""
+    rows = compared[(compared["set"] == "mean") & compared["other"].isin(list(others))]
+    text = [f"{percent(cell).replace(' %', '')} {corrected(cell)}" for cell in rows.to_dict("records")]
+    wide = rows.assign(text=text).pivot_table(
+        index=["method", "other"], columns="metric", values="text", aggfunc="first", sort=False
     )
+    wide = wide.reset_index().rename(columns={"other": "less", **METRIC_PANELS})
+    return wide.assign(method=wide["method"].map(title), less=wide["less"].map(title))
+
+
+def seed_dots(values: pd.DataFrame, table: pd.DataFrame, metric: str = HEADLINE) -> pd.DataFrame:
+    """Every seed of what depends on the SAE beside its mean and interval, in %, best mean first.
+
+    ``values`` of ``Run.seed_values``. Columns: method, title, seed, value, mean, lo, hi.
+    """
+    means = table[(table["set"] == "mean") & (table["group"] == "all") & (table["metric"] == metric)]
+    means = means[means["seeds"] > 1].set_index("method")[["value", "lo", "hi"]].rename(columns={"value": "mean"})
+    data = values[values["metric"] == metric].join(100 * means, on="method", how="inner")
+    data = data.assign(title=data["method"].map(title), value=100 * data["value"])
+    data = data.sort_values("mean", ascending=not metrics.HIGHER_IS_BETTER[metric], kind="stable", ignore_index=True)
+    return data[["method", "title", "seed", "value", "mean", "lo", "hi"]]
 
 
 def forest(compared: pd.DataFrame, method: str, metric: str = HEADLINE) -> pd.DataFrame:
     """A method's differences from all others. Columns: other, label, kind, value, lo, hi (points), p_holm, verdict."""
     rows = of_means(compared, method, metric)
-    told = rows["other"].map(lambda name: info(name))
+    about = rows["other"].map(info)
     return pd.DataFrame(
         {
             "other": rows["other"],
-            "label": told.map(lambda of: of["title"]),
-            "kind": told.map(lambda of: of["group"]),
+            "label": about.map(lambda of: of["title"]),
+            "kind": about.map(lambda of: of["group"]),
             **{key: 100 * rows[key] for key in ("value", "lo", "hi")},
             **{key: rows[key] for key in ("p_holm", "verdict")},
         }
@@ -106,65 +105,12 @@ def ranks(table: pd.DataFrame, names: Sequence[str] = RANKED, metric: str = HEAD
     return found | {"sets": len(values)}
 
 
-def ranks_text(found: Mapping) -> str:
-    """What :func:`ranks` says, in words."""
-    if np.isnan(found["p"]) or "mean nothing" in found["note"]:
-        return f"No ranking over sets is given: {found['note']}."
-    mean = found["ranks"]
-    behind = mean.index[mean - mean.iloc[0] > found["cd"]]
-    return (
-        f"Friedman's test over {found['sets']} sets: {p_text(found['p'])}. The best mean rank: {mean.index[0]} "
-        f"({mean.iloc[0]:.1f}), the worst: {mean.index[-1]} ({mean.iloc[-1]:.1f}); ranks closer than "
-        f"{found['cd']:.1f} are not told apart, which leaves {', '.join(behind) or 'no score'} behind the best."
-        + (f" A caution: {found['note']}." if found["note"] else "")
-    )
-
-
-def on_codes(run) -> list[str]:
-    """The detectors that depend on the SAE."""
-    return [name for name in run.table()["method"].unique() if name != "head" and "codes" in info(name)["needs"]]
-
-
-def over_seeds(run, names: Sequence[str] | None = None, seeds: Sequence[int] = SEEDS) -> pd.DataFrame:
-    """Means over all OOD sets with the SAE trained from several seeds. Columns: seed, method, metric, value.
-
-    All else stays: head, data, order of the classes. The other seeds' SAEs come from the store or are trained.
-    """
-    from .pipeline import Run
-
-    frames = []
-    for seed in seeds:
-        other = run
-        if seed != run.profile.sae.seed:
-            other = Run(run.profile, {"sae.seed": seed, "n_boot": 0}, run.store, run.device, run.progress)
-        table = other.table() if other is run else other.table(names or on_codes(run))
-        rows = table[(table["set"] == "mean") & (table["group"] == "all") & table["metric"].isin(METRIC_PANELS)]
-        frames.append(rows[rows["method"].isin(names or on_codes(run))].assign(seed=seed))
-    return pd.concat(frames, ignore_index=True)[["seed", "method", "metric", "value"]]
-
-
-def seed_table(seeds: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Spread of :func:`over_seeds` in %, beside the bootstrap interval of the profile's own seed; best mean first.
-
-    Columns: method, metric, seeds, mean, std, least, largest, own, lo, hi.
-    """
-    own = table[(table["set"] == "mean") & (table["group"] == "all")].set_index(["method", "metric"])
-    rows = []
-    for (method, metric), part in seeds.groupby(["method", "metric"], sort=False):
-        cell = own.loc[(method, metric)]
-        values = spread(part["value"]) | {"own": cell["value"], "lo": cell["lo"], "hi": cell["hi"]}
-        rows.append({"method": method, "metric": metric, "seeds": len(part)} | {k: 100 * v for k, v in values.items()})
-    data = pd.DataFrame(rows)
-    order = data[data["metric"] == HEADLINE].set_index("method")["mean"]
-    return data.sort_values("method", key=lambda names: names.map(order), kind="stable", ignore_index=True)
-
-
-def seed_shown(data: pd.DataFrame) -> pd.DataFrame:
-    """:func:`seed_table` as text for a page: mean ± std (least to largest) of each metric, one row a detector."""
-    text = [f"{r.mean:.1f} ± {r.std:.1f} ({r.least:.1f}–{r.largest:.1f})" for r in data.itertuples()]
-    cells = data.assign(text=text, column=data["metric"].map(METRIC_PANELS))
-    wide = cells.pivot_table(index="method", columns="column", values="text", aggfunc="first", sort=False).reset_index()
-    return wide[["method", *METRIC_PANELS.values()]].assign(method=wide["method"].map(title))
+def rank_table(found: Mapping) -> pd.DataFrame:
+    """:func:`ranks` as a table; critical difference and p hold for all rows, and the note says what they are worth."""
+    mean = found["ranks"].rename_axis("method").rename("mean rank").reset_index()
+    told = {"told from the best": mean["mean rank"] - mean["mean rank"].iloc[0] > found["cd"]}
+    told["told from the best"] = told["told from the best"].map({True: "yes", False: ""})
+    return mean.assign(**told, **{"p of Friedman's test": found["p"], "note": found["note"]})
 
 
 def tie_rates(scores: pd.DataFrame) -> pd.Series:
@@ -194,53 +140,126 @@ def reliability(table: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 def risk_curves(run, scores: pd.DataFrame, names: Sequence[str], points: int = 200) -> pd.DataFrame:
     """Risk-coverage curves of the head's errors on ID test rows, thinned. Columns: method, coverage, risk."""
     obs = run.observations("test")
-    failed, rows = obs.predicted != obs.labels, []
-    keep = np.unique(np.linspace(len(obs) // 50, len(obs) - 1, points).round().astype(int))  # the first few are noise
+    known, rows = obs.labels >= 0, []
+    failed, n = (obs.predicted != obs.labels)[known], int(known.sum())
+    keep = np.unique(np.linspace(n // 50, n - 1, points).round().astype(int))  # the first few are noise
     for name in names:
         of = scores[(scores["method"] == name) & (scores["set"] == "test")].sort_values("row")["score"].to_numpy()
-        coverage, risk = metrics.risk_coverage(of, failed)
+        coverage, risk = metrics.risk_coverage(of[known], failed)
         rows.append(pd.DataFrame({"method": title(name), "coverage": coverage[keep], "risk": risk[keep]}))
     return pd.concat(rows, ignore_index=True)
 
 
-def pixel_verdict(table: pd.DataFrame, where: str) -> str:
-    """Whether a control that reads nothing but pixel statistics wins anywhere: then the benchmark is broken there."""
-    found = pd.concat([pixel_controls_verdict(table, metric) for metric in METRIC_PANELS], ignore_index=True)
-    if found.empty:
-        return f"The features of {where} come without pixel statistics, so no pixel control could be tried."
-    beside, broken = _beside_epd(table), found[found["broken"]]
-    if len(broken):
-        names = {}
-        for row in broken.itertuples():
-            place = f"the mean of {row.group} sets" if row.set == "mean" else row.set
-            names.setdefault(place, []).append(title(row.control))
-        places = ", ".join(f"{place} ({', '.join(dict.fromkeys(of))})" for place, of in names.items())
-        means = "" if (broken["set"] == "mean").any() else " In the means over sets none wins."
-        return f"This benchmark is broken on {where} where a pixel control wins: {places}.{means}{beside}"
-    best = pixel_controls_verdict(table, "auroc")
-    best = best[(best["set"] == "mean") & (best["group"] == "all")].iloc[0]
-    return (
-        f"No pixel control wins on {where}, on any set, in any mean, by FPR95 or AUROC: the best in mean AUROC "
-        f"is {title(best['control'])} with {100 * best['control_value']:.1f} %, against "
-        f"{100 * best['method_value']:.1f} % of {title(best['method'])}.{beside}"
-    )
+def pixel_wins(table: pd.DataFrame) -> pd.DataFrame:
+    """Where a control that reads nothing but pixel statistics does better than every score, in any metric.
+
+    Columns: metric, group, set, control, control_value, method, method_value, broken; empty without pixel statistics.
+    """
+    of = {metric: pixel_controls_verdict(table, metric) for metric in METRIC_PANELS}
+    return pd.concat([found.assign(metric=metric) for metric, found in of.items()], ignore_index=True)
 
 
-def _beside_epd(table: pd.DataFrame) -> str:
-    """A sentence on the sets on which a pixel control does better than EPD, by AUROC; none where there is none."""
-    alone = table[table["method"].isin((*PIXEL_CONTROLS, "epd"))]
-    found = pixel_controls_verdict(alone, "auroc")
-    ahead = found[found["broken"] & (found["set"] != "mean")]
-    told = [f"{row.set} ({title(row.control)} {100 * row.control_value:.1f} %)" for row in ahead.itertuples()]
-    return f" By AUROC a pixel control does better than EPD on {', '.join(told)}." if told else ""
+def pixels_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """:func:`pixel_wins` by AUROC for a page: the best pixel control of each set beside the best score, in %."""
+    rows = pixel_wins(table)
+    rows = rows[rows["metric"] == "auroc"] if len(rows) else rows.reindex(columns=["set", "group", "control", "method"])
+    where = np.where(rows["set"] == "mean", "mean of " + rows["group"], rows["set"])
+    columns = {"set": where, "best control": [title(name) for name in rows["control"]]}
+    columns |= {"best control, %": 100 * rows.get("control_value", pd.Series(dtype=float))}
+    columns |= {"best score": [title(name) for name in rows["method"]]}
+    columns |= {"best score, %": 100 * rows.get("method_value", pd.Series(dtype=float))}
+    broken = rows.get("broken", pd.Series(dtype=bool))
+    return pd.DataFrame(columns | {"broken": broken.map({True: "yes", False: ""})})
 
 
-def tuned_text(row: Mapping, where: str) -> str:
-    """What tuning by an ID-only criterion changed on the OOD sets, from a row of ``compare`` (tuned less default)."""
-    told = {
-        "better": "Tuning helps {} on {}",
-        "worse": "Tuning hurts {} on {}",
-        "undecided": "Tuning makes no clear difference to {} on {}",
-    }[row["verdict"]].format(title(row["other"]), where)
-    value, lo, hi = (f"{100 * row[key]:+.1f}" for key in ("value", "lo", "hi"))
-    return f"{told}: mean {_NAMES[row['metric']]} {value} points ({lo} to {hi} uncorrected), {corrected(row)} (Holm)."
+def recorded(table: pd.DataFrame, compared: pd.DataFrame) -> Numbers:
+    """What the page records for its findings and for the claims: means of some detectors, and all differences of means.
+
+    The p of a difference is not corrected: a family of findings is corrected where it is judged.
+    """
+    numbers, plus = Numbers(), {"mds++": "mdspp", "rmds++": "rmdspp"}  # a key has no plus, and MDS++ is not MDS
+    means = table[(table["set"] == "mean") & (table["group"] == "all")]
+    named = means[means["metric"].isin(METRIC_PANELS) & means["method"].isin(["epd", OURS, *BESIDE, *CONTROLS])]
+    numbers.rows(named.replace({"method": plus}), "{method} {metric}", unit="%")
+    differences = compared[compared["set"] == "mean"].drop(columns="p_holm")
+    numbers.rows(differences.replace({"other": plus}), "{method} less {other} {metric}", unit="points")
+    accuracy = table[(table["method"] == "head") & (table["set"] == "test")]
+    numbers.rows(accuracy, "accuracy", unit="%")
+    scores = means[(means["metric"] == HEADLINE) & ~means["method"].isin(PIXEL_CONTROLS)]
+    numbers.add("detectors", len(scores))
+    for name in ("epd", OURS):
+        value = scores.set_index("method")["value"]
+        numbers.add(f"{name} rank", int((value < value[name]).sum()) + 1)
+        rows = of_means(compared, name)
+        rows = rows[rows["other"].map(lambda other: info(other)["group"] == "baseline")]
+        for word in ("better", "worse", "undecided"):
+            numbers.add(f"{name} {word} than baselines", int((rows["verdict"] == word).sum()))
+        numbers.add(f"{name} baselines", len(rows))
+    wins = pixel_wins(table)
+    if len(wins):
+        numbers.add("pixel wins", int(wins["broken"].sum()))
+        numbers.add("pixel wins of means", int((wins["broken"] & (wins["set"] == "mean")).sum()))
+    return numbers
+
+
+# --- tuning
+
+
+def tuning_grid(tuned: Mapping) -> pd.DataFrame:
+    """The grids of ``tuning.tune`` in one table, criterion in %. Columns as there, and label."""
+    grid = pd.concat([one.table for one in tuned.values()], ignore_index=True)
+    return grid.assign(label=grid["method"].map(title), criterion=100 * grid["criterion"])
+
+
+def grid_shown(grid: pd.DataFrame) -> pd.DataFrame:
+    """:func:`tuning_grid` for a page."""
+    names = {"label": "method", "criterion": "criterion, %"}
+    shown = grid[["label", "setting", "criterion", "default", "chosen", "refused"]].rename(columns=names)
+    return shown.replace({True: "yes", False: ""})
+
+
+def tuned_shown(compared: pd.DataFrame, grid: pd.DataFrame) -> pd.DataFrame:
+    """Tuned less default, means over all OOD sets, as text, with the setting chosen."""
+    gap = compared[compared["method"] == compared["other"] + " tuned"]
+    setting = grid[grid["chosen"]].set_index("method")["setting"]
+    chosen = {title(name): setting[name] for name in gap["other"].unique()}
+    wide = shown(gap, gap["other"]).drop(columns="method").rename(columns={"less": "method"})
+    return wide.assign(chosen=wide["method"].map(chosen))
+
+
+def against_tuned(compared: pd.DataFrame, metric: str = HEADLINE) -> pd.DataFrame:
+    """Scores as the experiment has them less tuned baselines. Columns: method, less, points, lo, hi, p, verdict."""
+    rows = compared[compared["other"].str.endswith(" tuned") & (compared["set"] == "mean")]
+    rows = rows[
+        (rows["metric"] == metric) & rows["other"].map(lambda name: info(name.split()[0])["group"] == "baseline")
+    ]
+    cells = {"method": rows["method"].map(title), "less": rows["other"].map(title)}
+    cells |= {name: (100 * rows[key]).round(1) for name, key in {"points": "value", "lo": "lo", "hi": "hi"}.items()}
+    return pd.DataFrame(cells | {"p": rows.apply(corrected, axis=1), "verdict": rows["verdict"]})
+
+
+def left_out_shown(left_out: pd.DataFrame) -> pd.DataFrame:
+    """Means over the sets of ``tuning.leave_one_set_out``, in %, one row a detector."""
+    if left_out.empty:
+        return left_out
+    names = {"value": "chosen on the other sets", "peeking": "peeking at each set"}
+    means = 100 * left_out.groupby("method", sort=False)[["default", *names]].mean()
+    return means.round(1).rename(columns=names).reset_index().assign(method=lambda t: t["method"].map(title))
+
+
+def recorded_of_tuning(compared: pd.DataFrame, tuned: Mapping, left_out: pd.DataFrame) -> Numbers:
+    """What the page on tuning records: differences tuned less default, how many help and hurt, what peeking gains."""
+    numbers = Numbers()
+    gap = compared[(compared["method"] == compared["other"] + " tuned") & (compared["set"] == "mean")]
+    plus = {"mds++": "mdspp", "rmds++": "rmdspp"}
+    numbers.rows(gap.replace({"other": plus}), "{other} tuned {metric}", unit="points")
+    verdict = gap[gap["metric"] == HEADLINE]["verdict"]
+    for name, word in {"helped": "better", "hurt": "worse", "undecided": "undecided"}.items():
+        numbers.add(name, int((verdict == word).sum()))
+    numbers.add("detectors", len(tuned))
+    numbers.add("default kept", len(tuned) - len(verdict))
+    if len(left_out):
+        means = left_out.groupby("method")[["default", "value", "peeking"]].mean()
+        numbers.add("gain of peeking", (means["default"] - means["peeking"]).median(), unit="points")
+        numbers.add("gain of other sets", (means["default"] - means["value"]).median(), unit="points")
+    return numbers

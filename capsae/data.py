@@ -7,35 +7,28 @@ for, so that memory does not grow with their number.
 from __future__ import annotations
 
 import csv
+import difflib
+import inspect
 import json
+import logging
 import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from .images import BadImage
-from .sources import IMAGE_SUFFIXES, OPENERS, ImageSource
+from .image_files import tell
+from .images import IMAGE_SUFFIXES, BadImage
+from .sources import OPENERS, ImageSource, renumber
 
-__all__ = ["IMAGE_SUFFIXES", "BadImage", "ImageSource", "KINDS", "open_source"]
+log = logging.getLogger(__name__)
 
-_OPTIONS = {
-    "hub": ("name", "config", "split", "image", "label", "id"),
-    "parquet": ("path", "image", "label", "id"),
-    "folder": ("path",),
-    "imglist": ("list", "root", "class_names"),
-    "builtin": ("name", "seed"),
-}
-_REQUIRED = {
-    "hub": ("name", "split"),
-    "parquet": ("path",),
-    "folder": ("path",),
-    "imglist": ("list", "root"),
-    "builtin": ("name",),
-}
-KINDS = tuple(_OPTIONS)
-_FILTERS = ("classes", "limit", "exclude")  # for all kinds
+__all__ = ["IMAGE_SUFFIXES", "BadImage", "ImageSource", "KINDS", "by_name", "open_source"]
+
+KINDS = tuple(OPENERS)
+_FILTERS = ("classes", "limit", "exclude", "exif")  # for all kinds
 
 
 def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
@@ -50,8 +43,8 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
           ``label``, ``id`` (columns)
         - ``parquet``: ``path`` (a file, a folder of files or a glob pattern), optional ``image``, ``label``, ``id``
           (columns)
-        - ``folder``: ``path`` with one subfolder per class (sorted by name), images at any depth; without subfolders
-          the labels are -1
+        - ``folder``: ``path`` with one subfolder per class (sorted by name), images at any depth; those beside the
+          subfolders have the label -1, and a subfolder without images is no class
         - ``imglist``: ``list`` (OpenOOD: ``relative/path label`` per line, label -1 = none) and ``root``, optional
           ``class_names``
         - ``builtin``: ``name``, one of ``capsae.builtin.NAMES``; optional ``seed``
@@ -59,7 +52,8 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
         For all kinds, applied in this order: ``exclude`` (a file that names images to leave out, such as OOD images
         that show an ID object: a text file with one id a line, or a .csv with a column ``id``), ``classes`` (a list of
         class names; rows of other classes are dropped and labels count along this list) and ``limit`` (at most so many
-        images, evenly spaced over the source, so that one sorted by class keeps all its classes).
+        images, evenly spaced over the source, so that one sorted by class keeps all its classes). ``exif = false``
+        leaves images as they are stored, whatever their EXIF orientation says.
 
         Columns that are not given are found: the image column by its type or the names ``image``, ``img``; the label
         column by the name ``label`` or as the only ``ClassLabel``. ``label = ""`` says that the source has none.
@@ -67,8 +61,9 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
     Raises
     ------
     ValueError
-        Unknown kind, key, class or column; empty source; a list that names missing files; an ``exclude`` file that
-        names images that the source does not have.
+        Unknown kind, key, class or column; empty source; labels that are no whole numbers or have no name; two classes
+        of one name; a list that names missing files; an ``exclude`` file that names images that the source does not
+        have.
     FileNotFoundError
         If the path, list or root is not there.
     """
@@ -76,14 +71,15 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
         spec = {"kind": "folder", "path": os.fspath(spec)}
     spec = {key: value for key, value in dict(spec).items() if value is not None}
     kind = spec.get("kind")
-    if kind not in _OPTIONS:
+    if kind not in OPENERS:
         raise ValueError(f"kind of source is {kind!r}, expected one of {', '.join(KINDS)}")
-    unknown = sorted(set(spec) - {"kind", *_FILTERS, *_OPTIONS[kind]})
+    options = inspect.signature(OPENERS[kind]).parameters
+    unknown = sorted(set(spec) - {"kind", *_FILTERS, *options})
     if unknown:
         raise ValueError(
-            f"unknown key {unknown[0]!r} in a {kind} source; it takes {', '.join((*_OPTIONS[kind], *_FILTERS))}"
+            f"unknown key {unknown[0]!r} in a {kind} source; it takes {', '.join((*options, *_FILTERS))}"
         )
-    missing = [key for key in _REQUIRED[kind] if key not in spec]
+    missing = [key for key, option in options.items() if option.default is option.empty and key not in spec]
     if missing:
         raise ValueError(f"a {kind} source needs {missing[0]!r}; given: {', '.join(sorted(spec))}")
     limit = spec.get("limit")
@@ -92,14 +88,74 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
     source = OPENERS[kind](**{key: value for key, value in spec.items() if key not in ("kind", *_FILTERS)})
     if len(source) == 0:
         raise ValueError(f"{source.name} holds no images")
+    tell(source.name, source.left_out)
+    source = replace(source, exif=bool(spec.get("exif", True)))
+    if source.class_names:
+        renumber(source.labels, source.class_names, source.class_names, source.name)
     if spec.get("exclude"):
         source = _without(source, Path(spec["exclude"]))
     if spec.get("classes"):
         source = _of_classes(source, spec["classes"])
     if limit is not None and limit < len(source):
         source = source.take(np.linspace(0, len(source) - 1, limit).round().astype(np.int64))
+    source = _each_id_once(source)
     object.__setattr__(source, "spec", json.loads(json.dumps(spec, default=str)))
     return source
+
+
+def _each_id_once(source: ImageSource) -> ImageSource:
+    """Ids with their row where several rows have the same: a row is found by its id, and is what it says."""
+    _, which, counts = np.unique(source.ids, return_inverse=True, return_counts=True)
+    if (counts == 1).all():
+        return source
+    pairs = zip(source.ids, source.rows, counts[which] > 1, strict=True)
+    return replace(source, ids=np.array([f"{id}#{row}" if several else id for id, row, several in pairs]))
+
+
+def by_name(labelled, class_names, what: str):
+    """An ID source or feature set with its labels counted along the class list of train.
+
+    Parameters
+    ----------
+    labelled : ImageSource or FeatureSet
+        Where it, or train, names no classes, its labels are taken as they are.
+    class_names : sequence of str
+        Those of train.
+    what : str
+        Its name in an error.
+
+    Raises
+    ------
+    ValueError
+        For images of a class that train does not have; a name that stands for two classes. Classes of train without an
+        image are logged.
+    """
+    lists = labelled.class_names, class_names
+    own, wanted = ([unicodedata.normalize("NFC", name) for name in names] for names in lists)
+    labels = labelled.labels
+    if bool(own) != bool(wanted) and (labels >= 0).any():
+        log.warning("%s: classes have names %s; labels are taken by number", what, "here alone" if own else "in train")
+    if own and wanted:
+        labels = renumber(labels, own, wanted, what)
+        unknown = sorted({own[i] for i in labelled.labels[labels == -2]})
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], wanted, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"train has {_few(wanted)}"
+            raise ValueError(
+                f"{what}: {int((labels == -2).sum())} of {len(labels)} images are of {len(unknown)} classes that train "
+                f"does not have: {_few(unknown)}; {hint} The source's key 'classes' leaves others out"
+            )
+    missing = sorted(set(range(len(wanted))) - set(labels.tolist())) if (labels >= 0).any() else []
+    if missing:
+        names = _few([wanted[i] for i in missing])
+        log.warning("%s: no image of %d of %d classes: %s", what, len(missing), len(wanted), names)
+    if own == wanted or not (own and wanted):
+        return labelled
+    return replace(labelled, labels=labels, class_names=tuple(class_names))
+
+
+def _few(names) -> str:
+    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def _of_classes(source: ImageSource, classes) -> ImageSource:

@@ -99,7 +99,8 @@ def _table(latents, p, q, shares, rest: float, caps: ClassActivationProfiles, cl
         whole = pd.DataFrame({"latent": [-1], "profile": [0.0], "expected": [0.0], "share": [rest]})
         table = pd.concat([whole, table], ignore_index=True)
     table["kind"] = [_kind(row.latent, row.profile, row.expected) for row in table.itertuples()]
-    table["classes"] = _classes(table["latent"], caps, class_names)
+    classes = _classes(table["latent"], caps, class_names)
+    table["classes"] = pd.Series(classes, dtype=object)  # folders' names may be no UTF-8, which pandas' strings refuse
     order = np.lexsort((-table["expected"], -table["share"].abs()))
     return table.iloc[order].reset_index(drop=True)[COLUMNS]
 
@@ -156,8 +157,11 @@ def describe(table: pd.DataFrame, score: float, title: str, top: int = 10) -> st
 
 
 def plain_name(name: str) -> str:
-    """Return an ImageNet class name (``n01440764_tench``) without its WordNet number; others as they are."""
-    return re.sub(r"^n\d{8}_", "", str(name)).replace("_", " ")
+    """Return an ImageNet class name (``n01440764_tench``) without its WordNet number; others as they are, but for what
+    a page or a terminal would act on (tags, control characters).
+    """
+    name = re.sub(r"^n\d{8}_", "", str(name)).replace("_", " ").replace("<", "‹").replace(">", "›")
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def _text_row(row) -> str:

@@ -48,6 +48,10 @@ EXTRACTOR = 1
 """Raised whenever the same pixels and weights would give other features: shards and packs of another number are not
 resumed."""
 
+__code_version__ = 1
+"""Counts in place of this file's text (:mod:`capsae.code`). The extractor counts by EXTRACTOR alone, in the settings of
+what it makes, so that a change of its threads or its progress bar does not cost a day of extraction."""
+
 MAX_BAD = 0.01
 _TASK = (
     16  # images per decoding task: few enough to spread a batch over the threads, enough that the queue costs nothing
@@ -193,6 +197,7 @@ def extract(
         "source_digest": source.digest(),
         "bad_images": bad,
         "excluded": source.excluded,
+        "left_out": len(source.left_out),
         "n_images": len(source),
         "device": _device_name(device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .asarray import as_labels, as_numpy
 from .files import replacing
 
 SCHEMA = 1
@@ -23,7 +24,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, np.ndarray], info:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # one metadata key: safetensors does not keep the order of several, and equal content should be equal bytes
-    contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    contiguous = {key: as_numpy(value) for key, value in tensors.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata={"capsae": json.dumps(info, sort_keys=True)})
     return path
@@ -48,12 +49,13 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
 
 def pack_strings(strings) -> np.ndarray:
     """Strings as one uint8 tensor (UTF-8 JSON), so that a million names do not swell the safetensors header."""
-    return np.frombuffer(json.dumps([str(s) for s in strings], ensure_ascii=False).encode(), dtype=np.uint8)
+    text = json.dumps([str(s) for s in strings], ensure_ascii=False)
+    return np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)  # a file's name may be no UTF-8
 
 
 def unpack_strings(tensor: np.ndarray) -> list[str]:
     """Inverse of :func:`pack_strings`."""
-    return json.loads(tensor.tobytes().decode())
+    return json.loads(tensor.tobytes().decode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,16 @@ class FeatureSet:
     pixels: np.ndarray | None = None
 
     def __post_init__(self):
-        cls = np.asarray(self.cls, dtype=np.float32)
+        cls = as_numpy(self.cls).astype(np.float32, copy=False)
         if cls.ndim != 2:
             raise ValueError(f"cls has shape {cls.shape}, expected (N, d)")
         arrays: dict[str, Any] = {
             "cls": cls,
-            "labels": np.asarray(self.labels, dtype=np.int64),
+            "labels": as_labels(self.labels),
             "ids": np.asarray(self.ids, dtype=str),
-            "logits": None if self.logits is None else np.asarray(self.logits, dtype=np.float32),
+            "logits": None if self.logits is None else as_numpy(self.logits).astype(np.float32, copy=False),
             "class_names": tuple(self.class_names),
-            "pixels": None if self.pixels is None else np.asarray(self.pixels, dtype=np.float32),
+            "pixels": None if self.pixels is None else as_numpy(self.pixels).astype(np.float32, copy=False),
         }
         for key in ("labels", "ids", "logits", "pixels"):
             if arrays[key] is not None and len(arrays[key]) != len(cls):
@@ -176,9 +178,13 @@ class LinearHead:
     weight: np.ndarray
     bias: np.ndarray
 
+    def __post_init__(self):
+        for key in ("weight", "bias"):
+            object.__setattr__(self, key, as_numpy(getattr(self, key)).astype(np.float32, copy=False))
+
     def logits(self, cls: np.ndarray) -> np.ndarray:
         """Logits (N, C) float32 of features (N, d)."""
-        cls = np.asarray(cls, dtype=np.float32)
+        cls = as_numpy(cls).astype(np.float32, copy=False)
         if cls.ndim != 2 or cls.shape[1] != self.weight.shape[1]:
             raise ValueError(f"cls has shape {cls.shape}, this head expects (N, {self.weight.shape[1]})")
         return cls @ self.weight.T + self.bias

@@ -69,13 +69,14 @@ class Numbers(dict):
         Parameters
         ----------
         key : str
-            What is no letter or digit in it becomes an underscore: ``mds++ far/textures`` is ``mds_far_textures``.
+            What is no letter or digit in it becomes an underscore: ``a, far/b`` is ``a_far_b``.
         value, lo, hi, p : float
             The estimate, its interval, its corrected p. NaN counts as unknown; an unknown value is not recorded.
         unit : str
             ``"%"`` and ``"points"`` are given as shares and recorded times 100; any other unit is taken as it is.
         digits : int, optional
-            Decimals; by default three significant digits of the largest of value and interval, none for an integer.
+            Decimals; by default such that the largest of value and interval has three significant digits; a share has
+            one decimal at least, an integer none.
         """
         key = slug(key)
         if key in self:
@@ -89,7 +90,7 @@ class Numbers(dict):
         if digits is None:
             largest = max(abs(v) for v in parts if v is not None)
             digits = 0 if (whole and factor == 1) or not largest else 2 - math.floor(math.log10(largest))
-            digits = min(max(digits, 0), 6)
+            digits = min(max(digits, int(factor == 100)), 6)
         value, lo, hi = (None if v is None else round(v, digits) + 0.0 for v in parts)  # + 0.0: no minus zero
         self[key] = Number(value, lo, hi, None if p is None else float(f"{p:.2g}"), unit)
 
@@ -119,8 +120,8 @@ class Numbers(dict):
 
 
 def slug(text: str) -> str:
-    """A text as the name of a number: ``EPD, far/textures`` -> ``epd_far_textures``."""
-    return re.sub(r"[^a-z0-9]+", "_", str(text).lower()).strip("_")
+    """A text as the name of a number: ``MDS++, far/textures`` -> ``mds_plus_plus_far_textures``."""
+    return re.sub(r"[^a-z0-9]+", "_", str(text).lower().replace("+", "_plus_")).strip("_")
 
 
 # --- expressions
@@ -258,9 +259,13 @@ def beside(notebook: str) -> dict[str, Any]:
 
 def of_notebook(notebook: str) -> list[Finding]:
     """The findings of a notebook's source."""
+    return load("\n\n".join(markdown(notebook)), beside(notebook).get("findings", {}))
+
+
+def markdown(notebook: str) -> list[str]:
+    """The Markdown cells of a notebook's source."""
     cells = read_notebook(root() / "notebooks" / f"{notebook}.ipynb")["cells"]
-    text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    return load(text, beside(notebook).get("findings", {}))
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
 
 
 def judge(findings: Iterable[Finding], numbers: Mapping[str, Number]) -> list[dict[str, Any]]:
@@ -342,7 +347,7 @@ def index_page() -> str:
             if row["key"] == one.key
         ]
         if rows:
-            title = read_notebook(root() / "notebooks" / f"{notebook}.ipynb")["cells"][0]["source"][0].strip("# \n")
+            title = markdown(notebook)[0].partition("\n")[0].strip("# ")
             chapters.append({"title": title, "rows": rows})
     return render("findings_index.md", chapters=chapters)
 
@@ -371,12 +376,17 @@ class Chapter:
 
         table(data, name, **{"run": self.run, **self.captions[name], **options})
 
-    def findings(self, numbers: Numbers) -> None:
-        """Record the page's numbers and show its findings with their marks."""
+    def findings(self, numbers: Numbers, part: int | None = None) -> None:
+        """Record the page's numbers and show its findings with their marks.
+
+        ``part``: only those of one Markdown cell of typed sentences, counted from 1.
+        """
         from IPython.display import HTML, display
 
         from .display import _csv_link
 
-        rows = judge(of_notebook(self.notebook), numbers)
+        typed = [told for text in markdown(self.notebook) if (told := sentences(text))]
+        shown = set().union(*typed) if part is None else typed[part - 1]
+        rows = [row for row in judge(of_notebook(self.notebook), numbers) if row["key"] in shown]
         experiment = self.run if isinstance(self.run, str) else self.run.profile.name
-        display(HTML(box(rows, experiment, _csv_link(numbers.frame(), CSV))))
+        display(HTML(box(rows, experiment, _csv_link(numbers.frame(), CSV), f"findings-{part or 'all'}")))

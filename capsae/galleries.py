@@ -6,7 +6,15 @@ import numpy as np
 import pandas as pd
 
 from .caps import energy_profile_divergence
+from .figures import image_grid
 from .tidy import class_names
+
+
+def shown(page, name: str, made, *args, **options) -> None:
+    """Show ``made(*args)``, a grid of images, on a page (findings.Chapter) whose images may be given away."""
+    if page.run.profile.show_images:
+        data, images = made(*args, **options)
+        page.show(image_grid, data, name, images=images)
 
 
 def top_images(run, classes: int = 4, images: int = 8) -> tuple[pd.DataFrame, list]:

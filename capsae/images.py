@@ -12,23 +12,37 @@ palette                converted to its colours
 alpha, transparency    composited on white (dropping alpha would show colours that nobody was meant to see)
 16-bit grey            value // 256; 16-bit RGB is reduced by Pillow in the same way
 animated               the first frame
-floating point         bad: its scale is unknown
+EXIF orientation       applied, as any viewer does (``exif=False``: not, as torchvision's and timm's readers)
+floating point,        bad: its scale is unknown
+32-bit integers
 empty, truncated,      bad
 not an image
 over ``MAX_PIXELS``    bad, refused before it is decoded
 =====================  =======================================================================================
-
-EXIF orientation is *not* applied: neither torchvision's ``ImageFolder`` nor timm's reader does, and features are only
-comparable with theirs if the pixels are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
+
+with contextlib.suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+with contextlib.suppress(ImportError):
+    import pillow_jxl  # noqa: F401 (registers itself)
+
+_UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them, but hands them to other programs
+IMAGE_SUFFIXES = frozenset(
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in _UNREADABLE
+)
+# Known by their first bytes, so that no text is taken for one.
+_BY_CONTENT = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "PNG", "QOI", "TIFF", "WEBP")
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels (268 MB as RGB); it is Pillow's own line against decompression bombs."""
@@ -47,7 +61,7 @@ PIXEL_STATISTICS = (
 could tell two data sets apart without a look at what they show."""
 
 _STRIP = 2**15  # pixels measured at a time: they stay in a core's cache, and memory does not grow with the image
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BadImage(ValueError):
@@ -69,7 +83,7 @@ class BadImage(ValueError):
         return type(self), (self.id, self.why)
 
 
-def decode_image(data: bytes | str | os.PathLike | Image.Image, id: str = "image") -> Image.Image:
+def decode_image(data: bytes | str | os.PathLike | Image.Image, id: str = "image", exif: bool = True) -> Image.Image:
     """Decode one image to 8-bit RGB by the rules of this module.
 
     Parameters
@@ -78,6 +92,8 @@ def decode_image(data: bytes | str | os.PathLike | Image.Image, id: str = "image
         Encoded bytes, a file to read them from, or an image that is opened already.
     id : str
         The name that an error carries.
+    exif : bool
+        Turn the image as its EXIF orientation says.
 
     Returns
     -------
@@ -96,7 +112,7 @@ def decode_image(data: bytes | str | os.PathLike | Image.Image, id: str = "image
         raise BadImage(id, f"huge: {width} x {height} pixels, the limit is {MAX_PIXELS} pixels in all")
     try:
         data.load()
-        return _to_rgb(data, id)
+        return _to_rgb(_upright(data) if exif else data, data.format, id)
     except BadImage:
         raise
     except (
@@ -118,15 +134,28 @@ def read_encoded(data: bytes | str | os.PathLike, id: str = "image") -> bytes:
     return bytes(data)
 
 
-def measure_image(data: bytes | str | os.PathLike | Image.Image, id: str = "image") -> tuple[Image.Image, np.ndarray]:
+def is_image(path: str | os.PathLike) -> bool:
+    """Whether a file's first bytes are those of an image, whatever its name."""
+    try:
+        with Image.open(path, formats=[kind for kind in _BY_CONTENT if kind in Image.OPEN]):
+            return True
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return True  # it is told when it is decoded
+    except Exception:  # of Pillow's plugins, as in decode_image
+        return False
+
+
+def measure_image(
+    data: bytes | str | os.PathLike | Image.Image, id: str = "image", exif: bool = True
+) -> tuple[Image.Image, np.ndarray]:
     """Decode one image as :func:`decode_image` does, and measure it; returns it and its :func:`pixel_statistics`."""
     if isinstance(data, Image.Image):
-        image = decode_image(data, id)
+        image = decode_image(data, id, exif)
         file = io.BytesIO()
         image.save(file, "PNG")
         return image, pixel_statistics(image, file.tell())
     data = read_encoded(data, id)
-    image = decode_image(data, id)
+    image = decode_image(data, id, exif)
     return image, pixel_statistics(image, len(data))
 
 
@@ -181,14 +210,23 @@ def _open(data: bytes, id: str) -> Image.Image:
         ) from None
 
 
-def _to_rgb(image: Image.Image, id: str) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except Exception:  # damaged EXIF data turns nothing, and spoils no pixel
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _to_rgb(image: Image.Image, kind: str | None, id: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in _SIXTEEN_BIT:
+    if image.mode in _SIXTEEN_BIT or (image.mode == "I" and kind in ("PNG", "PPM")):  # whose values end at 65535
         values = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise BadImage(id, "floating-point pixels, whose scale is unknown: store them as 8 or 16 bit")
+    if image.mode in ("F", "I"):
+        numbers = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise BadImage(id, f"{numbers} pixels, whose scale is unknown: store them as 8 or 16 bit")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

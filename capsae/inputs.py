@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .code import digest as code_digest
+from .copies import check_copies
 from .featureset import FeatureSet, LinearHead
 from .profile_errors import ProfileError
 from .profiles import Holdout, Profile
@@ -15,14 +18,9 @@ from .sealed import check_reach
 from .splits import check_classes, holdout_mask
 from .store import Store, artefact_digest, file_record
 
+log = logging.getLogger(__name__)
+
 DIGITS_VIT = "capsae/digits_vit"
-# What makes each kind of artefact: a change of this code (comments aside) makes it anew. features.py itself counts by
-# its number EXTRACTOR alone, so that a change of its progress bar does not cost a day of extraction.
-MODULES = {
-    "backbone": ("capsae.tinyvit", "capsae.builtin", "capsae.splits"),
-    "features": ("capsae.backbone", "capsae.images", "capsae.convert"),
-    "split": ("capsae.splits",),
-}
 
 
 class Inputs:
@@ -58,19 +56,25 @@ class Inputs:
         """Return features as extracted, after the split into train and val; logits are the backbone's or None."""
         check_reach(set_name)
         if set_name not in self._parts:
+            before = set(self._parts)
             if self.holdout and set_name in ("train", "val"):
                 whole = self._whole("train")
                 held_out = holdout_mask(whole.labels, self.holdout.fraction, self.holdout.seed)
                 self._parts |= {"train": whole.take(~held_out), "val": whole.take(held_out)}
             else:
                 self._parts[set_name] = self._whole(set_name)
+            for new in [name for name in self._parts if name not in before]:
+                for line in check_copies(new, self._parts, f"profile {self.profile.name!r}"):
+                    log.warning("profile %r, %s", self.profile.name, line)
         return self._parts[set_name]
 
-    def digest(self, set_name: str) -> str:
-        """Return what :meth:`features` follows from, as a digest; nothing is extracted."""
+    def digest(self, set_name: str, whole: bool = False) -> str:
+        """Return what :meth:`features` follows from (``whole``: before the split), as a digest; nothing is read."""
+        if whole:
+            return self._whole_digest("train" if self.holdout and set_name == "val" else set_name)
         if self.holdout and set_name in ("train", "val"):
             split, whole = self.holdout.model_dump(), self._whole_digest("train")
-            return artefact_digest(f"split-{set_name}", split, {"whole": whole}, MODULES["split"])
+            return artefact_digest(f"split-{set_name}", split, {"whole": whole}, code_digest(Inputs.features))
         return self._whole_digest(set_name)
 
     @property
@@ -90,9 +94,7 @@ class Inputs:
         own = "train" if set_name == "val" and self.holdout else set_name
         if own not in self._sources:
             self.profile.check_files([own])
-            source = open_source(self.profile.source_spec(own))
-            self._check_classes(own, source.labels)
-            self._sources[own] = source
+            self._sources[own] = self._with_classes(own, open_source(self.profile.source_spec(own)))
         return self._sources[own]
 
     def backbone_settings(self, checkpoint: str | Path | None = None) -> dict[str, Any]:
@@ -122,38 +124,64 @@ class Inputs:
         return LinearHead(weight, np.zeros(len(weight), np.float32) if bias is None else bias.detach().numpy())
 
     def _whole(self, set_name: str) -> FeatureSet:
-        if self.profile.pack:
+        if self._packed(set_name):
             from .packs import load_pack
 
             features = load_pack(self.profile.pack, set_name)
         else:
             features = self._extracted(set_name)
-        self._check_classes(set_name, features.labels)  # again: bad images may have taken a class's last sample
-        return features
+        return self._with_classes(set_name, features)  # again: bad images may have taken a class's last sample
 
-    def _check_classes(self, set_name: str, labels: np.ndarray) -> None:
-        what = f"profile {self.profile.name!r}, {set_name}"
-        if len(labels) == 0:
+    def _packed(self, set_name: str) -> bool:
+        """Whether the profile's pack stands in for this set's images; a set that it lacks is extracted from them."""
+        from .packs import pack_info
+
+        return bool(self.profile.pack) and set_name in pack_info(self.profile.pack)["sets"]
+
+    def _with_classes(self, set_name: str, labelled):
+        """A source or feature set whose labels count along the classes of train; ValueError if they cannot."""
+        from .data import by_name
+
+        what, train = f"profile {self.profile.name!r}, {set_name}", set_name == "train"
+        if len(labelled) == 0:
             raise ValueError(f"{what}: the set holds no images")
-        if set_name in ("train", "test") or set_name in self.profile.shifted:
-            check_classes(labels, self.profile.n_classes, what, every=set_name == "train")
+        if set_name in self.profile.ood:
+            return labelled
+        of_pack = self._packed(set_name) and isinstance(labelled, FeatureSet)
+        # One image of a pack's set is shown without a look at those of train.
+        if not train and (of_pack or not self.profile.pack or "train" in self._sources):
+            names = (self.features if of_pack else self.source)("train").class_names
+            labelled = by_name(labelled, names, what)
+        known = labelled.labels >= 0
+        if train and known.any() and not known.all():
+            first = labelled.ids[~known][0]
+            log.warning("%s: %d images have no class and are left out, the first is %s", what, (~known).sum(), first)
+            labelled, known = labelled.take(known), known[known]
+        labels = labelled.labels if train else labelled.labels[known]
+        check_classes(labels, self.profile.n_classes, what, train, labelled.class_names)
+        return labelled
 
     def _extracted(self, set_name: str) -> FeatureSet:
-        self.source("train")  # labels that do not fit stop the run before the first extraction
+        from .backbone import load_weights
+
+        if not self._packed("train"):
+            self.source("train")  # labels that do not fit stop the run before the first extraction
         config, inputs = self._recipe(set_name)
 
         def make():
             from .features import extract
 
-            shards = self.store.scratch("features", artefact_digest("features", config, inputs, MODULES["features"]))
-            source, settings = self.source(set_name), self.backbone_settings() | self._own_crop(set_name)
-            return extract(source, settings, shards, device=self.device, name=set_name, progress=self.progress)
+            shards = self.store.scratch("features", artefact_digest("features", config, inputs, reading_code()))
+            source, backbone = self.source(set_name), self.backbone_settings() | self._own_crop(set_name)
+            if backbone.get("checkpoint") or backbone.get("pretrained"):
+                backbone = load_weights(backbone)
+            return extract(source, backbone, shards, device=self.device, name=set_name, progress=self.progress)
 
         return self.store.get_or_make(
             "features",
             config,
             inputs,
-            MODULES["features"],
+            reading_code(),
             make,
             save=lambda features, folder: features.save(folder / "features.safetensors"),
             load=lambda folder: FeatureSet.load(folder / "features.safetensors"),
@@ -161,11 +189,11 @@ class Inputs:
         )
 
     def _whole_digest(self, set_name: str) -> str:
-        if self.profile.pack:
+        if self._packed(set_name):
             from .packs import pack_info
 
             return pack_info(self.profile.pack)["sets"][set_name]["sha256"]
-        return artefact_digest("features", *self._recipe(set_name), MODULES["features"])
+        return artefact_digest("features", *self._recipe(set_name), reading_code())
 
     def _recipe(self, set_name: str) -> tuple[dict, dict[str, str]]:
         from .features import EXTRACTOR
@@ -175,7 +203,11 @@ class Inputs:
         if backbone.checkpoint:
             inputs["weights"] = file_record(self.profile.resolve(backbone.checkpoint))["sha256"]
         elif backbone.model == DIGITS_VIT:
-            inputs["weights"] = artefact_digest("backbone", *self._recipe_digits_vit(), MODULES["backbone"])
+            from .tinyvit import WEIGHTS, is_embedded
+
+            embedded = is_embedded(self.profile.seed, self._trained_on())
+            trained = artefact_digest("backbone", *self._recipe_digits_vit())
+            inputs["weights"] = file_record(WEIGHTS)["sha256"] if embedded else trained
         settings = backbone.model_dump(mode="json", exclude={"checkpoint"}) | self._own_crop(set_name)
         return {"backbone": settings, "set": set_name, "extractor": EXTRACTOR}, inputs
 
@@ -184,26 +216,38 @@ class Inputs:
         crop = self.profile.source(own).crop
         return {} if crop is None else {"crop": crop}
 
+    def train_backbone(self):
+        """Train the small ViT from pixels, on the profile's own training images; returns a DigitsViT and these."""
+        from .tinyvit import train_digits_vit
+
+        if self.profile.backbone.model != DIGITS_VIT:
+            why = f"backbone.model = {self.profile.backbone.model!r}: only {DIGITS_VIT!r} is trained here"
+            raise ProfileError(f"profile {self.profile.name!r} cannot be used", [why])
+        source = self._trained_on()
+        return train_digits_vit(source, self.profile.seed, self.device, progress=self.progress), source
+
     def _digits_vit(self) -> Path:
-        """Return the weights of the small ViT that is trained on a profile's own training images."""
+        """Return the weights of the small ViT: the embedded ones, or trained for another seed or other images."""
+        from .tinyvit import WEIGHTS, is_embedded
+
+        if is_embedded(self.profile.seed, self._trained_on()):
+            return WEIGHTS
 
         def make():
-            from .tinyvit import train_digits_vit
-
-            seed, device = self.profile.seed, self.device
-            return train_digits_vit(self._trained_on(), seed=seed, device=device, progress=self.progress)
+            return self.train_backbone()[0]
 
         def save(trained, folder):
             trained.save(folder / "weights.safetensors")
             trained.history.to_csv(folder / "history.csv", index=False)
 
         recipe = self._recipe_digits_vit()
-        self.store.get_or_make("backbone", *recipe, MODULES["backbone"], make, save, lambda folder: folder, self.who)
-        digest = artefact_digest("backbone", *recipe, MODULES["backbone"])
-        return self.store.path("backbone", digest) / "weights.safetensors"
+        self.store.get_or_make("backbone", *recipe, make, save, lambda folder: folder, self.who)
+        return self.store.path("backbone", artefact_digest("backbone", *recipe)) / "weights.safetensors"
 
-    def _recipe_digits_vit(self) -> tuple[dict, dict[str, str]]:
-        return {"model": DIGITS_VIT, "seed": self.profile.seed}, {"train": self._trained_on().digest()}
+    def _recipe_digits_vit(self) -> tuple[dict, dict[str, str], str]:
+        config = {"model": DIGITS_VIT, "seed": self.profile.seed}
+        made_by = code_digest(Inputs._digits_vit, Inputs._trained_on)
+        return config, {"train": self._trained_on().digest()}, made_by
 
     def _trained_on(self):
         """Training images without the held-out ones: the backbone must not have seen what chooses a threshold."""
@@ -211,6 +255,13 @@ class Inputs:
         if not self.holdout:
             return source
         return source.take(~holdout_mask(source.labels, self.holdout.fraction, self.holdout.seed))
+
+
+def reading_code() -> str:
+    """Digest of the code that features hang on, what reads images and the backbone; the extractor has a number."""
+    from . import backbone, images
+
+    return code_digest(backbone, images)
 
 
 def check_pack(profile: Profile) -> None:
@@ -225,8 +276,13 @@ def check_pack(profile: Profile) -> None:
         if None not in (stored, wanted) and not same:
             lines.append(f"backbone.{key} = {wanted!r}: pack {profile.pack!r} holds features made with {stored!r}")
     missing = sorted(set(profile.sets) - set(info["sets"]) - ({"val"} if isinstance(profile.val, Holdout) else set()))
-    if missing:
-        lines.append(f"pack = {profile.pack!r}: it has no {', '.join(missing)}; it has {', '.join(info['sets'])}")
+    for name in missing:
+        try:
+            gone = profile.missing_files([name])
+        except ProfileError as error:
+            gone = error.lines
+        if gone or "/" not in name:
+            lines += [f"pack = {profile.pack!r}: it has no {name}; it has {', '.join(info['sets'])}", *gone]
     if lines:
         raise ProfileError(f"profile {profile.name!r} cannot be used", lines)
 

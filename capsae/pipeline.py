@@ -6,7 +6,8 @@ This is the edge where files, devices and settings are decided; the modules it c
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,29 +18,20 @@ import pandas as pd
 
 from . import detectors as _detectors
 from .caps import ClassActivationProfiles
+from .code import digest as code_digest
 from .detectors import Observations
-from .evaluate import evaluate, scores_table
+from .evaluate import all_scores, correct
 from .featureset import FeatureSet, LinearHead
 from .inputs import Inputs
 from .profile_errors import ProfileError
 from .profiles import Holdout, Profile, load_profile
+from .score_tables import compare_scores, evaluate_scores, group_of, seed_values
 from .sealed import check_reach
 from .splits import check_classes, stratified_mask
 from .store import Store, artefact_digest, versions
 
 log = logging.getLogger(__name__)
 
-# What makes each kind of artefact: a change of this code (comments aside) makes it anew.
-MODULES = {
-    "head": ("capsae.probe", "capsae.featureset:LinearHead", "capsae.splits"),
-    "sae": ("capsae.sae", "capsae.splits"),
-    "caps": ("capsae.caps", "capsae.splits"),
-    "table": (
-        *("capsae.caps", "capsae.detectors", "capsae.metrics", "capsae.stats", "capsae.evaluate", "capsae.sae"),
-        "capsae.bootstrap_kernels",
-        *("capsae.pipeline", "capsae.inputs"),
-    ),
-}
 _CHUNK = 65_536  # rows encoded at a time where only a running sum is kept
 
 
@@ -141,22 +133,16 @@ class Run:
 
     @cached_property
     def _trained(self):
-        from . import distributed
-        from .sae import TopKSAE, train_sae
-
-        ranks = distributed.world_size()
+        from .sae import train_sae
 
         def make():
-            # A killed run goes on from there; with another kind of device or other ranks, it would not be the same one.
-            name = f"{_torch_device(self.device).type}-{ranks}.safetensors"
-            checkpoint = self.store.scratch("sae", self.digest("sae")) / name
-            train, val = (self.features(name).cls for name in ("train", "val"))
-            if ranks > 1:
-                train, val = (rows[distributed.share_of(len(rows))] for rows in (train, val))
-            options = {"keep": "best", "progress": self.progress, "checkpoint": checkpoint, "sharded": ranks > 1}
-            if self._chooses_by_head:
-                options["head"] = self._head_of_normalized()
+            train, val, options = self._training("sae")
             return train_sae(train, self.profile.sae, self.device, held_out=val, **options)
+
+        return self._stored_sae(make)
+
+    def _stored_sae(self, make):
+        from .sae import TopKSAE
 
         def save(trained, folder):
             sae, history = trained
@@ -167,6 +153,74 @@ class Run:
             return TopKSAE.load(folder, device=_torch_device(self.device)), _load_frame(folder)
 
         return self._stored("sae", make, save, load)
+
+    def _training(self, stage: str):
+        """Training rows, held-out rows and further options of ``train_sae`` and ``train_saes``."""
+        from . import distributed
+
+        ranks = distributed.world_size()
+        # A killed run goes on from there; with another kind of device or other ranks, it would not be the same one.
+        name = f"{_torch_device(self.device).type}-{ranks}.safetensors"
+        checkpoint = self.store.scratch(stage, self.digest("sae")) / name
+        train, val = (self.features(name).cls for name in ("train", "val"))
+        if ranks > 1:
+            train, val = (rows[distributed.share_of(len(rows))] for rows in (train, val))
+        options = {"keep": "best", "progress": self.progress, "checkpoint": checkpoint, "sharded": ranks > 1}
+        if self._chooses_by_head:
+            options["head"] = self._head_of_normalized()
+        return train, val, options
+
+    @cached_property
+    def untrained(self):
+        """The same SAE before its first training step: random unit rows; normalisation and pre-bias are set."""
+        import torch
+
+        from .sae.train import start
+
+        train = torch.as_tensor(self.features("train").cls, dtype=torch.float32)
+        return start(train, self.profile.sae, torch.device("cpu"))[0]
+
+    def with_seed(self, seed: int) -> Run:
+        """This run with another seed of the SAE alone; head and features are shared."""
+        if seed == self.profile.sae.seed:
+            return self
+        other = Run(self.profile, {"sae.seed": seed, "sae_seeds": 1}, self.store, self.device, self.progress)
+        other.inputs, other._features = self.inputs, self._features
+        other.__dict__["head"] = self.head
+        return other
+
+    def seeds(self) -> Iterator[Run]:
+        """This run for each of the experiment's ``sae_seeds`` seeds, one after the other, its own first.
+
+        SAEs that are not in the store are trained together, on one copy of the features.
+        """
+        first = self.profile.sae.seed
+        runs = [self.with_seed(first + number) for number in range(self.profile.sae_seeds)]
+        self._train_together(runs)
+        while runs:
+            yield runs.pop(0)  # and let go of it: codes of all seeds at once would fill the memory
+
+    def _train_together(self, runs: list[Run]) -> None:
+        from filelock import FileLock
+
+        from . import distributed
+        from .sae import train_saes
+
+        def missing():
+            return [run for run in runs if self.store.provenance("sae", run.digest("sae")) is None]
+
+        if distributed.world_size() > 1 or len(missing()) < 2:
+            return  # each is trained when it is asked for
+        scratch = self.store.scratch("seeds", self.digest("sae"))
+        with FileLock(scratch.with_suffix(".lock")):  # another page of the same experiment may want them too
+            wanted = missing()
+            if wanted:
+                train, val, options = self._training("seeds")
+                configs = [run.profile.sae for run in wanted]
+                trained = train_saes(train, configs, self.device, held_out=val, **options)
+                for run, one in zip(wanted, trained, strict=True):
+                    run.__dict__["_trained"] = run._stored_sae(lambda one=one: one)
+            shutil.rmtree(scratch, ignore_errors=True)
 
     @property
     def _chooses_by_head(self) -> bool:
@@ -224,9 +278,11 @@ class Run:
         if set_name not in self._observations:
             features = self.features(set_name)
             known = "/" not in set_name or set_name in self.profile.shifted
-            labels = features.labels if known and (features.labels >= 0).all() else None
+            labels = features.labels if known and (features.labels >= 0).any() else None
             predicted = None
             if self.profile.predicted == "true" and set_name in ("val", "test"):
+                if labels is None or (labels < 0).any():
+                    raise ValueError(f'{set_name} has rows without a label: predicted = "true" needs them all')
                 predicted, labels = labels, None
             given = {"labels": labels, "predicted": predicted, "head": self.head, "sae": self.sae}
             given |= {"logits": features.logits, "pixels": features.pixels}
@@ -253,28 +309,59 @@ class Run:
         return {key: value for key, value in caps.items() if key in known} | self.profile.detectors.get(name, {})
 
     def table(self, names: Iterable[str] | None = None) -> pd.DataFrame:
-        """Return :func:`capsae.evaluate`'s table: method, set, group, metric, value, lo, hi."""
+        """Return :func:`capsae.evaluate`'s table: method, set, group, metric, value, lo, hi, seeds."""
         check_reach("table")
         names = self._names(names)
 
         def make():
-            ood = {name: self.observations(name) for name in self.profile.ood_sets}
-            shifted = {name: self.observations(name) for name in self.profile.shifted}
-            detectors, settings = self.detectors(names), {"n_boot": self.profile.n_boot, "seed": self.profile.seed}
-            return evaluate(detectors, self.observations("test"), ood, **settings, shifted=shifted)
+            settings = {"n_boot": self.profile.n_boot, "seed": self.profile.seed}
+            known = {name: correct(self.observations(name)) for name in ("test", *self.profile.shifted)}
+            return evaluate_scores(self.scores_of_seeds(names), known, self.profile.ood_sets, **settings)
 
         return self._stored("table", make, _save_frame, _load_frame, names)
 
-    def scores(self, names: Iterable[str] | None = None) -> pd.DataFrame:
-        """Return every sample's scores, tidy: method, set, group, row, score; sets "val", "test" and the OOD sets."""
+    def compare(
+        self, pairs: Iterable[tuple[str, str]], names: Iterable[str] | None = None, n_boot: int = 2000
+    ) -> pd.DataFrame:
+        """Return :func:`capsae.evaluate.compare`'s table for (method, other) pairs, of detectors scored together."""
+        right, seed = correct(self.observations("test")), self.profile.seed
+        scores, pairs = self.scores_of_seeds(names), list(pairs)
+        return compare_scores(scores, self.profile.ood_sets, pairs, right, n_boot=n_boot, seed=seed)
+
+    def seed_values(self, names: Iterable[str] | None = None) -> pd.DataFrame:
+        """Return every seed's mean over all OOD sets: method, metric, seed (0, 1, ...), value."""
+        return seed_values(self.scores_of_seeds(names), self.profile.ood_sets)
+
+    def scores_of_seeds(self, names: Iterable[str] | None = None) -> dict[str, dict[str, np.ndarray]]:
+        """Return method -> set -> scores (S, N): a row a seed for what depends on the SAE, else one.
+
+        Sets: "val", "test", those of covariate shift, the OOD sets.
+        """
         check_reach("scores")
         names = self._names(names)
 
         def make():
-            sets = {name: self.observations(name) for name in ("val", "test", *self.profile.ood_sets)}
-            return scores_table(self.detectors(names), sets)
+            return all_scores(*next(bundles := self._bundles(names)), bundles)
 
-        return self._stored("scores", make, _save_frame, _load_frame, names)
+        found = self._stored("scores", make, _save_scores, _load_scores, names)
+        return {name: found[name] for name in names}  # a file has no order
+
+    def _bundles(self, names: list[str]):
+        """The detectors and sets of each seed; of all seeds but the first only what depends on the SAE."""
+        sets = ("val", "test", *self.profile.shifted, *self.profile.ood_sets)
+        for run in self.seeds():
+            needed = [name for name in names if run is self or "codes" in _detectors.info(name)["needs"]]
+            yield run.detectors(needed), {name: run.observations(name) for name in sets}
+
+    def scores(self, names: Iterable[str] | None = None) -> pd.DataFrame:
+        """Return every sample's scores by the run's own seed, tidy: method, set, group, row, score."""
+        frames = []
+        for name, sets in self.scores_of_seeds(names).items():
+            for where, of in sets.items():
+                group = group_of(where) if where in self.profile.ood_sets else "id"
+                cells = {"method": name, "set": where, "group": group, "row": np.arange(of.shape[1]), "score": of[0]}
+                frames.append(pd.DataFrame(cells))
+        return pd.concat(frames, ignore_index=True)
 
     def threshold(self, name: str, keep: float = 0.95) -> float:
         """Return the score above which a sample is flagged: the lowest that keeps ``keep`` of the ID val rows.
@@ -297,9 +384,9 @@ class Run:
         Stages: "features" (all sets together), "head", "sae", "caps", "scores", "table" (of detectors ``names``).
         """
         if stage == "features":
-            return artefact_digest("sets", None, {name: self.inputs.digest(name) for name in self.profile.sets}, ())
+            return artefact_digest("sets", None, {name: self.inputs.digest(name) for name in self.profile.sets})
         config, inputs = self._recipe(stage, names)
-        return artefact_digest(stage, config, inputs, self._modules(stage))
+        return artefact_digest(stage, config, inputs, self._code(stage))
 
     def provenance(self) -> dict[str, Any]:
         """Return what stands behind this run's numbers: profile, seeds, versions, device, digests, wall times."""
@@ -319,11 +406,21 @@ class Run:
 
     def _stored(self, stage: str, make, save, load, names: list[str] | None = None):
         config, inputs = self._recipe(stage, names)
-        return self.store.get_or_make(stage, config, inputs, self._modules(stage), make, save, load, self._who())
+        return self.store.get_or_make(stage, config, inputs, self._code(stage), make, save, load, self._who())
 
-    def _modules(self, stage: str) -> tuple[str, ...]:
-        modules = MODULES["table" if stage == "scores" else stage]
-        return (*modules, "capsae.probe") if stage == "sae" and self._chooses_by_head else modules
+    def _code(self, stage: str) -> str:
+        """Digest of a stage's code: its methods with all that they name; what they take from others is its input."""
+        from .sae import dictionaries, variants
+
+        if stage == "head":
+            return code_digest(Run.features, Run.head, *[Inputs.backbone_head] * (self.profile.head == "backbone"))
+        if stage == "sae":  # of the variants, the one that is trained
+            made_by = Run.features, Run._trained, variants.model(self.profile.sae)
+            made_by += (Run._head_of_normalized,) * self._chooses_by_head
+            return code_digest(*made_by, without=((variants, "REGISTRY"), (dictionaries, "METHODS")))
+        if stage == "caps":
+            return code_digest(Run.features, Run.caps)
+        return code_digest(Run.features, Run.observations, Run.detectors, Run.table if stage == "table" else Run.scores)
 
     def _recipe(self, stage: str, names: Iterable[str] | None = None) -> tuple[dict, dict[str, str]]:
         """Return a stage's own settings and the digests of what it is made from."""
@@ -343,7 +440,7 @@ class Run:
             return {"correct_only": profile.caps.correct_only, "n_classes": profile.n_classes, **amount}, inputs
         if stage in ("table", "scores"):
             options = {name: self.detector_options(name) for name in self._names(names)}
-            config = {"detectors": options, "predicted": profile.predicted}
+            config = {"detectors": options, "predicted": profile.predicted, "sae_seeds": profile.sae_seeds}
             sets = {name: self.inputs.digest(name) for name in profile.sets}
             inputs = {**sets, "head": self.digest("head"), "sae": self.digest("sae")}
             return config | amount | ({"n_boot": profile.n_boot} if stage == "table" else {}), inputs
@@ -368,7 +465,10 @@ class Run:
         return names
 
     def _who(self) -> dict[str, Any]:
-        seeds = {"profile": self.profile.seed, "sae": self.profile.sae.seed}
+        first = self.profile.sae.seed
+        seeds = {"profile": self.profile.seed, "sae": first}
+        if self.profile.sae_seeds > 1:
+            seeds["sae"] = f"{first} to {first + self.profile.sae_seeds - 1}"
         if isinstance(self.profile.val, Holdout):
             seeds["val"] = self.profile.val.seed
         return {"profile": self.profile.name, "seeds": seeds, "device": str(_torch_device(self.device))}
@@ -424,3 +524,22 @@ def _save_frame(frame: pd.DataFrame, folder: Path) -> None:
 
 def _load_frame(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder / "frame.parquet")
+
+
+def _save_scores(scores: Mapping[str, Mapping[str, np.ndarray]], folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(
+        {f"{name} {where}": of for name, sets in scores.items() for where, of in sets.items()},
+        folder / "scores.safetensors",
+    )
+
+
+def _load_scores(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    from safetensors.numpy import load_file
+
+    found: dict = {}
+    for key, of in load_file(folder / "scores.safetensors").items():
+        name, _, where = key.partition(" ")
+        found.setdefault(name, {})[where] = of
+    return found

@@ -13,6 +13,9 @@ from typing import Any
 BOOK_PROFILES = ("imagenet20", "mini80", "digits")
 SWEPT = "imagenet20"
 TUNED = ("imagenet20", "mini80")  # digits has too few rows a class to play OOD with
+ABLATIONS = ("05_ablation", "06_sweep")
+MAIN = ("01_features", "02_train_sae", "03_discover_caps", "04_score_ood", *ABLATIONS)
+"""The paper's story: what ``capsae reproduce --main`` executes."""
 # Notebooks on other dictionaries and on what latents hold, with the profiles that each is executed for.
 ANALYSES: dict[str, tuple[str, ...]] = {
     "08_zoo": ("imagenet20",),
@@ -22,6 +25,15 @@ ANALYSES: dict[str, tuple[str, ...]] = {
     "12_causal": ("imagenet20",),
     "13_meaning": ("imagenet20", "digits"),
     "14_layers": ("imagenet20", "digits"),
+}
+# Tables that take hours or images to make, made by commands of their own and committed; and the description of a pack.
+READS = {
+    "08_zoo": (
+        *(f"book/zoo/{name}{end}" for name in TUNED for end in (".csv", ".grid.csv", ".json")),
+        "book/zoo/backbones.csv",
+    ),
+    "11_shift": ("capsae/packs/{profile}_shift/pack.json",),
+    "14_layers": ("book/layers/{profile}.csv", "book/layers/{profile}_against_final.csv", "book/layers/{profile}.json"),
 }
 
 # Parameters of notebook 05, by the key of the profile that each overrides.
@@ -58,7 +70,6 @@ SWEEPS = {
     "predicted": Sweep("Predicted or true class", "predicted", "predicted-{}", ("predicted", "true")),
     "correct": Sweep("Profiles of correct samples only", "correct_only", "correct-{}", (False, True)),
     "train": Sweep("Share of the training data", "train_fraction", "train-{:.2f}", (0.1, 0.25, 0.5, 1.0)),
-    "seed": Sweep("Seed of the SAE", "seed", "seed-{:02d}", (0, 1, 2, 3, 4)),
 }
 
 
@@ -72,12 +83,13 @@ class Page:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     title: str | None = None  # None: the notebook's own, with the profile
     after: tuple[str, ...] = ()  # pages whose results it reads
+    reads: tuple[str, ...] = ()  # committed files that it reads, of the repository; data of the package are found
 
 
 @cache
 def root() -> Path:
     """The repository: the folder, here or above, that holds notebooks and _toc.yml."""
-    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]):
+    for folder in (Path.cwd(), *Path.cwd().parents, *Path(__file__).resolve().parents):
         if (folder / "notebooks" / "01_features.ipynb").is_file() and (folder / "_toc.yml").is_file():
             return folder
     raise FileNotFoundError("no notebooks/ and _toc.yml here or above: run this inside a clone of the repository")
@@ -128,7 +140,10 @@ def pages() -> dict[str, Page]:
         for notebook in ("01_features", "02_train_sae", "03_discover_caps", "04_score_ood")
     ]
     found += [Page(f"{profile}/07_tuning", "07_tuning", profile, {"profile": profile}) for profile in TUNED]
-    found += [Page(f"{p}/{notebook}", notebook, p, {"profile": p}) for notebook, of in ANALYSES.items() for p in of]
+    for notebook, of in ANALYSES.items():
+        for profile in of:
+            reads = tuple(name.format(profile=profile) for name in READS.get(notebook, ()))
+            found.append(Page(f"{profile}/{notebook}", notebook, profile, {"profile": profile}, reads=reads))
     runs = [page for sweep in SWEEPS for _, page in sweep_pages(sweep)]
     found += runs
     for sweep, of in SWEEPS.items():
@@ -160,6 +175,11 @@ def overrides(**parameters: Any) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"unknown parameter {unknown[0]!r}: known are {', '.join(OVERRIDES)}")
     return {OVERRIDES[name]: value for name, value in parameters.items() if value is not None}
+
+
+def few_seeds(profile: str, seed: int | None = None) -> dict[str, Any]:
+    """The override that lets an ablation do with at most five seeds of the SAE; with one if it names the seed."""
+    return {"sae_seeds": 1 if seed is not None else min(5, _profile(profile).sae_seeds)}
 
 
 def detector_of(divergence: str | None) -> str:

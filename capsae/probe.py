@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .asarray import as_labels, as_numpy
 from .featureset import LinearHead
 
 STRENGTHS = (0.003, 0.01, 0.03, 0.1)
@@ -36,7 +37,7 @@ def fit_linear_probe(
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedShuffleSplit
 
-    cls, labels = np.asarray(cls, dtype=np.float32), np.asarray(labels, dtype=np.int64)
+    cls, labels = as_numpy(cls).astype(np.float32, copy=False), as_labels(labels)
     if cls.ndim != 2 or labels.shape != (len(cls),):
         raise ValueError(f"cls has shape {cls.shape} and labels {labels.shape}, expected (N, d) and (N,)")
     counts = np.bincount(labels[labels >= 0], minlength=n_classes)

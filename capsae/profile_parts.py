@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 
 class Part(BaseModel):
@@ -14,42 +14,30 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _share_of_the_image(value: float | None) -> float | None:
-    if value is not None and not 0 < value <= 1:
-        raise ValueError("must be above 0 and at most 1; 1.0 keeps all of a square image")
-    return value
+# The shorter side is resized to size / crop, then a square is cut out: 1.0 keeps all of a square image.
+Crop = Annotated[float, Field(gt=0, le=1)]
 
 
 class Backbone(Part):
-    """The frozen feature extractor: a timm name, ``torchvision/vit_b_16``, or ``capsae/digits_vit`` (trained here)."""
+    """The frozen feature extractor: a timm name, ``torchvision/vit_b_16``, or ``capsae/digits_vit``."""
 
     model: str
     checkpoint: str | None = None  # weights file; relative paths start from data_root
     pretrained: bool = False
     pooling: Literal["cls", "avg", "token"] = "cls"
-    image_size: int | None = None  # None here and below: what the weights were trained with
-    crop: float | None = None  # share of the resized image that is kept; 1.0 keeps all of a square one
+    image_size: int | None = Field(None, ge=1)  # None here and below: what the weights were trained with
+    crop: Crop | None = None
     interpolation: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    _some_pixels = field_validator("crop")(_share_of_the_image)
-
 
 class _Source(Part):
     classes: tuple[str, ...] | None = None  # keep these classes only, in this order
-    limit: int | None = None  # at most so many images, evenly spaced over the source
+    limit: int | None = Field(None, ge=1)  # at most so many images, evenly spaced over the source
     exclude: str | None = None  # file that names images to leave out: a text file, or a .csv with a column id
-    crop: float | None = None  # in place of the backbone's, for a set whose images are cut already
-
-    @field_validator("limit")
-    @classmethod
-    def _some_rows(cls, value):
-        if value is not None and value < 1:
-            raise ValueError("keeps no image; use 1 or more, or leave the key out for all")
-        return value
-
-    _some_pixels = field_validator("crop")(_share_of_the_image)
+    crop: Crop | None = None  # in place of the backbone's, for a set whose images are cut already
+    exif: bool | None = None  # false: images as they are stored, not turned as their EXIF orientation says
 
 
 class Hub(_Source):
@@ -101,15 +89,8 @@ class Builtin(_Source):
 class Holdout(Part):
     """ID validation rows held out of train, stratified by class; "train" then excludes them."""
 
-    fraction: float = 0.1
-    seed: int = 0
-
-    @field_validator("fraction")
-    @classmethod
-    def _proper_share(cls, value):
-        if not 0 < value < 1:
-            raise ValueError("must lie between 0 and 1, both excluded; 0.1 holds out a tenth of train")
-        return value
+    fraction: float = Field(0.1, gt=0, lt=1)
+    seed: int = Field(0, ge=0)
 
 
 def _kind(value: Any) -> Any:
@@ -131,15 +112,8 @@ Validation = Annotated[
 class CapConfig(Part):
     """How class activation profiles are made and cut."""
 
-    core_fraction: float = 0.15  # the paper's p: L = p * D
+    core_fraction: float = Field(0.15, gt=0, le=1)  # the paper's p: L = p * D
     correct_only: bool = False  # only training rows that the head predicts correctly
-
-    @field_validator("core_fraction")
-    @classmethod
-    def _some_latents(cls, value):
-        if not 0 < value <= 1:
-            raise ValueError("must be above 0 and at most 1; the paper's p is 0.15")
-        return value
 
 
 def path_fields(source: _Source | Holdout) -> tuple[str, ...]:

@@ -6,24 +6,39 @@ The embedded ones lie in the folder ``profiles/`` beside this file; a user's own
 
 from __future__ import annotations
 
+import copy
 import glob
 import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from .profile_errors import ProfileError, explain_validation
-from .profile_parts import Backbone, CapConfig, Holdout, Part, Source, Validation, path_fields
+from .profile_parts import (
+    Backbone,
+    Builtin,
+    CapConfig,
+    Holdout,
+    Hub,
+    ImageFolder,
+    ImgList,
+    Parquet,
+    Part,
+    Source,
+    Validation,
+    path_fields,
+)
 from .sae.config import SAEConfig
 
 FOLDER = Path(__file__).with_name("profiles")
+_NO_HTML = r"^([^<]|<[^A-Za-z/!?])*<?$"  # pages show it
 DATA_ENV = "CAPSAE_DATA"  # where relative paths of sources start when a profile sets no data_root
-_SET_NAME = re.compile(r"(near|far|shifted)/[A-Za-z0-9_.-]+")
 
 
 class Profile(Part):
@@ -32,72 +47,36 @@ class Profile(Part):
     ``data_root`` is the folder that relative paths of sources and of the checkpoint start from.
     """
 
-    name: str
-    title: str
-    description: str = ""
+    name: str = Field(pattern=r"^[^./\\<>\x00-\x1f][^/\\<>\x00-\x1f]*$")  # it names folders
+    title: str = Field(pattern=_NO_HTML)
+    description: str = Field("", pattern=_NO_HTML)
     needs: str = ""  # what has to be there or is downloaded, in words, for `capsae profiles`
     pack: str | None = None  # embedded features that stand in for the images
     data_root: str | None = None
     backbone: Backbone
-    n_classes: int
+    n_classes: int = Field(ge=1)
     train: Source
     val: Validation = Holdout()
     test: Source
-    ood: dict[str, Source]
-    shifted: dict[str, Source] = {}  # known classes in other conditions: ID in the full spectrum of OpenOOD v1.5
+    ood: dict[Annotated[str, Field(pattern=r"^(near|far)/[A-Za-z0-9_.-]+$")], Source] = Field(min_length=1)
+    # known classes in other conditions: ID in the full spectrum of OpenOOD v1.5
+    shifted: dict[Annotated[str, Field(pattern=r"^shifted/[A-Za-z0-9_.-]+$")], Source] = {}
     head: Literal["probe", "backbone"] = "probe"
     sae: SAEConfig
     caps: CapConfig = CapConfig()
     predicted: Literal["predicted", "true"] = "predicted"  # "true": ID sets are scored under their label (an ablation)
-    train_fraction: float = 1.0  # share of every class's training rows that SAE, CAPs and detectors see; not the head
+    # share of every class's training rows that SAE, CAPs and detectors see; not the head
+    train_fraction: float = Field(1.0, gt=0, le=1)
     detectors: dict[str, dict[str, bool | int | float | str]] = {}  # options by detector name
-    n_boot: int = 1000
-    seed: int = 0  # splits, probe and intervals; the SAE has its own
+    n_boot: int = Field(1000, ge=0)
+    seed: int = Field(0, ge=0)  # splits, probe and intervals; the SAE has its own
+    sae_seeds: int = Field(1, ge=1)  # SAEs from seed sae.seed on, over which tables are means; 1: no interval of seeds
     show_images: bool = False  # may its images stand in a book that is given away?
 
     @field_validator("pack", mode="before")
     @classmethod
     def _no_pack(cls, value):
         return None if value in ("", "none") else value  # TOML knows no null
-
-    @field_validator("n_classes")
-    @classmethod
-    def _some_classes(cls, value):
-        if value < 1:
-            raise ValueError("must be at least 1")
-        return value
-
-    @field_validator("n_boot")
-    @classmethod
-    def _some_resamples(cls, value):
-        if value < 0:
-            raise ValueError("must be 0 (no intervals) or more")
-        return value
-
-    @field_validator("train_fraction")
-    @classmethod
-    def _some_rows(cls, value):
-        if not 0 < value <= 1:
-            raise ValueError("must be above 0 and at most 1; 1.0 uses all training rows")
-        return value
-
-    @field_validator("ood")
-    @classmethod
-    def _names(cls, value):
-        wrong = [name for name in value if not _SET_NAME.fullmatch(name) or name.startswith("shifted/")]
-        if wrong:
-            raise ValueError(f"set names must read near/<set> or far/<set>, found {', '.join(map(repr, wrong))}")
-        if not value:
-            raise ValueError('holds no set; give at least one, e.g. [ood."far/textures"]')
-        return value
-
-    @field_validator("shifted")
-    @classmethod
-    def _names_of_shifted(cls, value):
-        wrong = [name for name in value if not _SET_NAME.fullmatch(name) or not name.startswith("shifted/")]
-        if wrong:
-            raise ValueError(f"set names must read shifted/<set>, found {', '.join(map(repr, wrong))}")
-        return value
 
     @model_validator(mode="after")
     def _head_fits(self):
@@ -141,7 +120,9 @@ class Profile(Part):
                 f"profile {self.name!r} reads {str(path)!r} from a folder that nobody has named",
                 [f"set data_root to the folder that holds it (--set data_root=FOLDER), or the variable {DATA_ENV}"],
             )
-        return Path(root).expanduser().absolute() / path
+        root = Path(root).expanduser().absolute()
+        pattern = glob.has_magic(str(path)) and not (root / path).exists()
+        return Path(glob.escape(str(root))) / path if pattern else root / path
 
     def missing_files(self, sets: list[str] | None = None) -> list[str]:
         """Return one line for each file or folder of ``sets`` (default: all) that is not there."""
@@ -169,6 +150,21 @@ class Profile(Part):
     def to_dict(self) -> dict:
         """Return the profile as plain values, the form of its TOML file."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
+    """Return overrides from ``KEY=VALUE`` texts, as ``--set`` takes them: TOML values, or bare words."""
+    overrides = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set {text!r}: write KEY=VALUE, e.g. --set sae.k=64 (a set of images is --from-set)")
+        key = key.strip().replace('"', "")  # TOML's quotes around a set's name
+        try:
+            overrides[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key] = value.strip()  # a bare word: --set pack=none
+    return overrides
 
 
 def available() -> list[str]:
@@ -201,13 +197,13 @@ def load_profile(name_or_path: str | Path | Profile, overrides: Mapping[str, Any
         raw, label = _read(path), f"profile {path.stem!r}" if not own else str(path)
         if own:
             _anchor(raw, path.parent)
-    before = raw.get("pack")
+    before = copy.deepcopy(raw)
     for key, value in overrides.items():
         _put(raw, key, value, label)
     try:
         profile = Profile.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        raise ProfileError(f"{label} cannot be used", explain_validation(error, raw, Profile)) from None
+        raise ProfileError(f"{label} cannot be used", explain_validation(error, raw, known_keys())) from None
     _check_pack_stands(label, before, overrides)
     if profile.data_root is not None and not Path(profile.data_root).expanduser().is_dir():
         raise ProfileError(f"{label} cannot be used", [f"data_root = {profile.data_root!r}: no such folder"])
@@ -216,6 +212,14 @@ def load_profile(name_or_path: str | Path | Profile, overrides: Mapping[str, Any
     elif profile.backbone.checkpoint:
         profile.check_files([])
     return profile
+
+
+def known_keys() -> dict[str, list[str]]:
+    """Return the keys of each table: "" (of the file itself), backbone, sae, caps, val, and "source" of every set."""
+    models = {"": Profile, "backbone": Backbone, "caps": CapConfig, "val": Holdout}
+    keys = {table: list(model.model_fields) for table, model in models.items()}
+    sources = [list(model.model_fields) for model in (Hub, Parquet, ImageFolder, ImgList, Builtin)]
+    return keys | {"sae": [f.name for f in fields(SAEConfig)], "source": list(dict.fromkeys(sum(sources, [])))}
 
 
 def _find(name_or_path: str | Path) -> Path:
@@ -246,7 +250,7 @@ def _read(path: Path) -> dict:
     if base == path:
         raise ProfileError(f"{path} extends itself", ["name another profile"])
     inherited = _read(base)
-    _check_pack_stands(str(path), inherited.get("pack"), _flat(raw))
+    _check_pack_stands(str(path), inherited, _flat(raw))
     return _merged(inherited, raw)
 
 
@@ -273,8 +277,10 @@ def _anchor(raw: dict, folder: Path) -> None:
         raw["data_root"] = str((folder / Path(root).expanduser()).resolve())
 
 
-def _check_pack_stands(label: str, pack: str | None, changes: Mapping[str, Any]) -> None:
-    """Refuse changes that a pack's stored features would silently ignore."""
+def _check_pack_stands(label: str, before: Mapping, changes: Mapping[str, Any]) -> None:
+    """Refuse changes that a pack's stored features would silently ignore; a new set beside the pack's is none."""
+    pack = before.get("pack")
+    known = [f"{table}.{name}" for table in ("ood", "shifted") for name in before.get(table, {})]
     if not pack or pack == "none" or "pack" in changes:
         return
     free = ("backbone.checkpoint", "backbone.pretrained", "val.fraction", "val.seed")
@@ -282,10 +288,16 @@ def _check_pack_stands(label: str, pack: str | None, changes: Mapping[str, Any])
         f"{key} = {value!r}: pack {pack!r} holds stored features, so this would change nothing;"
         ' also set pack = "none" and data_root to the images\' folder'
         for key, value in changes.items()
-        if key.split(".")[0] in ("backbone", "train", "val", "test", "ood", "shifted") and key not in free
+        if key.split(".")[0] in ("backbone", "train", "val", "test", *(("ood", "shifted") if _of(key, known) else ()))
+        and key not in free
     ]
     if ignored:
         raise ProfileError(f"{label} cannot be used", ignored)
+
+
+def _of(key: str, known: list[str]) -> bool:
+    key = key.replace('"', "")
+    return "." not in key or any(key == name or key.startswith(f"{name}.") for name in known)
 
 
 def _put(raw: dict, key: str, value: Any, label: str) -> None:
@@ -297,4 +309,6 @@ def _put(raw: dict, key: str, value: Any, label: str) -> None:
         if not isinstance(at, dict):
             where = ".".join(parents[: i + 1])
             raise ProfileError(f"{label} cannot be used", [f"{key} = {value!r}: {where} is a value, it has no keys"])
+    if parents in (["ood"], ["shifted"]) and isinstance(value, str):  # --set ood.far/mine=FOLDER
+        value = {"kind": "folder", "path": str(Path(value).expanduser().absolute())}
     at[last] = value

@@ -4,27 +4,26 @@ A page is one notebook with parameters for one profile (:mod:`capsae.plan`). It 
 cleaned of what changes from run to run, stamped with digests of what it was made from, and only then moved into
 place. Whether a committed page is fresh follows from these digests alone: :func:`why_stale`.
 
-``python -m capsae.publish run PAGE...`` and ``python -m capsae.publish status`` are what the Snakefile calls.
+``python -m capsae.build run PAGE...`` and ``python -m capsae.build status`` are what the Snakefile calls.
 """
 
 from __future__ import annotations
 
-import argparse
+import ast
 import hashlib
 import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .display import PAGE_DATA, RESULT_MIME
+from .display import RESULT_MIME
+from .page_kernel import SharedKernel
 from .plan import (
     OVERRIDES,
     SWEEPS,
@@ -38,64 +37,12 @@ from .plan import (
     root,
     sweep_pages,
 )
+from .verify import mark_run
 
 log = logging.getLogger(__name__)
 
 RUNS = Path("book/runs")
 SCHEMA = 1
-
-# What a page shows: the stages of its run, and the code that draws it. The stages carry the digests of their own code.
-STAGES = {
-    "01_features": ("features", "head"),
-    "02_train_sae": ("features", "sae"),
-    "03_discover_caps": ("features", "sae", "caps"),
-    "04_score_ood": ("features", "sae", "caps", "table"),
-    "05_ablation": ("features", "sae", "caps", "table"),
-    "06_sweep": (),
-    "07_tuning": ("features", "sae", "table"),
-    "08_zoo": ("features", "head", "sae"),
-    "09_dark_matter": ("features", "sae", "table"),
-    "10_ontology": ("features", "sae", "caps"),
-    "11_shift": ("features", "head", "sae", "caps", "table"),
-    "12_causal": ("features", "head", "sae", "caps"),
-    "13_meaning": ("features", "sae", "caps"),
-    "14_layers": ("features", "head"),
-}
-# Code of a page's own beside that of its stages, and committed files that it reads (with the page's profile).
-MADE_BY: dict[str, tuple[str, ...]] = {
-    "08_zoo": tuple(f"capsae.zoo.{part}" for part in ("summary", "verdicts", "figures", "tables", "measure")),
-    "09_dark_matter": tuple(f"capsae.analyses.dark_matter{part}" for part in ("", "_scores", "_words", "_figures")),
-    "10_ontology": (
-        *("capsae.analyses.ontology", "capsae.analyses.ontology_kernels", "capsae.analyses.ontology_study"),
-        *("capsae.analyses.ontology_figures", "capsae.analyses.mantel", "capsae.analyses.wordnet", "capsae.sae"),
-    ),
-    "11_shift": (
-        *("capsae.analyses.shift", "capsae.analyses.shift_figures", "capsae.analyses.shift_verdicts"),
-        *("capsae.analyses.probes", "capsae.analyses.calibration", "capsae.analyses.corruptions"),
-        *("capsae.sae.dictionaries", "capsae.probe"),
-    ),
-    "12_causal": tuple(f"capsae.analyses.causal{part}" for part in ("", "_effects", "_curves", "_text", "_figures")),
-    "13_meaning": (
-        *("capsae.analyses.meaning", "capsae.analyses.meaning_verdicts", "capsae.analyses.meaning_figures"),
-        *("capsae.analyses.contrast", "capsae.analyses.together", "capsae.analyses.neighbours"),
-        *("capsae.analyses.meaning_tables", "capsae.analyses.wordnet"),
-    ),
-    "14_layers": tuple(f"capsae.analyses.layers{part}" for part in ("", "_told", "_seeds", "_figures")),
-}
-READS: dict[str, tuple[str, ...]] = {
-    "08_zoo": (
-        *(f"book/zoo/{name}{end}" for name in ("imagenet20", "mini80") for end in (".csv", ".grid.csv", ".json")),
-        "book/zoo/backbones.csv",
-    ),
-    "10_ontology": ("capsae/analyses/wordnet.json",),
-    "11_shift": ("capsae/packs/{profile}_shift/pack.json",),
-    "13_meaning": ("capsae/analyses/wordnet.json",),
-    "14_layers": ("book/layers/{profile}.csv", "book/layers/{profile}_against_final.csv", "book/layers/{profile}.json"),
-}
-DRAWN_BY = (
-    *("capsae.figures", "capsae.display", "capsae.tidy", "capsae.galleries", "capsae.explain", "capsae.caps"),
-    *("capsae.comparisons", "capsae.comparison_figures", "capsae.evaluate", "capsae.stats", "capsae.tuning"),
-)
 
 
 class PublishError(RuntimeError):
@@ -110,32 +57,40 @@ def _hash(value: Any) -> str:
 
 
 def template_digest(template: Mapping) -> str:
-    """Digest of a notebook's cells: their kind, text and tags."""
-    return _hash([(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in template["cells"]])
+    """Digest of a notebook's cells: their kind, text and tags; where imported names lie does not count."""
+    return _hash([(c["cell_type"], _without_imports(c), c["metadata"].get("tags", [])) for c in template["cells"]])
+
+
+def _without_imports(cell: Mapping) -> str:
+    text = "".join(cell["source"])
+    if cell["cell_type"] != "code":
+        return text
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(filter(None, lines))
 
 
 def page_inputs(page: Page) -> dict[str, str]:
-    """Digests of what a page is made from: notebook, parameters, drawing code, stages of its run, pages it reads.
+    """Digests of what a page is made from: notebook, parameters, settings, data, code, files and pages that it reads.
 
-    Nothing is computed; a stage's digest covers its settings, its data and its code.
+    Nothing is computed. The code is all that the notebook's cells reach (:mod:`capsae.code`).
     """
-    from .store import source_digest
+    from .code import notebook_digest
+    from .pipeline import Run
 
     template = read_notebook(root() / "notebooks" / f"{page.notebook}.ipynb")
+    cells = "\n".join("".join(c["source"]) for c in template["cells"] if c["cell_type"] == "code")
+    run = _run(page.profile, json.dumps(overrides(**{n: v for n, v in page.parameters.items() if n in OVERRIDES})))
     inputs = {
         "notebook": template_digest(template),
         "parameters": _hash([dict(page.parameters), page.title, SCHEMA]),
-        "drawing": source_digest(DRAWN_BY)[:20],
+        "profile": _hash(run.profile.to_dict()),
+        "features": run.digest("features")[:20],
+        "code": notebook_digest(cells, without=(Run._code,))[:20],  # it names artefacts, it makes none
     }
-    if STAGES[page.notebook]:
-        chosen = {name: page.parameters[name] for name in OVERRIDES if name in page.parameters}
-        run = _run(page.profile, json.dumps(overrides(**chosen)))
-        inputs |= {f"stage {stage}": run.digest(stage)[:20] for stage in STAGES[page.notebook]}
-        inputs["profile"] = _hash(run.profile.to_dict())
-    if page.notebook in MADE_BY:
-        inputs["analysis"] = source_digest(MADE_BY[page.notebook])[:20]
-    for name in READS.get(page.notebook, ()):
-        file = name.format(profile=page.profile)
+    for file in page.reads:
         inputs[f"file {file}"] = hashlib.sha256((root() / file).read_bytes()).hexdigest()[:20]
     return inputs | {f"page {name}": page_digest(pages()[name]) for name in page.after}
 
@@ -148,14 +103,14 @@ def _run(profile: str, changed: str):
 
 
 @cache
-def _cached_digest(name: str, notebook: str, profile: str, parameters: str, title: str | None, after: tuple) -> str:
-    return _hash(page_inputs(Page(name, notebook, profile, json.loads(parameters), title, after)))
+def _cached_digest(name: str, notebook: str, profile: str, parameters: str, *rest) -> str:
+    return _hash(page_inputs(Page(name, notebook, profile, json.loads(parameters), *rest)))
 
 
 def page_digest(page: Page) -> str:
     """One digest of :func:`page_inputs`."""
     parameters = json.dumps(dict(page.parameters), sort_keys=True)
-    return _cached_digest(page.name, page.notebook, page.profile, parameters, page.title, page.after)
+    return _cached_digest(page.name, page.notebook, page.profile, parameters, page.title, page.after, page.reads)
 
 
 # --- executing
@@ -166,8 +121,13 @@ def path_of(name: str) -> Path:
     return root() / RUNS / f"{name}.ipynb"
 
 
-def execute(page: Page, folder: Path, template: Path | None = None) -> Path:
+def execute(page: Page, folder: Path, template: Path | None = None, kernel: SharedKernel | None = None) -> Path:
     """Execute a page's notebook inside ``folder`` and return the cleaned, stamped file there.
+
+    Parameters
+    ----------
+    kernel : SharedKernel, optional
+        Default: one of its own.
 
     Raises
     ------
@@ -176,25 +136,22 @@ def execute(page: Page, folder: Path, template: Path | None = None) -> Path:
     """
     import papermill
 
+    if kernel is None:
+        with SharedKernel() as kernel:
+            return execute(page, folder, template, kernel)
     template = template or root() / "notebooks" / f"{page.notebook}.ipynb"
     parameters = check_parameters(page.notebook, page.parameters, read_notebook(template))
     given = {name: parameters[name] for name in page.parameters}
     stamped = stamp(page, parameters)  # before the run: a profile that cannot be used is refused here
     raw, out = folder / "raw.ipynb", folder / f"{Path(page.name).name}.ipynb"
-    # The kernel must import the package whose digests the page will carry, installed or not.
-    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
-    variables = {
-        PAGE_DATA: f"data/{out.stem}",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONWARNINGS": "ignore:IProgress not found",  # bars are text here, widgets are not needed
-    }
     try:
-        with _environment(variables):
-            # ipykernel warns of each kernel that others could listen: it talks to this machine alone, over loopback.
-            quiet = {"progress_bar": False, "stderr_file": sys.stderr, "extra_arguments": ["--log-level=ERROR"]}
-            papermill.execute_notebook(template, raw, given, cwd=folder, kernel_name="python3", **quiet)
+        quiet: dict[str, Any] = {"progress_bar": False, "stderr_file": sys.stderr}
+        quiet["km"] = kernel.prepare(folder, f"data/{out.stem}")
+        papermill.execute_notebook(template, raw, given, cwd=folder, kernel_name="python3", **quiet)
     except papermill.PapermillExecutionError as error:
         raise PublishError(f"{page.name} failed and is not published:\n{error}") from None
+    except RuntimeError as error:  # the kernel died, or did not start: often of too little memory
+        raise PublishError(f"{page.name} failed and is not published: {error}") from None
     notebook = clean(read_notebook(raw))
     failed = error_outputs(notebook)
     if failed:
@@ -204,21 +161,6 @@ def execute(page: Page, folder: Path, template: Path | None = None) -> Path:
     out.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
     raw.unlink()
     return out
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for the kernels started inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def stamp(page: Page, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,13 +233,13 @@ def set_title(notebook: dict, page: Page) -> None:
     raise ValueError(f"notebook {page.notebook} has no heading of the first level")
 
 
-def publish(page: Page, template: Path | None = None) -> Path:
+def publish(page: Page, template: Path | None = None, kernel: SharedKernel | None = None) -> Path:
     """Execute a page and put it in its place under book/runs, with its CSVs; if it fails, the old page stays."""
     target = path_of(page.name)
     build = root() / "build"
     build.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=build, prefix="page-") as work:
-        made = execute(page, Path(work), template)
+        made = execute(page, Path(work), template, kernel)
         target.parent.mkdir(parents=True, exist_ok=True)
         data, old = target.parent / "data" / target.stem, Path(work) / "old"
         if data.exists():
@@ -307,6 +249,7 @@ def publish(page: Page, template: Path | None = None) -> Path:
             data.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(new, data)
         os.replace(made, target)
+        mark_run(root(), page.name, target)
     return target
 
 
@@ -327,12 +270,10 @@ def why_stale(page: Page) -> str | None:
         return f"it holds an error ({failed[0]})"
     inputs = page_inputs(page)
     changed = sorted(key for key in stamped.keys() | inputs.keys() if stamped.get(key) != inputs.get(key))
+    others = [key for key in changed if key.startswith("page ")]
+    if len(others) > 1:
+        changed = [key for key in changed if key not in others] + [f"{len(others)} pages that it reads"]
     return f"changed: {', '.join(changed)}" if changed else None
-
-
-def is_fresh(page: Page | str) -> bool:
-    """Whether a published page (or its name, or the path of its file) was made from today's code, data and settings."""
-    return why_stale(page if isinstance(page, Page) else pages()[page_name(page)]) is None
 
 
 def page_name(page: str | Path) -> str:
@@ -351,7 +292,7 @@ def results(name: str) -> dict[str, Any]:
     """The numbers that a published page recorded with ``figures.result``; FileNotFoundError if it is not published."""
     path = path_of(name)
     if not path.is_file():
-        raise FileNotFoundError(f"{name} is not published: python -m capsae.publish run {name}")
+        raise FileNotFoundError(f"{name} is not published: python -m capsae.build run {name}")
     return read_notebook(path)["metadata"]["capsae"]["results"]
 
 
@@ -383,90 +324,3 @@ def sweep_table(sweep: str, profile: str = SWEPT):
                 }
             )
     return pd.DataFrame(rows)
-
-
-def reproduce(
-    jobs: int | None = None,
-    dry_run: bool = False,
-    book: bool = True,
-    targets: Iterable[str | Path] = (),
-    everything: bool = False,
-) -> int:
-    """Execute the pages that are not fresh (by Snakemake), write the pages made of data, build the book.
-
-    Parameters
-    ----------
-    jobs : int, optional
-        Pages at a time; default 2, or the number of cores.
-    dry_run : bool
-        Say what would be executed, and why.
-    targets : page names or paths of their files, optional
-        Only these; default all.
-    everything : bool
-        Execute fresh pages, too.
-
-    Returns
-    -------
-    int
-        Exit status; the place of the book goes to stdout.
-    """
-    names = [page_name(target) for target in targets]
-    why = {name: why_stale(pages()[name]) for name in names or pages()}
-    wanted = [name for name, reason in why.items() if everything or reason]
-    if dry_run:
-        sys.stdout.writelines(f"{name}: {why[name] or 'fresh; everything was asked for'}\n" for name in wanted)
-        sys.stdout.write(f"{len(wanted)} of {len(why)} pages would be executed\n")
-        return 0
-    command = [sys.executable, "-m", "snakemake", "--cores", str(jobs or min(2, os.cpu_count() or 1))]
-    command += ["--quiet", "host", *["--config", "everything=1"] * everything]
-    status = 0
-    if wanted:
-        # All of them: Snakemake finds the same ones, and their names would make a long line.
-        command += ["--", *wanted] if names else []
-        status = subprocess.run(command, cwd=root(), check=False).returncode
-    if status:
-        return status
-    from .pages import write_pages
-
-    write_pages()
-    if not book:
-        return 0
-    tool = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-    status = subprocess.run([*tool, "build", "-W", "-n", "--keep-going", "book/"], cwd=root(), check=False).returncode
-    if status == 0:
-        sys.stdout.write(f"\nThe book lies at {root() / '_build' / 'html' / 'index.html'}\n")
-    return status
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m capsae.publish", description="Execute and publish pages of the book.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="execute pages and publish those that succeed")
-    run.add_argument("page", nargs="+", help="e.g. imagenet20/04_score_ood")
-    commands.add_parser("status", help="list the pages that are not fresh, and why; exit status 1 if there are any")
-    commands.add_parser("pages", help="write the pages that are made from data: claims and detectors")
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "run":
-        known, failed = pages(), 0
-        for name in chosen.page:
-            if name not in known:
-                parser.error(f"no page {name!r}; there are {', '.join(known)}")
-        for name in chosen.page:
-            try:
-                log.info("published %s", publish(known[name]))
-            except (PublishError, ValueError) as error:
-                sys.stderr.write(f"{error}\n")
-                failed += 1
-        return 1 if failed else 0
-    if chosen.command == "pages":
-        from .pages import write_pages
-
-        write_pages()
-        return 0
-    stale = {name: why for name, page in pages().items() if (why := why_stale(page))}
-    sys.stdout.writelines(f"{name}: {why}\n" for name, why in stale.items())
-    return 1 if stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

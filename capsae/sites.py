@@ -197,7 +197,7 @@ def run_sites(
         Kept as float16 (float32 where a value does not fit).
     """
     from .features import EXTRACTOR, extract
-    from .inputs import MODULES
+    from .inputs import reading_code
     from .splits import holdout_mask
     from .store import artefact_digest
 
@@ -209,7 +209,7 @@ def run_sites(
     recipe = "sites", {"reader": READER, "extractor": EXTRACTOR}, {"source": source.digest(), "reader": reader.digest}
 
     def make():
-        shards = store.scratch("sites", artefact_digest(*recipe, MODULES["features"]))
+        shards = store.scratch("sites", artefact_digest(*recipe, reading_code()))
         given = {"device": run.device, "progress": run.progress, "name": own, "logits": False, "shard_size": 1024}
         return extract(source, reader, shards, **given | options)
 
@@ -220,7 +220,7 @@ def run_sites(
     def load(folder):
         return FeatureSet.load(folder / "features.safetensors")
 
-    whole = store.get_or_make(*recipe, MODULES["features"], make, save, load)
+    whole = store.get_or_make(*recipe, reading_code(), make, save, load)
     if inputs.holdout and own == "train":
         held_out = holdout_mask(whole.labels, inputs.holdout.fraction, inputs.holdout.seed)
         whole = whole.take(held_out if set_name == "val" else ~held_out)

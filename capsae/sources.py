@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import threading
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .images import decode_image, measure_image
-
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm".split())
+from .asarray import as_labels
+from .image_files import LeftOut, content_digests, images_below, is_hidden
+from .images import IMAGE_SUFFIXES, decode_image, measure_image
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class ImageSource:
     labels : (N,) int64
         The source's own labels, -1 where it has none; with ``classes`` their positions in that list.
     ids : (N,) str
-        File names, or the values of the id column, or ``<file>#<row>``.
+        File names, or the values of the id column, or ``<file>#<row>``; ``<value>#<row>`` where a value is not the
+        only one of its kind. Each is there once.
     class_names : tuple of str
         ``class_names[label]``; empty if the source names none.
     read : callable
@@ -49,6 +51,10 @@ class ImageSource:
         What :func:`capsae.data.open_source` was given.
     excluded : int
         Images that ``exclude`` left out.
+    left_out : tuple of (file, why)
+        Files of a folder that are not among the images.
+    exif : bool
+        Whether images are turned as their EXIF orientation says.
     """
 
     name: str
@@ -61,21 +67,24 @@ class ImageSource:
     files: tuple[Path, ...] = field(default=(), repr=False)
     spec: dict = field(default_factory=dict, repr=False)
     excluded: int = 0
+    left_out: LeftOut = field(default=(), repr=False)
+    exif: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def image(self, i: int) -> Image.Image:
         """Image ``i`` as 8-bit RGB, or :class:`BadImage` if it cannot be used. Safe to call from threads."""
-        return decode_image(self.read(int(self.rows[i])), str(self.ids[i]))
+        return decode_image(self.read(int(self.rows[i])), str(self.ids[i]), self.exif)
 
     def measured(self, i: int) -> tuple[Image.Image, np.ndarray]:
         """Image ``i`` as :meth:`image` gives it, and its (P,) float32 :data:`capsae.images.PIXEL_STATISTICS`."""
-        return measure_image(self.read(int(self.rows[i])), str(self.ids[i]))
+        return measure_image(self.read(int(self.rows[i])), str(self.ids[i]), self.exif)
 
     def digest(self) -> str:
         """SHA-256 of names, labels and fingerprint, in hex: the same on every machine that holds the same files."""
-        head = json.dumps([self.fingerprint, list(self.class_names), self.ids.tolist()])
+        seen = self.fingerprint if self.exif else f"{self.fingerprint}, as stored"
+        head = json.dumps([seen, list(self.class_names), self.ids.tolist()])
         return hashlib.sha256(head.encode() + np.ascontiguousarray(self.labels).tobytes()).hexdigest()
 
     def take(self, rows) -> ImageSource:
@@ -118,13 +127,6 @@ def _pick_columns(where: str, columns: list[str], features: dict, image: str | N
     return image, label or None, id
 
 
-def _as_labels(values, where: str, column: str) -> np.ndarray:
-    try:
-        return np.array([-1 if value is None else int(value) for value in values], dtype=np.int64)
-    except (TypeError, ValueError):
-        raise ValueError(f"label column {column!r} of {where} holds {values[0]!r}, expected whole numbers") from None
-
-
 # --- kinds ----------------------------------------------------------------------------------------
 
 
@@ -138,9 +140,10 @@ class _RowGroups:
 
         self.files, self.column = files, column
         self.groups = []  # (file, row group)
-        starts = [0]
+        starts, self.file_starts = [0], [0]
         for number, path in enumerate(files):
             meta = pq.ParquetFile(path).metadata
+            self.file_starts.append(self.file_starts[-1] + meta.num_rows)
             for group in range(meta.num_row_groups):
                 self.groups.append((number, group))
                 starts.append(starts[-1] + meta.row_group(group).num_rows)
@@ -175,38 +178,70 @@ def _open_parquet(path, image=None, label=None, id=None) -> ImageSource:
     try:
         schema = pq.read_schema(files[0])
         where = str(files[0]) if len(files) == 1 else str(path)
-        hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        image, label, id = _pick_columns(where, schema.names, hub, image, label, id)
+        image, label, id = _pick_columns(where, schema.names, _hub_features(schema), image, label, id)
         kind = schema.field(image).type
         is_struct = pa.types.is_struct(kind) and "bytes" in [f.name for f in kind]
         if not (is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise ValueError(
                 f"image column {image!r} of {where} holds {kind}, expected encoded bytes or a struct with 'bytes'"
             )
-        wanted = [name for name in dict.fromkeys((label, id)) if name]
-        tables = [pq.read_table(file, columns=wanted) for file in files]
-        fingerprint = hashlib.sha256(b"".join(_footer(file) for file in files)).hexdigest()
+        tables = [pq.read_table(file, columns=[name for name in dict.fromkeys((label, id)) if name]) for file in files]
         read = _RowGroups(files, image)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not readable as parquet: {error}") from None
     count = int(read.starts[-1])
-    labels = np.full(count, -1, dtype=np.int64)
+    labels, names = np.full(count, -1, dtype=np.int64), ()
     if label and count:
-        labels = _as_labels([v for table in tables for v in table[label].to_pylist()], where, label)
+        # Each file counts along names of its own.
+        own = [_hub_features(pq.read_schema(file)).get(label, {}).get("names", ()) for file in files]
+        names = tuple(dict.fromkeys(name for each in own for name in each))
+        parts = []
+        for file, table, listed in zip(files, tables, own, strict=True):
+            what = f"label column {label!r} of {file}"
+            part = as_labels(table[label].to_pylist(), what)
+            if names and not listed:
+                raise ValueError(f"{what}: its classes have no names, those of other files have; give all or none")
+            if tuple(listed) != names:
+                part = renumber(part, listed, names, what)
+            parts.append(part)
+        labels = np.concatenate(parts)
     if id:
         ids = np.array([str(v) for table in tables for v in table[id].to_pylist()], dtype=str)
     else:
-        sizes = [pq.ParquetFile(file).metadata.num_rows for file in files]
+        sizes = np.diff(read.file_starts)
         ids = np.array(
             [f"{file.name}#{row}" for file, size in zip(files, sizes, strict=True) for row in range(size)], dtype=str
         )
-    names = tuple(hub.get(label, {}).get("names", ())) if label else ()
+    fingerprint = hashlib.sha256(json.dumps(content_digests(files)).encode()).hexdigest()
     return ImageSource(str(path), labels, ids, names, read, np.arange(count), fingerprint, tuple(files))
+
+
+def _hub_features(schema) -> dict:
+    return json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+
+
+def renumber(labels: np.ndarray, own, wanted, what: str) -> np.ndarray:
+    """Labels (N,) that count along the names ``own``, counted along ``wanted``; -2 for a name that is not there.
+
+    Raises
+    ------
+    ValueError
+        For a name that is in a list twice, or a label without a name.
+    """
+    for names in (own, wanted):
+        twice = [name for name in names if list(names).count(name) > 1] if len(set(names)) < len(names) else []
+        if twice:
+            at = [i for i, name in enumerate(names) if name == twice[0]]
+            raise ValueError(f"{what}: classes {at[0]} and {at[1]} are both {twice[0]!r}; give each its own name")
+    if len(labels) and labels.max() >= len(own):
+        raise ValueError(f"{what}: label {labels.max()} has no name, there are {len(own)}")
+    position = {name: i for i, name in enumerate(wanted)}
+    return np.array([*(position.get(name, -2) for name in own), -1])[labels]
 
 
 def _parquet_files(path) -> list[Path]:
     text = os.fspath(path)
-    if glob.has_magic(text):
+    if glob.has_magic(text) and not os.path.exists(text):  # brackets may be part of a name
         files = sorted(Path(p) for p in glob.glob(text, recursive=True))
         if not files:
             raise FileNotFoundError(f"no parquet file matches {text!r}")
@@ -221,34 +256,23 @@ def _parquet_files(path) -> list[Path]:
     return [Path(text)]
 
 
-def _footer(path: Path) -> bytes:
-    # A parquet file's footer holds the sizes, offsets and statistics of all its columns: a fingerprint for which nobody
-    # need read 140 GB.
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        size = file.tell()
-        file.seek(max(0, size - 8))
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(max(0, size - 8 - length))
-        return file.read() + str(size).encode()
-
-
 def _open_folder(path) -> ImageSource:
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found: list[tuple[Path, int]] = []
-    for label, folder in enumerate(classes) if classes else [(-1, "")]:
-        files = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        found += [(file, label) for file in files]
+    found, left_out = images_below(root)
     if not found:
         raise ValueError(
             f"folder {str(root)!r} holds no images (looked for {' '.join(sorted(IMAGE_SUFFIXES))}, at any depth)"
         )
-    return _from_files(
-        str(path), root, [str(p.relative_to(root)) for p, _ in found], [label for _, label in found], tuple(classes)
-    )
+    below = [file.relative_to(root) for file in found]
+    folders = [each.parts[0] if len(each.parts) > 1 else None for each in below]  # None: beside the class folders
+    known = {folder: unicodedata.normalize("NFC", folder) for folder in folders if folder}
+    classes = sorted(set(known.values()))
+    empty = [e.name for e in root.iterdir() if e.is_dir() and not is_hidden(e.name) and e.name not in known]
+    left_out += tuple((name, "folder without an image") for name in sorted(empty))
+    labels = [-1 if folder is None else classes.index(known[folder]) for folder in folders]
+    return replace(_from_files(str(path), root, list(map(str, below)), labels, tuple(classes)), left_out=left_out)
 
 
 def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the key of the profile)
@@ -258,7 +282,7 @@ def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r} (the root of image list {str(path)!r})")
     names, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8-sig", "surrogateescape").splitlines(), start=1):
         if not line.strip():
             continue
         name, _, label = line.rstrip().rpartition(" ")  # the name itself may hold blanks
@@ -273,6 +297,9 @@ def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the
         names.append(name.strip())
     if not names:
         raise ValueError(f"image list {str(path)!r} names no image")
+    outside = [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]
+    if outside:
+        raise ValueError(f"{path} names {outside[0]!r}, which leaves its root {str(root)!r}; a path below it would do")
     absent = [name for name in names if not (root / name).is_file()]
     if absent:
         raise FileNotFoundError(
@@ -283,8 +310,8 @@ def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the
 
 
 def _from_files(name, root: Path, names, labels, class_names, files=()) -> ImageSource:
-    sizes = [os.stat(root / each).st_size for each in names]
-    fingerprint = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    contents = content_digests([root / each for each in names])
+    fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     rows = np.arange(len(names))
     labels = np.array(labels, dtype=np.int64)
     return ImageSource(
@@ -304,11 +331,10 @@ def _open_hub(name, split, config=None, image=None, label=None, id=None) -> Imag
     hub = {key: {"_type": type(value).__name__} for key, value in table.features.items()}
     image, label, id = _pick_columns(f"data set {name!r}", table.column_names, hub, image, label, id)
     count = len(table)
-    labels = (
-        _as_labels(table.select_columns([label]).with_format("arrow")[:][label].to_pylist(), name, label)
-        if label
-        else np.full(count, -1, dtype=np.int64)
-    )
+    labels = np.full(count, -1, dtype=np.int64)
+    if label:
+        column = table.select_columns([label]).with_format("arrow")[:][label]
+        labels = as_labels(column.to_pylist(), f"label column {label!r} of {name!r}")
     ids = [str(v) for v in table.select_columns([id])[:][id]] if id else [f"{split}#{row}" for row in range(count)]
     names = tuple(getattr(table.features[label], "names", ())) if label else ()
     images = table.select_columns([image]).cast_column(
@@ -319,9 +345,12 @@ def _open_hub(name, split, config=None, image=None, label=None, id=None) -> Imag
         value = images[row][image] or {}
         return value.get("bytes") or value.get("path") or b""
 
-    # datasets' own fingerprint depends on its cache: what identifies the images is the name, split and number of bytes
+    # datasets' own fingerprint depends on its cache. What identifies the images is the revision of a remote set, which
+    # is the name of the folder it is kept in, and the content of a local one.
+    files, local = [each["filename"] for each in table.cache_files], os.path.exists(name)
+    content = content_digests(files) if local else sorted({Path(file).parent.name for file in files})
     size = getattr(table.info, "dataset_size", None)
-    fingerprint = json.dumps([str(name) if not os.path.exists(name) else "local", config, split, size, count])
+    fingerprint = json.dumps(["local" if local else str(name), config, split, size, count, content])
     return ImageSource(f"{name}:{split}", labels, np.array(ids, dtype=str), names, read, np.arange(count), fingerprint)
 
 

@@ -40,7 +40,7 @@ def holdout_mask(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return mask
 
 
-def check_classes(labels: np.ndarray, n_classes: int, what: str, every: bool = True) -> None:
+def check_classes(labels: np.ndarray, n_classes: int, what: str, every: bool = True, names=()) -> None:
     """Raise ValueError unless all labels lie in 0..n_classes-1 and, with ``every``, each class has a row."""
     labels = np.asarray(labels)
     outside = labels[(labels < 0) | (labels >= n_classes)]
@@ -53,4 +53,8 @@ def check_classes(labels: np.ndarray, n_classes: int, what: str, every: bool = T
     empty = np.flatnonzero(counts == 0)
     if every and len(empty):
         named = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        raise ValueError(f"{what}: class {named} (of {n_classes}) has no training sample; add some, or lower n_classes")
+        called = ", ".join(repr(names[c]) for c in empty[:5] if c < len(names))
+        called = called and f": {called}"
+        raise ValueError(
+            f"{what}: class {named} (of {n_classes}) has no training sample{called}; add some, or lower n_classes"
+        )

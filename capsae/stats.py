@@ -70,7 +70,8 @@ def bootstrap(
     for start in range(0, n_boot, chunk):
         part = slice(start, min(start + chunk, n_boot))
         size = part.stop - part.start
-        weights = np.concatenate([_draws(id_rng, n_id, size), _draws(ood_rng, n_ood, size)], axis=1)
+        drawn = np.concatenate([_draws(id_rng, n_id, size), _draws(ood_rng, n_ood, size)], axis=1)
+        weights = np.ascontiguousarray(drawn.T)
         for method, thresholds in methods.items():
             for metric, values in _replicates(thresholds, weights, metrics).items():
                 out[method][metric][part] = values
@@ -78,10 +79,10 @@ def bootstrap(
 
 
 def _replicates(of: Thresholds, weights: np.ndarray, metrics: Sequence[str]) -> dict[str, np.ndarray]:
-    """The metrics for weights (replicates, N_id + N_ood)."""
+    """The metrics for weights (N_id + N_ood, replicates)."""
     kernels = _kernels()
     if kernels is None:
-        weights = weights.T.astype(np.float64)
+        weights = weights.astype(np.float64)
         found = all_metrics(of, weights[: of.n_id], weights[of.n_id :])
         return {metric: found[metric] for metric in metrics}
     found = {}
@@ -266,33 +267,35 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def verdicts(value, p, family=None, higher_is_better=False, alpha: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
-    """Verdicts on differences, corrected by :func:`holm` within families that were named beforehand.
+def verdicts(effect, p, families=None, level: float = 0.05, corrected: bool = False) -> pd.DataFrame:
+    """Holm's correction and a word for each of m comparisons: "better", "worse", "undecided".
 
     Parameters
     ----------
-    value, p : (m,) float
-        Differences "method less other" and their p. A NaN p is no test: it does not count in its family.
-    family : (m,) labels, optional
-        Comparisons with one label are one family. Default: all are.
-    higher_is_better : bool or (m,) bool
-    alpha : float
+    effect : array (m,)
+        The differences, signed so that more is better.
+    p : array (m,)
+        Their p values; NaN, a comparison without a test, is left out of the correction and undecided.
+    families : array (m,), or list of them, optional
+        Comparisons with equal labels are corrected together; without it, all are.
+    level : float
+        A corrected p below it decides.
+    corrected : bool
+        The p values are corrected already.
 
     Returns
     -------
-    p_holm : (m,) float
-    verdict : (m,) str
-        "better" or "worse" where p_holm < alpha, else "undecided".
+    DataFrame
+        p_holm, verdict; a row a comparison, in the given order and with the index of ``p`` if that is a Series.
     """
-    value, p = np.asarray(value, dtype=np.float64), np.asarray(p, dtype=np.float64)
-    family = np.zeros(len(p), int) if family is None else np.asarray(family)
-    corrected = np.full(len(p), np.nan)
-    for one in dict.fromkeys(family.tolist()):
-        tested = (family == one) & ~np.isnan(p)
-        corrected[tested] = holm(p[tested])
-    side = np.where((value > 0) == np.asarray(higher_is_better, dtype=bool), "better", "worse")
-    clear = (corrected < alpha) & (value != 0)
-    return corrected, np.where(clear, side, "undecided")
+    adjusted = pd.Series(p, dtype=np.float64)
+    if not corrected:
+        known = adjusted.dropna()
+        by = [np.zeros(len(adjusted))] if families is None else families if isinstance(families, list) else [families]
+        by = [pd.Series(np.asarray(of), adjusted.index)[known.index] for of in by]
+        adjusted = known.groupby(by, sort=False).transform(holm).reindex(adjusted.index)
+    side = np.where(np.asarray(effect) > 0, "better", "worse")
+    return pd.DataFrame({"p_holm": adjusted, "verdict": np.where(adjusted < level, side, "undecided")})
 
 
 def win_tie_loss(compared: pd.DataFrame) -> pd.DataFrame:
@@ -344,10 +347,3 @@ def critical_difference(values: pd.DataFrame, higher_is_better: bool, alpha: flo
     elif sets < 10:
         note = f"only {sets} OOD sets: the test is approximate below ten, and the sets are no random sample of any kind"
     return {"ranks": ranks, "p": p, "cd": cd, "note": note}
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation (n - 1), least and largest of a number over seeds; std is NaN of one."""
-    values = np.asarray(values, dtype=np.float64)
-    std = values.std(ddof=1) if len(values) > 1 else np.nan
-    return {"mean": values.mean(), "std": std, "least": values.min(), "largest": values.max()}

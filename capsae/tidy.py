@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .caps import ClassActivationProfiles, core_activations, core_reference, energy_profile_divergence
+from .explain import plain_name
+from .stats import exact_interval, seeds_and_images
 
 METRIC_PANELS = {
     "fpr95_ood_pos": "FPR95, OOD positive",
@@ -30,7 +30,7 @@ def class_names(run) -> list[str]:
     names = run.features("test").class_names or run.features("train").class_names
     if len(names) != n_classes:
         return [f"class {c}" for c in range(n_classes)]
-    return [re.sub(r"^n\d{8}_", "", str(name)).replace("_", " ") for name in names]
+    return [plain_name(name) for name in names]
 
 
 def sets(run) -> pd.DataFrame:
@@ -46,6 +46,49 @@ def sets(run) -> pd.DataFrame:
             role += f", {excluded} images left out by {Path(run.profile.source(name).exclude).name}"
         rows.append((name, role, len(features), known))
     return pd.DataFrame(rows, columns=["set", "role", "images", "classes"])
+
+
+def accuracies(run) -> pd.DataFrame:
+    """Accuracy of the head by set, with Clopper and Pearson's interval. Columns: set, images, value, lo, hi."""
+    rows = []
+    for name in ("train", "val", "test"):
+        features = run.features(name)
+        share = float((features.logits.argmax(axis=1) == features.labels).mean())
+        rows.append((name, len(features), share, *exact_interval(share, len(features))))
+    return pd.DataFrame(rows, columns=["set", "images", "value", "lo", "hi"])
+
+
+def fvu_of_seeds(run, limit: int = 100_000) -> pd.DataFrame:
+    """Unexplained variance by set, mean over the seeds of the SAE. Columns: set, value, lo, hi, seeds.
+
+    The images' part of the interval is that of a ratio of two means, by the delta method.
+    """
+    sets = {name: sample_rows(run.features(name), limit).cls for name in ("train", "val", "test")}
+    values, parts = {name: [] for name in sets}, {name: [] for name in sets}
+    for one in run.seeds():
+        for name, cls in sets.items():
+            x = one.sae.normalize(cls).astype(np.float64)
+            error = ((x - one.sae.decode(one.sae.encode(cls))) ** 2).sum(axis=1)
+            spread = ((x - x.mean(axis=0)) ** 2).sum(axis=1)
+            values[name].append(error.sum() / spread.sum())
+            parts[name].append((error - values[name][-1] * spread) / spread.mean())
+    rows = []
+    for name, of in values.items():
+        part = np.mean(parts[name], axis=0)
+        found = seeds_and_images(of, part.std(ddof=1) / np.sqrt(len(part)))
+        rows.append({"set": name} | {key: found[key] for key in ("value", "lo", "hi", "seeds")})
+    return pd.DataFrame(rows)
+
+
+def of_training(history: pd.DataFrame, errors: pd.DataFrame) -> pd.DataFrame:
+    """What the training page records beside the FVU. Columns: key, value."""
+    last = history[history["epoch"] == history.attrs["best_epoch"]].iloc[0]
+    median = errors.set_index("set")["q50"]
+    ood = median[[name for name in median.index if "/" in name]]
+    values = {"best epoch": history.attrs["best_epoch"], "epochs": history["epoch"].max(), "l0": last["l0"]}
+    values |= {"dead": last["dead_fraction"], "median test": median["test"], "ood sets": len(ood)}
+    values |= {"median of ood, least": ood.min(), "median of ood, largest": ood.max()}
+    return pd.DataFrame({"key": list(values), "value": [float(value) for value in values.values()]})
 
 
 def training(history: pd.DataFrame) -> pd.DataFrame:
@@ -83,88 +126,14 @@ def sample_rows(features, limit: int, seed: int = 0):
     return features.take(np.sort(np.random.default_rng(seed).permutation(len(features))[:limit]))
 
 
-def decode_errors(run, limit: int = 20_000) -> pd.DataFrame:
+def decode_errors(run, sae, limit: int = 20_000) -> pd.DataFrame:
     """Quantiles, by set, of each sample's unexplained share |x - x_hat|^2 / |x|^2 in the SAE's normalised space."""
     shares = {}
     for name in ("train", "val", "test", *run.profile.ood_sets):
         features = sample_rows(run.features(name), limit)
-        x, x_hat = run.sae.normalize(features.cls), run.sae.decode(run.sae.encode(features.cls))
+        x, x_hat = sae.normalize(features.cls), sae.decode(sae.encode(features.cls))
         shares[name] = ((x - x_hat) ** 2).sum(axis=1) / np.maximum((x**2).sum(axis=1), 1e-12)
     return quantiles(shares)
-
-
-def core_overlap(caps: ClassActivationProfiles, names: Iterable[str], fraction: float) -> pd.DataFrame:
-    """Jaccard index of the classes' core sets. Columns: class_a, class_b, jaccard."""
-    names, matrix = list(names), caps.jaccard(fraction)
-    a, b = np.indices(matrix.shape).reshape(2, -1)
-    return pd.DataFrame({"class_a": np.take(names, a), "class_b": np.take(names, b), "jaccard": matrix.ravel()})
-
-
-def core_activity(run) -> pd.DataFrame:
-    """Mean activation of each class's core latents. Columns: class, kind, activation.
-
-    Kinds: ID test samples of the class, OOD samples predicted as it, OOD samples predicted as another (all OOD sets
-    together). A class as which no OOD sample is predicted has no row of the second kind.
-    """
-    caps, names = run.caps, class_names(run)
-    mask = caps.core_mask(run.profile.caps.core_fraction)
-    known = ClassActivationProfiles.empty(caps.n_classes, caps.n_latents)
-    known.update(run.codes("test"), run.features("test").labels)
-    ood = ClassActivationProfiles.empty(caps.n_classes, caps.n_latents)
-    for name in run.profile.ood_sets:
-        ood.update(run.observations(name).codes, run.observations(name).predicted)
-    others = (ood.sums.sum(0) - ood.sums, ood.counts.sum() - ood.counts)
-    kinds = {
-        "ID": (known.sums, known.counts),
-        "OOD, predicted\nas this class": (ood.sums, ood.counts),
-        "OOD, predicted\nas another": others,
-    }
-    rows = []
-    for kind, (sums, counts) in kinds.items():
-        activation = (sums * mask).sum(1) / np.maximum(counts, 1) / mask.sum(1)
-        rows += [(names[c], kind, activation[c]) for c in np.flatnonzero(counts)]
-    return pd.DataFrame(rows, columns=["class", "kind", "activation"])
-
-
-def _core_shares(run, name: str) -> np.ndarray:
-    """P of every sample of a set on its predicted class's core, (N, k), unsorted."""
-    obs = run.observations(name)
-    inside = core_activations(obs.codes, obs.predicted, run.caps, run.profile.caps.core_fraction)
-    total = inside.sum(axis=1, keepdims=True)
-    return np.divide(inside, total, out=np.zeros_like(inside), where=total > 0)
-
-
-def sorted_shares(run, smallest: float = 1e-4) -> pd.DataFrame:
-    """Mean over samples of the sorted core profile. Columns: set, group, rank, share (cut where below ``smallest``)."""
-    frames = []
-    for name in ("test", *run.profile.ood_sets):
-        share = -np.sort(-_core_shares(run, name), axis=1)
-        mean = share.mean(axis=0)
-        rank = np.arange(1, len(mean) + 1)
-        frames.append(pd.DataFrame({"set": name, "group": group_of(name), "rank": rank, "share": mean}))
-    data = pd.concat(frames, ignore_index=True)
-    return data[data["share"] >= smallest]
-
-
-def peakedness(run) -> pd.DataFrame:
-    """How peaked and how full core profiles are, by set.
-
-    Columns: set, group, inside (share of the code's energy inside the core), fired (firing core latents, share of k),
-    largest (largest share), entropy (nats), evenness (entropy over the largest one that so many firing latents allow;
-    samples with fewer than two are left out); means over samples.
-    """
-    rows = []
-    for name in ("test", *run.profile.ood_sets):
-        obs, share = run.observations(name), _core_shares(run, name)
-        inside = core_activations(obs.codes, obs.predicted, run.caps, run.profile.caps.core_fraction).sum(1)
-        whole = obs.codes.values.astype(np.float64).sum(1)
-        entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(1)
-        row = {"inside": inside / np.maximum(whole, 1e-12), "fired": (share > 0).mean(1), "largest": share.max(1)}
-        fires = (share > 0).sum(1)
-        row |= {"entropy": entropy, "evenness": entropy[fires > 1] / np.log(fires[fires > 1])}
-        means = {key: float(value.mean()) for key, value in row.items()}
-        rows.append({"set": name, "group": group_of(name)} | means)
-    return pd.DataFrame(rows)
 
 
 def embed(run, per_set: int = 300, limit: int = 1500, seed: int = 0) -> pd.DataFrame:
@@ -226,29 +195,6 @@ def roc(scores: pd.DataFrame, titles: Mapping[str, str], points: int = 120) -> p
     data = pd.concat(rows, ignore_index=True)
     order = list(dict.fromkeys(scores.loc[scores["group"] != "id", "set"]))
     return data.sort_values("set", key=lambda s: s.map(order.index), kind="stable", ignore_index=True)
-
-
-def class_divergences(codes, row: int, caps: ClassActivationProfiles, core_fraction: float) -> np.ndarray:
-    """EPD (C,) of one sample under every class, had that class been the predicted one."""
-    repeated = codes[np.full(caps.n_classes, row)]
-    return energy_profile_divergence(repeated, np.arange(caps.n_classes), caps, core_fraction)
-
-
-def profile_under(codes, row: int, of_class: int, caps, core_fraction: float, panel: str) -> pd.DataFrame:
-    """One sample's profile against a class's, on that class's core. Columns: panel, rank, latent, expected, profile."""
-    core = caps.core(core_fraction)[of_class]
-    expected = core_reference(caps, core_fraction)[0][of_class, core]
-    inside = codes[row : row + 1].dense()[0, core].astype(np.float64)
-    total = inside.sum()
-    return pd.DataFrame(
-        {
-            "panel": panel,
-            "rank": np.arange(1, len(core) + 1),
-            "latent": core,
-            "expected": expected,
-            "profile": inside / total if total > 0 else inside,
-        }
-    )
 
 
 def pick(table: pd.DataFrame, method: str, metric: str, group: str = "all", set_name: str = "mean") -> dict:
@@ -353,43 +299,17 @@ def explained(table: pd.DataFrame, top: int = 12) -> pd.DataFrame:
 
 def _short(classes: str) -> str:
     """The first two of a latent's classes, without wordnet numbers."""
-    names = [re.sub(r"n\d{8}_", "", name).replace("_", " ") for name in str(classes).split(", ")]
+    names = [plain_name(name) for name in str(classes).split(", ")]
     return ", ".join(names[:2])
+
+
+def silent(why: pd.DataFrame, top: int = 8) -> pd.DataFrame:
+    """Latents that the class expects and that are silent in a sample. Columns: latent, expected, classes."""
+    rows = why[(why["profile"] == 0) & (why["latent"] >= 0)].sort_values("expected", ascending=False).head(top)
+    return rows[["latent", "expected", "classes"]].assign(classes=rows["classes"].map(lambda text: _short(text)))
 
 
 def records(table: pd.DataFrame) -> list[dict]:
     """Rows as plain mappings for JSON; an interval that was not computed is None."""
     plain = table.astype(object).where(table.notna(), None)
     return plain.to_dict("records")
-
-
-def one_setting(means: pd.DataFrame) -> pd.DataFrame:
-    """Means of one run for :func:`figures.ablation`: a panel a metric, near, far and all along the axis."""
-    means = means.sort_values("metric", key=lambda names: names.map(list(METRIC_PANELS).index), kind="stable")
-    data = means.assign(panel=means["metric"].map(METRIC_PANELS), setting=means["group"], series=means["title"])
-    return data.assign(chosen=False)[["panel", "setting", "series", "value", "lo", "hi", "chosen"]]
-
-
-def sweep_panels(data: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
-    """Runs for :func:`figures.ablation`: one sweep with a panel a metric, or one metric with a panel a sweep."""
-    data = data[data["group"] == "all"]
-    if metric is not None:
-        data = data[(data["metric"] == metric) & ~data["method"].isin(["code_l1", "code_entropy"])]
-        data = data.assign(panel=data["sweep"])
-    else:
-        data = data.assign(panel=data["metric"].map(METRIC_PANELS))
-        data = data.sort_values("metric", key=lambda names: names.map(list(METRIC_PANELS).index), kind="stable")
-    return data[["panel", "setting", "series", "value", "lo", "hi", "chosen"]]
-
-
-def sweep_wide(data: pd.DataFrame) -> pd.DataFrame:
-    """One row a run: setting, held-out FVU, means over all OOD sets in % by detector and metric, and the run's page."""
-    names = {"fpr95_ood_pos": "FPR95 OOD-pos., %", "auroc": "AUROC, %"}
-    data = data[(data["group"] == "all") & data["metric"].isin(names)]
-    wide = data.assign(column=data["series"] + ", " + data["metric"].map(names), value=100 * data["value"])
-    wide["undefined, %"] = 100 * data["undefined"]
-    keys = ["sweep", "setting", "FVU", "undefined, %", "page"]
-    cells = wide.rename(columns={"fvu": "FVU"}).pivot_table(index=keys, columns="column", values="value", sort=False)
-    columns = [f"{series}, {name}" for name in names.values() for series in dict.fromkeys(data["series"])]
-    found = cells.reset_index()[[*keys, *columns]]
-    return found if found["sweep"].nunique() > 1 else found.drop(columns="sweep")

@@ -267,3 +267,18 @@ def leave_one_set_out(
         cells = sign * values[[best, at_default, int(values[:, column].argmin())], column]
         rows.append((name, where, texts[best][0], *cells))
     return pd.DataFrame(rows, columns=["method", "set", "setting", "value", "default", "peeking"])
+
+
+def pairs(changed: Sequence[str], beside: Sequence[str]) -> list[tuple[str, str]]:
+    """Comparisons of the page: each tuned detector with its default, and the scores ``beside`` with each tuned one."""
+    against = [(score, f"{name} tuned") for score in beside for name in changed if name not in beside]
+    return [(f"{name} tuned", name) for name in changed] + against
+
+
+def left_out(run, train, id_test, sets, validation) -> pd.DataFrame:
+    """:func:`leave_one_set_out` of every grid; empty where there is one set alone."""
+    if len(sets) < 2:
+        return pd.DataFrame()
+    options = [(name, grid, run.detector_options(name)) for name, grid in grids().items()]
+    found = [leave_one_set_out(name, grid, train, id_test, sets, validation, own) for name, grid, own in options]
+    return pd.concat(found, ignore_index=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from capsae import ClassActivationProfiles, SAEConfig, display, plan, publish
-from capsae.analyses import causal, causal_curves, causal_effects, causal_figures, causal_text
+from capsae import ClassActivationProfiles, SAEConfig, display, findings
+from capsae.analyses import causal, causal_curves, causal_effects, causal_figures, causal_study
 from capsae.featureset import LinearHead
 from capsae.sae.model import SparseCodes, TopKSAE
 
@@ -398,7 +398,7 @@ def test_equal_suppression_compares_at_the_same_fall():
     assert causal_curves.at_equal_suppression(data, "app_core")["reached"] == 0
 
 
-# --- sentences
+# --- the numbers of the findings
 
 
 def _tables(bench):
@@ -406,143 +406,33 @@ def _tables(bench):
     return table, matrix, causal_effects.over_classes(table), moved
 
 
-def test_sentences_say_yes_where_it_is_so():
-    bench = _planted()
-    table, matrix, means, _ = _tables(bench)
-    assert "Yes, clearly so in all 4 classes" in causal_text.falls(table, means)
-    told = causal_text.only_that_one(table, matrix, means, list("abcd"))
-    assert told.startswith("And only that one? Yes: it is the logit that falls most in 4 of 4 classes")
-
-
-def test_sentences_say_no_where_it_is_not():
-    table, matrix, means, _ = _tables(_planted(shared=0.5))
-    told = causal_text.only_that_one(table, matrix, means, list("abcd"))
-    assert told.startswith("And only that one? No: it is the logit that falls most in 4 of 4 classes")
-    assert "of the 3 other logits, 3.0 fall clearly, too" in told
-    quiet = table.assign(p=1.0)
-    assert "No, clearly so in no class" in causal_text.falls(quiet, means)
-    core = table["intervention"] == "core"
-    one = table.assign(p=np.where(core & (table["class"] == 0), 0, 1))
-    assert "Clearly so in 1 of 4 classes" in causal_text.falls(one, means)
-    kept = means.assign(lo=np.where(means["measure"] == "others_kept", 0.5, means["lo"]))
-    bench = _planted()
-    table, matrix, _, _ = _tables(bench)
-    assert "only that one? No" in causal_text.only_that_one(table, matrix, kept, list("abcd"))
-
-
-def _means(*names, **cells):
-    """All measures of the interventions at 0.5 (0.4 to 0.6), but for the ``name__measure`` given."""
-    rows = [{"intervention": i, "measure": m, "value": 0.5, "lo": 0.4, "hi": 0.6}
-            for i in names for m in causal_effects.MEASURES]  # fmt: skip
-    table = pd.DataFrame(rows).set_index(["intervention", "measure"])
-    for key, cell in cells.items():
-        table.loc[tuple(key.split("__"))] = cell
-    return table.reset_index()
-
-
-_MORE, _LESS, _SAME = (dict(zip(("value", "lo", "hi"), cell, strict=True))
-                       for cell in ((-2.0, -3.0, -1.0), (2.0, 1.0, 3.0), (0.1, -1.0, 1.0)))  # fmt: skip
-
-
-def _drawn(cell, wins=0.25):
-    row = {"control": "other_core", "larger": 3, "smaller": 1, "classes": 4, "wins": wins, "pairs": 12}
-    return pd.DataFrame([row | cell])
-
-
-def _plain(cell):
-    return pd.DataFrame([{"of": of, "larger": 3, "smaller": 1, "classes": 4} | cell for of in causal_effects.FAIR])
-
-
-def test_sentences_on_controls_go_both_ways():
-    means = _means("other_core", "core", "outside", "outside_plain", *causal_effects.FAIR, outside__stretch=(4, 3, 5))
-    words = {"lowers the class's logit by 2.0 (1.0 to 3.0) more than": _MORE,
-             "lowers the class's logit by 2.0 (1.0 to 3.0) less than": _LESS,
-             "shows no significant difference (0.1 (-1.0 to 1.0)) from": _SAME}  # fmt: skip
-    for told, cell in words.items():
-        found = causal_text.controls(_drawn(cell), means)[0]
-        assert told in found and "in 25.0 % of the 12 pairs" in found and "core is not the specific one" in found
-        assert causal_text.fair(_plain(cell), means).count(told) == 2
-        assert told in causal_text.stretched(pd.DataFrame([{"control": "outside"} | cell]), means)
-    assert "specific" not in causal_text.controls(_drawn(_MORE, wins=0.0), means)[0]
-    row = pd.DataFrame([{"control": "outside"} | _MORE])
-    assert "this is no deletion: in the median row values are turned to -3.0" in causal_text.stretched(row, means)
-    damped = _means("outside", outside__stretch=(0.5, 0.4, 0.6))
-    assert "values are only damped" in causal_text.stretched(row, damped)
-
-
-def test_the_sentence_on_the_default_names_the_classes_that_keep_their_accuracy_or_says_there_are_none():
-    core = pd.DataFrame({"intervention": "core", "class": range(4), "kept": [0.0, 0.7, 0.1, 0.02]})
-    told = causal_text.default(core, [1, 1, 1, 2], list("abcd"))
-    assert "median class keeps 6.0 %, but *b* 70.0 %. They are the head's default" in told
-    assert "75.0 % of all images are taken for *b*" in told
-    assert "default does not single out" in causal_text.default(core, [2, 2, 2, 1], list("abcd"))
-    none = causal_text.default(core.assign(kept=0.1), [1, 1, 1, 2], list("abcd"))
-    assert "and none more than 20 %. The default does not" in none
-
-
-def test_the_answer_goes_both_ways():
-    bench = _planted()
-    curves, _ = causal_curves.curves(bench, causal_curves.places(bench), [1, 2])
-    low = {"core__logit": (-2, -3, -1), "core__others_kept": (1, 0.995, 1)}
-    yes = causal_text.answer(_means("core", **low), _plain(_MORE), _drawn(_MORE, 0.0), curves)
-    assert yes.startswith("Yes, the core matters") and "And it is theirs alone" in yes and "the first 1 of" in yes
-    no = causal_text.answer(_means("core", **low), _plain(_SAME), _drawn(_MORE, 0.3), curves[curves["n"] == 0])
-    assert no.startswith("That the core matters is not shown") and "not for it alone" in no and "No number" in no
-    shared = causal_text.answer(_means("core"), _plain(_MORE), _drawn(_MORE, 0.0), curves)
-    assert shared.startswith("That the core matters is not shown") and "not for it alone" in shared
-
-
-def test_sentences_on_transplants_steering_app_and_epd_go_both_ways():
-    pairs = pd.DataFrame([(a, b, 0.9, 0.1, 0.0, 0.8, 0.5, 0.1) for a in range(3) for b in range(3) if a != b],
-                         columns=["of", "into", "predicted", "deleted", "before", "top2", "reordered", "shuffled"])  # fmt: skip  # noqa: E501
-    told = causal_text.transplant(pairs)
-    assert "other class is predicted" in told and "The latents count, not" in told and "do more than shuffled" in told
-    none = causal_text.transplant(pairs.assign(predicted=0.1))
-    assert "other class is not predicted" in none and "do no more than the length" in none
-    assert "do not significantly more than shuffled" in none
-    bench = _random_bench()[0]
-    steer, shares = causal_curves.steering(bench, (1.0, 4.0)), causal_effects.core_shares(bench)
-    elsewhere = (steer["rows"] == "of other classes") & (steer["measure"] == "margin") & (steer["alpha"] == 4)
-    for value, words in ((-99.0, "there steers away from"), (99.0, "there does not steer away from")):
-        moved = {key: np.where(elsewhere, value, steer[key]) for key in ("value", "lo", "hi")}
-        assert words in causal_text.steering(steer.assign(**moved), shares)
-    gap = steer["series"] == "difference"
-    for cell, words in ((_MORE, "paired by class, less:"), (_LESS, "class, more:"), (_SAME, "no significant diff")):
-        paired = {key: np.where(gap, cell[key], steer[key]) for key in cell}
-        assert words in causal_text.steering(steer.assign(**paired), shares)
-    rows = [("deletion", c, n, 2.0 * n, 1, 1 - 0.1 * n) for c in range(3) for n in range(4)]
-    whole = pd.DataFrame(rows, columns=["method", "class", "n", "fall", "own_kept", "others_kept"])
-    harm = causal_text.harm(whole)
-    assert "first 2 of a core's 3 latents lowers the logit by 4.0 (4.0 to 4.0), deleting all of them by 6.0" in harm
-    assert "keep 80.0 % (80.0 to 80.0) of their accuracy, and 70.0 %" in harm
-    means = _means("core", "app_core", "app_all")
-    for kept, words in ((0.95, "spares the other classes more"), (0.5, "classes less"), (0.85, "no significant")):
-        apps = [(name, c, -1, 3.0, 1, kept) for c in range(3) for name in ("app_core", "app_all")]
-        data = pd.DataFrame(rows + apps, columns=["method", "class", "n", "fall", "own_kept", "others_kept"])
-        assert all(words in told for told in causal_text.app(data, means))
-    after = pd.DataFrame({"intervention": ["core", "outside", "head_direction"], "auroc": [0.95, 0.6, 0.92],
-                          "lo": 0.5, "hi": 1.0, "gap": [0, 0.35, 0.03], "gap_lo": [0, 0.3, 0.01],
-                          "gap_hi": [0, 0.4, 0.05], "changed": [0.9, 0.1, 0.9], "rows_same": 30,
-                          "auroc_same": [0.9, 0.6, 0.7], "auroc_changed": [0.99, 0.6, 0.97]})  # fmt: skip
-    told = causal_text.noticed(after)
-    assert "more than the strongest control, head's direction" in told and "notices much besides" in told
-    assert "1 of 2 controls reach 0.9" in told and "these controls 0.970 to 0.970" in told
-    assert "core deleted 0.900 (30 rows), head's direction" in told
-    assert "no significant difference from the strongest" in causal_text.noticed(after.assign(gap_lo=-0.1))
-    assert "less than the strongest" in causal_text.noticed(after.assign(gap_lo=-0.3, gap_hi=-0.1))
-    weak = causal_text.noticed(after.assign(auroc=[0.95, 0.6, 0.7], changed=[0.9, 0.1, 0.2]))
-    assert "notices little besides" in weak and "no control changes as many" in weak
-
-
-def test_sentences_on_numbers_name_what_was_not_reached():
-    bench = _planted()
-    data, _ = causal_curves.curves(bench, causal_curves.places(bench), [1, 2])
-    told = causal_text.sufficiency(data)
-    assert "by the predicted class's profile 1 (100.0 %, 100.0 to 100.0)" in told
-    assert "1 a class (100.0 %, 100.0 to 100.0), 4 in all" in told and "by another class's profile more than 2" in told
-    most = data[(data["measure"] == "claimed") & (data["n"] > 0)]["value"].max()
-    assert f"claim that class in at most {100 * most:.1f} %" in told
-    assert "more than 2 by profile," in causal_text.necessity(data), "a quarter is left: ties go to class 0"
+def test_numbers_of_the_findings_are_those_of_the_tables():
+    bench, _ = _random_bench()
+    table, matrix, means, moved = _tables(bench)
+    drawn = causal_effects.draws(bench, 3)
+    at = [1, 2, 4]
+    posterior = causal_curves.Posterior.fit(bench.codes, bench.labels, C)
+    found = SimpleNamespace(
+        names=list("abcd"), table=table, matrix=matrix, means=means, plain=causal_effects.plain_gaps(bench, moved),
+        against=causal_effects.against_controls(bench, moved), drawn=drawn, overall=causal_effects.over_draws(drawn),
+        curves=causal_curves.curves(bench, causal_curves.places(bench), at)[0], steer=causal_curves.steering(bench),
+        pairs=causal_curves.transplants(bench, 2), emptied=causal_effects.emptied(bench),
+        frontier=causal_curves.frontier(bench, posterior, at),
+        after=causal_effects.epd_after(bench, moved, ("core", "outside"), n_boot=20),
+    )  # fmt: skip
+    numbers = causal_study.numbers(found)
+    core = means[(means["intervention"] == "core") & (means["measure"] == "others_kept")].iloc[0]
+    assert numbers["core_others_kept"].value == pytest.approx(100 * core["value"], abs=0.06)
+    assert numbers["classes"].value == C and 0 <= numbers["falling"].value <= C
+    gaps = drawn[drawn["control"] == "other_core"]["gap"].dropna()
+    assert numbers["wins_other_core"].value == pytest.approx(100 * (gaps > 0).mean(), abs=0.06)
+    deleted = found.frontier[(found.frontier["method"] == "deletion")].groupby("n")["fall"].mean()
+    few = int(numbers["half_of_the_fall_latents"].value)
+    assert deleted[few] >= deleted[4] / 2 and (deleted[deleted.index < few] < deleted[4] / 2).all()
+    assert numbers["epd_less_strongest_control"].value == pytest.approx(found.after["gap"].iloc[1], abs=0.01)
+    names = {name for one in findings.of_notebook("12_causal") for name in one.names}
+    assert names - set(numbers) <= {"sufficiency_cap", "sufficiency_cap_latents"}, "not reached on random codes"
+    assert len(causal_study.by_class(found)) == C and len(causal_study.panels(found)) % 3 == 0
 
 
 # --- figures and the page
@@ -565,57 +455,3 @@ def test_figures_are_drawn_in_both_themes():
             with display.style(theme):
                 figure = function(data)
                 assert figure.get_size_inches()[0] <= display.WIDE and len(display.render_png(figure)) > 1000
-
-
-@pytest.mark.parametrize("profile", plan.ANALYSES["12_causal"])
-def test_the_sentences_of_the_published_page_hold_against_its_numbers(profile):
-    page = f"{profile}/12_causal"
-    found, path = publish.results(page), publish.path_of(page)
-    data = {file.stem: pd.read_csv(file) for file in (path.parent / "data" / path.stem).glob("*.csv")}
-    names = found["names"]
-    number = {name: i for i, name in enumerate(names)}
-    table = data["effects"].assign(**{"class": data["effects"]["class"].map(number)})
-    matrix = data["logit_changes"]
-    matrix = matrix.assign(deleted=matrix["deleted"].map(number), logit=matrix["logit"].map(number))
-    means, against = pd.DataFrame(found["means"]), pd.DataFrame(found["against"])
-    again = causal_effects.over_classes(table)[["value", "lo", "hi"]].to_numpy()
-    np.testing.assert_allclose(means[["value", "lo", "hi"]].astype(float), again, rtol=1e-3, atol=1e-4)
-    curves, frontier = data["curves"], data["suppression"]
-    assert found["verdicts"] == [
-        causal_text.falls(table, means),
-        causal_text.default(table, [number[name] for name in found["emptied"]], names),
-        causal_text.only_that_one(table, matrix, means, names),
-        causal_text.destination(table, means, names),
-    ]
-    plain, overall = pd.DataFrame(found["plain"]), pd.DataFrame(found["draws"])
-    compared = [causal_text.fair(plain, means), *causal_text.controls(overall, means)]
-    compared += [causal_text.stretched(against, means), causal_text.bound(means), causal_text.error_term(means)]
-    assert found["controls"] == compared
-    assert found["answer"] == causal_text.answer(means, plain, overall, curves)
-    drawn = data["draws"]
-    assert drawn.groupby("control").size()["other_core"] == len(names) * (len(names) - 1)
-    for row in overall.to_dict("records"):
-        part = drawn[drawn["control"] == row["control"]]
-        assert row["value"] == pytest.approx(part["gap"].mean(), abs=1e-3)
-        assert row["wins"] == pytest.approx((part["gap"] > 0).mean(), abs=1e-3)
-    assert found["numbers"] == [causal_text.sufficiency(curves), causal_text.necessity(curves)]
-    pairs = data["transplants"]
-    pairs = pairs.assign(of=pairs["of"].map(number), into=pairs["into"].map(number))
-    shares = data["core_shares"]
-    assert found["moves"] == [causal_text.steering(data["dose_response"], shares), causal_text.transplant(pairs)]
-    assert found["cost"] == [causal_text.harm(frontier), *causal_text.app(frontier, means)]
-    assert found["sanity"] == causal_text.noticed(data["epd_after"])
-    text = path.read_text(encoding="utf-8")
-    told = [found[key] for key in ("verdicts", "controls", "numbers", "moves", "cost")]
-    for sentence in [*sum(told, []), found["sanity"], found["answer"]]:
-        assert json.dumps(sentence, ensure_ascii=False)[1:-1] in text
-    # Without the functions that made the sentences: the counts, and energies of the controls.
-    core = table[table["intervention"] == "core"].set_index("class")
-    clear = int((core["p"] * len(core) < 0.05).sum())  # Bonferroni: no more than Holm finds
-    assert clear == len(core) and (core["logit"] < 0).all() == ("in all" in found["verdicts"][0])
-    diagonal = matrix[matrix["deleted"] == matrix["logit"]].set_index("deleted")["change"]
-    assert (diagonal - core["logit"]).abs().max() < 1e-4
-    for name in causal_effects.MATCHED:
-        part = table[table["intervention"] == name].set_index("class")
-        whole = part["unmatched"] == 0
-        np.testing.assert_allclose(part["energy"][whole], core["energy"][whole], rtol=1e-4)

@@ -290,32 +290,79 @@ def test_folders_without_images_are_refused(tmp_path):
 
 
 def test_reproduce_asks_for_the_profiles_pages(capsae_, monkeypatch):
-    import capsae.publish
+    from capsae import build
 
     asked = {}
-    monkeypatch.setattr(capsae.publish, "reproduce", lambda **given: asked.update(given) or 0)
+    monkeypatch.setattr(build, "reproduce", lambda **given: asked.update(given) or 0)
     assert capsae_("reproduce", "mini80", "-n")[0] == 0
     assert asked["dry_run"] and asked["targets"] and all("mini80" in target for target in asked["targets"])
     assert capsae_("reproduce")[0] == 0 and asked["targets"] == []
 
 
 def test_a_dry_run_names_each_page_and_why(monkeypatch, capsys):
-    from capsae import publish
+    from capsae import build
 
     asked = {"a/01": None, "a/02": "changed: drawing"}
-    monkeypatch.setattr(publish, "pages", lambda: {name: name for name in asked})
-    monkeypatch.setattr(publish, "why_stale", asked.get)
-    monkeypatch.setattr(publish.subprocess, "run", lambda *a, **k: pytest.fail("nothing is to be executed"))
-    assert publish.reproduce(dry_run=True) == 0
+    monkeypatch.setattr(build, "pages", lambda: {name: name for name in asked})
+    monkeypatch.setattr(build, "why_stale", asked.get)
+    monkeypatch.setattr(build.subprocess, "run", lambda *a, **k: pytest.fail("nothing is to be executed"))
+    assert build.reproduce(dry_run=True) == 0
     assert capsys.readouterr().out == "a/02: changed: drawing\n1 of 2 pages would be executed\n"
-    assert publish.reproduce(dry_run=True, everything=True) == 0
+    assert build.reproduce(dry_run=True, everything=True) == 0
     assert "a/01: fresh; everything was asked for" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong, said", [(("--jobs", "0"), "--jobs 0: 1 or more"), (("--seeds", "-1"), "--seeds -1")])
-def test_the_zoo_refuses_wrong_numbers(capsae_, wrong, said):
-    status, _, err = capsae_("zoo", *wrong)
-    assert status == 2 and said in err
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("zoo --jobs 0", "--jobs 0: 1 or more"),
+        ("zoo --seeds -1", "--seeds -1: 0 or more"),
+        ("reproduce --jobs -1", "--jobs -1: 1 or more"),
+        ("train --out x --seed -3", "--seed -3: 0 or more"),
+        ("train --out x --set seed=-3", "seed = -3"),
+        ("train --out x --set sae.seed=-3", "seed is -3"),
+        ("train --out x --set val.seed=-3", "val.seed = -3"),
+        ("explain --from-set test --row -1", "--row -1: 0 or more"),
+        ("explain --from-set test --top -3", "--top -3: 1 or more"),
+        ("compare a b --top 0", "--top 0: 1 or more"),
+        ("evaluate f.npz --n-boot -1", "--n-boot -1: 0 or more"),
+        ("evaluate f.npz --seed x", "invalid"),
+        ("score f.png --device cuda:99", "--device cuda:99 cannot be used here"),
+        ("score f.png --device gpu", "--device gpu cannot be used here"),
+        ("score f.png --device meta", "auto or cpu would do"),
+    ],
+)
+def test_nonsense_is_refused_before_work(capsae_, command, said):
+    status, out, err = capsae_(*command.split())
+    assert status == 2 and said in err and out == "" and "Traceback" not in err
+
+
+def test_the_store_is_listed_and_cleaned_of_what_no_settings_use(capsae_, tmp_path, monkeypatch):
+    from capsae import Run
+    from capsae.store import Store
+
+    monkeypatch.setenv("CAPSAE_HOME", str(tmp_path))
+    store, run = Store(tmp_path), Run("imagenet20", store=tmp_path, progress=False)
+
+    def keep(stage, profile, config=None, inputs=None, made_by="other"):
+        given = {"save": lambda value, folder: (folder / "x").write_text("x"), "load": lambda folder: "x"}
+        config, inputs = config or {"a": 1}, inputs or {}
+        store.get_or_make(stage, config, inputs, made_by, lambda: "x", **given, provenance={"profile": profile})
+
+    keep("caps", "imagenet20", *run._recipe("caps"), run._code("caps"))
+    keep("caps", "imagenet20")
+    keep("table", "imagenet20", {"detectors": {"gone": {}}})
+    keep("caps", "my-own.toml")
+    keep("zoo-fit", "imagenet20")
+    status, out, _ = capsae_("store", "list")
+    assert status == 0 and "5 artefacts, 0.0 MB" in out
+    assert sorted(line.split()[-1] for line in out.splitlines()[1:-1]) == ["?", "?", "no", "no", "yes"]
+    assert "2 artefacts, 0.0 MB would be removed" in capsae_("store", "clean", "--dry-run")[1]
+    assert len(list(store.entries())) == 5
+    assert "2 artefacts, 0.0 MB removed" in capsae_("store", "clean")[1]
+    assert sorted((e.stage, e.provenance["profile"]) for e in store.entries()) == [
+        ("caps", "imagenet20"), ("caps", "my-own.toml"), ("zoo-fit", "imagenet20"),
+    ]  # fmt: skip
 
 
 # --- for real
@@ -343,11 +390,11 @@ def test_real_photographs_and_textures_are_told_apart(capsae_, tmp_path):
 def test_a_flag_that_means_little_is_called_so():
     import pandas as pd
 
-    from capsae.commands import _doubts
+    from capsae.scoring import doubts
 
     tied = pd.DataFrame({"epd": [2.0, 2.0, 1.0], "epd_threshold": 2.0})
-    assert [text.split()[0] for text in _doubts(tied, ("epd",), 2)] == ["the", "most"]
-    assert _doubts(tied.assign(epd=[0.1, 0.2, 3.0]), ("epd",), 500) == []
+    assert [text.split()[0] for text in doubts(tied, ("epd",), 2)] == ["the", "most"]
+    assert doubts(tied.assign(epd=[0.1, 0.2, 3.0]), ("epd",), 500) == []
 
 
 def test_help_waits_for_no_library():

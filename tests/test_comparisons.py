@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from capsae import comparison_figures, comparisons, display, plan, publish
-from capsae.metrics import METRICS
+from capsae.findings import of_page
+from capsae.metrics import HIGHER_IS_BETTER, METRICS
 
 SETS = [f"far/{i}" for i in range(7)]
 
@@ -16,21 +17,6 @@ def _row(verdict, value, metric="fpr95_ood_pos", other="msp", where="mean", p=0.
     reach = 0.01
     cells = {"value": value, "lo": value - reach, "hi": value + reach, "p": p, "p_holm": p, "verdict": verdict}
     return {"method": method, "other": other, "metric": metric, "set": where} | cells
-
-
-def test_a_verdict_says_what_its_row_says():
-    better = comparisons.verdict(_row("better", -0.02), "digits")
-    assert better == (
-        "EPD is better than MSP on digits: difference in mean FPR95 (OOD positive) -2.0 points "
-        "(-3.0 to -1.0 uncorrected), p = 0.004 (Holm)."
-    )
-    assert comparisons.verdict(_row("worse", 0.02), "x").startswith("EPD is not better than MSP on x, it is worse:")
-    undecided = comparisons.verdict(_row("undecided", 0.001, "auroc", where="near/a", p=1e-5), "x")
-    assert undecided.startswith("EPD is not better than MSP on x, nor clearly worse: difference in AUROC +0.1")
-    assert "p < 0.001" in undecided
-    assert "p ≤ 0.004 (Holm)" in comparisons.verdict(_row("better", -0.02) | {"p_at_most": True}, "x")
-    tuned = comparisons.tuned_text(_row("worse", 0.02, method="epd tuned", other="epd"), "x")
-    assert tuned.startswith("Tuning hurts EPD on x: mean FPR95 (OOD positive) +2.0 points")
 
 
 @pytest.fixture
@@ -42,9 +28,7 @@ def compared():
     return pd.DataFrame(rows)
 
 
-def test_tally_forest_and_wins(compared):
-    told = comparisons.tally(compared, "epd", "digits")
-    assert "EPD is better than 1 of the 3 baselines, worse than 1, and 1 comparisons are undecided" in told
+def test_forest_and_wins(compared):
     assert comparisons.forest(compared, "epd")["label"].tolist() == ["MSP", "KNN", "ViM"]
     assert comparisons.of_means(compared, "epd", "auroc")["other"].tolist() == ["msp"]
     counted = comparisons.wins(compared, "epd", ["knn"])
@@ -70,34 +54,72 @@ def _table(methods, sets, seed=0):
     return pd.DataFrame(rows, columns=["method", "set", "group", "metric", "value", "lo", "hi"])
 
 
-def test_ranks_in_words():
+def test_ranks_say_what_they_are_worth():
     found = comparisons.ranks(_table(comparisons.RANKED, SETS))
     assert found["ranks"].tolist() == list(range(1, 9)) and found["sets"] == 7
-    told = comparisons.ranks_text(found)
-    assert "The best mean rank: EPD (1.0), the worst: MSP (8.0)" in told and "only 7 OOD sets" in told
-    assert "leaves KNN, ViM, Energy, MSP behind" in told or "leaves ViM, Energy, MSP behind" in told
-    one = comparisons.ranks_text(comparisons.ranks(_table(comparisons.RANKED, ["near/a"])))
-    assert one.startswith("No ranking over sets is given: 1 OOD set for 8 methods")
+    shown = comparisons.rank_table(found)
+    assert shown["method"].tolist()[:1] == ["EPD"] and shown["mean rank"].tolist() == list(range(1, 9))
+    assert shown["told from the best"].tolist()[0] == "" and shown["told from the best"].tolist()[-1] == "yes"
+    assert shown["note"].str.contains("only 7 OOD sets").all()
+    one = comparisons.rank_table(comparisons.ranks(_table(comparisons.RANKED, ["near/a"])))
+    assert one["note"].str.contains("ranks over sets mean nothing").all() and (one["told from the best"] == "").all()
 
 
-def test_pixel_verdict_in_both_directions_and_without_pixels():
-    fine = comparisons.pixel_verdict(_table(["epd", "knn", "sharpness"], SETS), "x")
-    assert fine.startswith("No pixel control wins on x") and "Sharpness" in fine and "EPD" in fine
-    broken = comparisons.pixel_verdict(_table(["brightness", "epd"], SETS), "x")
-    assert broken.startswith("This benchmark is broken on x where a pixel control wins: far/0 (Brightness)")
-    assert "the mean of all sets (Brightness)" in broken
-    assert "could be tried" in comparisons.pixel_verdict(_table(["epd", "knn"], SETS), "x")
+def test_pixel_wins_in_both_directions_and_without_pixels():
+    fine = comparisons.pixel_wins(_table(["epd", "knn", "sharpness"], SETS))
+    assert not fine["broken"].any() and set(fine["metric"]) == set(comparisons.METRIC_PANELS)
+    table = _table(["brightness", "epd"], SETS)
+    broken = comparisons.pixel_wins(table)
+    assert broken["broken"].all() and (broken["control"] == "brightness").all()
+    shown = comparisons.pixels_shown(table)
+    assert {"mean of all", "mean of far", "far/0"} <= set(shown["set"]) and set(shown["best score"]) == {"EPD"}
+    assert (shown["broken"] == "yes").all() and len(shown) == len(SETS) + 2
+    assert comparisons.pixel_wins(_table(["epd", "knn"], SETS)).empty
+    assert comparisons.pixels_shown(_table(["epd", "knn"], SETS)).empty
 
 
-def test_seeds_ties_and_reliability():
-    table = _table(["epd", "rpd"], SETS)
-    rows = [(seed, m, metric, 0.1 * seed + shift) for seed in range(3) for m, shift in (("epd", 0.2), ("rpd", 0.1))
+def _compared(table, pairs):
+    """The comparison that the means of a table give, all p 0.01."""
+    means = table[(table["set"] == "mean") & (table["group"] == "all")].set_index(["method", "metric"])["value"]
+    rows = []
+    for a, b in pairs:
+        for metric in comparisons.METRIC_PANELS:
+            value = means[a, metric] - means[b, metric]
+            verdict = "better" if (value > 0) == HIGHER_IS_BETTER[metric] else "worse"
+            rows.append(_row(verdict, value, metric, b, method=a))
+    return pd.DataFrame(rows)
+
+
+def test_what_the_page_records_is_its_table():
+    names = ["mds++", "epd", "mds", "rpd", "cosine", "msp", "brightness"]
+    table = _table(names, SETS)
+    pairs = comparisons.pairs(table)
+    assert ("epd", "mds++") in pairs and ("rpd", "epd") in pairs and not any("brightness" in pair for pair in pairs)
+    assert not any(a == b for a, b in pairs)
+    numbers = comparisons.recorded(table, _compared(table, pairs))
+    cell = table[(table["method"] == "epd") & (table["set"] == "mean") & (table["group"] == "all")]
+    cell = cell.set_index("metric").loc["auroc"]
+    assert numbers["epd_auroc"].value == pytest.approx(100 * cell["value"], abs=0.06)
+    assert numbers["epd_less_mdspp_auroc"].value < 0 < numbers["epd_less_mds_auroc"].value
+    assert numbers["epd_less_msp_auroc"].p == 0.004 and numbers["accuracy"].value == 90
+    assert (numbers["epd_rank"].value, numbers["rpd_rank"].value, numbers["detectors"].value) == (2, 4, 6)
+    assert numbers["epd_better_than_baselines"].value == 2 and numbers["epd_worse_than_baselines"].value == 1
+    assert numbers["pixel_wins"].value == 0
+    shown = comparisons.shown(_compared(table, pairs))
+    assert shown["method"].tolist() == ["EPD"] * 3 + ["RPD (ours)"] * 4, "the named ones alone"
+    assert shown.iloc[0]["less"] == "MDS++" and "p = 0.004" in shown.iloc[0]["AUROC"]
+
+
+def test_dots_ties_and_reliability():
+    table = _table(["epd", "rpd", "msp"], SETS).assign(seeds=lambda t: np.where(t["method"] == "msp", 1, 3))
+    rows = [(m, metric, seed, 0.1 * seed + shift) for seed in range(3) for m, shift in (("epd", 0.2), ("rpd", 0.1))
             for metric in comparisons.METRIC_PANELS]  # fmt: skip
-    found = comparisons.seed_table(pd.DataFrame(rows, columns=["seed", "method", "metric", "value"]), table)
-    first = found.iloc[0]
-    assert first["method"] == "rpd" and first["seeds"] == 3
-    assert first[["mean", "std", "least", "largest"]].tolist() == pytest.approx([20, 10, 10, 30])
-    assert comparisons.seed_shown(found).iloc[0, 1] == "20.0 ± 10.0 (10.0–30.0)"
+    rows += [("msp", metric, 0, 0.3) for metric in comparisons.METRIC_PANELS]
+    dots = comparisons.seed_dots(pd.DataFrame(rows, columns=["method", "metric", "seed", "value"]), table)
+    assert dots["title"].tolist() == ["EPD"] * 3 + ["RPD (ours)"] * 3, "best mean of the table first, one seed left out"
+    assert dots["value"].tolist()[:3] == pytest.approx([20, 30, 40])
+    mean = table[(table["method"] == "epd") & (table["set"] == "mean") & (table["group"] == "all")]
+    assert dots["mean"][0] == pytest.approx(100 * mean.set_index("metric").loc[comparisons.HEADLINE, "value"])
     rows = []
     for where in ("val", "test", *SETS):
         for i in range(1, 11):
@@ -107,7 +129,7 @@ def test_seeds_ties_and_reliability():
     rates = comparisons.tie_rates(scores)
     assert rates["epd"] == 1 and rates["rpd"] == 0
     shown = comparisons.reliability(table, scores)
-    assert shown["method"].tolist() == ["EPD", "RPD (ours)"] and shown["tie rate"].tolist() == [100, 0]
+    assert shown["method"].tolist()[:2] == ["EPD", "RPD (ours)"] and shown["tie rate"].tolist()[:2] == [100, 0]
     assert shown["AURC of ID errors, ‰"].iloc[0] == pytest.approx(100)
 
 
@@ -117,10 +139,11 @@ def test_figures_are_drawn_in_both_themes(compared):
          "default": [True, False, True], "chosen": [False, True, True]}
     )  # fmt: skip
     curves = pd.DataFrame({"method": ["EPD", "EPD"], "coverage": [0.5, 1.0], "risk": [0.0, 0.1]})
-    ranked = pd.DataFrame({"method": ["a", "b"], "rank": [1.0, 2.0]})
+    seeds = {"seed": [0, 1], "value": [1.0, 2.0], "mean": 1.5, "lo": 1.0, "hi": 2.0, "title": "EPD"}
     for function, data, options in [
         (comparison_figures.forest, comparisons.forest(compared, "epd"), {}),
-        (comparison_figures.mean_ranks, ranked, {"cd": 0.5}),
+        (comparison_figures.seeds, pd.DataFrame(seeds), {}),
+        (comparison_figures.seeds, pd.concat([pd.DataFrame(seeds).assign(panel=p) for p in "abc"]), {}),
         (comparison_figures.risk_coverage, curves, {}),
         (comparison_figures.tuning_grid, grid, {}),
     ]:
@@ -128,57 +151,78 @@ def test_figures_are_drawn_in_both_themes(compared):
             with display.style(theme):
                 figure = function(data, **options)
                 assert figure.get_size_inches()[0] <= display.WIDE and len(display.render_png(figure)) > 1000
-                assert all(ax.get_xlabel() for ax in figure.axes)
+                assert all(ax.get_xlabel() for ax in figure.axes if ax.get_visible())
 
 
 @pytest.mark.parametrize("profile", plan.BOOK_PROFILES)
-def test_the_verdicts_of_a_published_page_hold_against_its_numbers(profile):
+def test_a_published_page_records_the_numbers_of_its_tables(profile):
+    """The CSV of the differences holds every comparison: what is recorded for findings and claims is its rounding."""
     page = f"{profile}/04_score_ood"
-    found = publish.results(page)
-    if "compared" not in found:
-        pytest.skip("this page was executed before verdicts were recorded")
-    rows = {(row["method"], row["other"]): row for row in found["compared"]}
-    for row in rows.values():
+    recorded, data = of_page(page), publish.path_of(page).parent / "data" / "04_score_ood"
+    if not recorded:
+        pytest.skip("this page was executed before it recorded numbers")
+    compared = pd.read_csv(data / "differences.csv")
+    rows = compared[(compared["set"] == "mean") & (compared["metric"] == comparisons.HEADLINE)]
+    for row in rows.to_dict("records"):
+        key = f"{row['method']}_less_{row['other'].replace('++', 'pp')}_{row['metric']}".replace("-", "_")
+        assert recorded[key].value == pytest.approx(100 * row["value"], abs=0.06), key
         clear = row["p_holm"] < 0.05
         assert row["verdict"] == (("better" if row["value"] < 0 else "worse") if clear else "undecided")
-    sentences = {comparisons.verdict(row, profile) for row in rows.values()}
-    assert found["verdicts"] and set(found["verdicts"]) <= sentences
-    text = publish.path_of(page).read_text(encoding="utf-8")
-    assert all(sentence in text for sentence in [*found["verdicts"], *found["tallies"], found["pixels"]])
-    table = pd.DataFrame(found["compared"])
-    assert found["tallies"] == [comparisons.tally(table, method, profile) for method in ("epd", found["ours"])]
+    rows = pd.read_csv(data / "pixels.csv")
+    assert ("pixel_wins" in recorded) == bool(len(rows))
+    if len(rows):
+        assert recorded["pixel_wins"].value == rows["broken"].sum()
 
 
-@pytest.mark.parametrize("profile", plan.BOOK_PROFILES)
-def test_the_pixel_verdict_of_a_published_page_holds_against_its_table(profile):
-    """The CSV of the heat map of all detectors holds every cell: where a pixel control leads, the page must say so."""
-    from capsae.detectors.pixels import PIXEL_CONTROLS
+def test_what_the_page_on_tuning_records():
+    from types import SimpleNamespace
 
-    found, path = publish.results(f"{profile}/04_score_ood"), publish.path_of(f"{profile}/04_score_ood")
-    data = path.parent / "data" / path.stem / "all_detectors_by_set.csv"
-    if "pixels" not in found or not data.is_file():
-        pytest.skip("this page was executed before pixel controls were judged")
-    table = pd.read_csv(data)
-    wins = False
-    for metric, sign in (("auroc", 1), ("fpr95_ood_pos", -1), ("fpr95_id_pos", -1)):
-        for _, rows in table[table["metric"] == metric].groupby(["set", "group"]):
-            control = rows["name"].isin(PIXEL_CONTROLS)
-            if control.any():
-                wins |= (sign * rows["value"][control]).max() > (sign * rows["value"][~control]).max()
-    told = found["pixels"]
-    assert told.startswith("This benchmark is broken") == wins
-    assert wins or told.startswith(("No pixel control wins", "The features of"))
+    rows = [
+        _row("better", -0.02, method="knn tuned", other="knn"),
+        _row("worse", 0.03, method="vim tuned", other="vim"),
+    ]
+    rows += [_row("undecided", 0.1, method="vim tuned", other="vim", where="far/0")]
+    rows += [_row("worse", 0.1, method="epd", other="knn tuned"), _row("better", -0.2, method="epd", other="rpd tuned")]
+    compared = pd.DataFrame(rows)
+    grids = {
+        name: SimpleNamespace(table=pd.DataFrame({"method": name, "setting": ["a", "b"], "criterion": [0.2, 0.1],
+                              "default": [True, False], "chosen": [False, True], "refused": ""}))
+        for name in ("knn", "vim", "dice")
+    }  # fmt: skip
+    left_out = pd.DataFrame(
+        {"method": ["knn", "vim"], "default": [0.5, 0.5], "value": [0.4, 0.45], "peeking": [0.3, 0.4]}
+    )
+    numbers = comparisons.recorded_of_tuning(compared, grids, left_out)
+    counts = {name: numbers[name].value for name in ("helped", "hurt", "undecided", "detectors", "default_kept")}
+    assert counts == {"helped": 1, "hurt": 1, "undecided": 0, "detectors": 3, "default_kept": 1}
+    assert numbers["knn_tuned_fpr95_ood_pos"].value == -2
+    assert (numbers["gain_of_peeking"].value, numbers["gain_of_other_sets"].value) == (15, 7.5)
+    assert "gain_of_peeking" not in comparisons.recorded_of_tuning(compared, grids, pd.DataFrame())
+    grid = comparisons.tuning_grid(grids)
+    shown = comparisons.tuned_shown(compared, grid)
+    assert shown["method"].tolist() == ["KNN", "ViM"] and shown["chosen"].tolist() == ["b", "b"]
+    assert comparisons.grid_shown(grid)["chosen"].tolist() == ["", "yes"] * 3
+    against = comparisons.against_tuned(compared)
+    assert against[["method", "less", "points"]].to_numpy().tolist() == [["EPD", "KNN tuned", 10]]
+    assert comparisons.left_out_shown(left_out)["peeking at each set"].tolist() == [30, 40]
 
 
 @pytest.mark.parametrize("profile", plan.TUNED)
-def test_what_a_published_page_says_of_tuning_holds_against_its_numbers(profile):
+def test_a_published_page_on_tuning_records_its_table(profile):
     page = f"{profile}/07_tuning"
-    if not publish.path_of(page).is_file():
-        pytest.skip("this page is not executed yet")
-    found = publish.results(page)
-    assert found["verdicts"] == [comparisons.tuned_text(row, profile) for row in found["gap"]]
-    assert {row["other"] for row in found["gap"]} | {"epd"} <= set(found["frozen"])
-    for row in found["gap"]:
-        clear = row["p_holm"] < 0.05
-        assert row["verdict"] == (("better" if row["value"] < 0 else "worse") if clear else "undecided")
-    assert all(row["peeking"] <= min(row["value"], row["default"]) + 1e-12 for row in found["left_out"])
+    recorded = of_page(page)
+    if not recorded:
+        pytest.skip("this page was executed before it recorded numbers")
+    data = publish.path_of(page).parent / "data" / "07_tuning"
+    gap = pd.read_csv(data / "gap.csv")
+    gap = gap[
+        (gap["method"] == gap["other"] + " tuned") & (gap["set"] == "mean") & (gap["metric"] == comparisons.HEADLINE)
+    ]
+    verdict = np.where(gap["p_holm"] < 0.05, np.where(gap["value"] < 0, "better", "worse"), "undecided")
+    assert (recorded["helped"].value, recorded["hurt"].value) == (
+        (verdict == "better").sum(),
+        (verdict == "worse").sum(),
+    )
+    if "gain_of_peeking" in recorded:
+        rows = pd.read_csv(data / "left_out.csv")
+        assert (rows["peeking"] <= rows[["value", "default"]].min(axis=1) + 1e-6).all()

@@ -243,7 +243,7 @@ USABLE = {  # name: (bytes, what to check of the RGB image as an array)
     "grey_alpha": (lambda: encode(solid((0, 0), mode="LA")), lambda a: (a == 255).all()),
     "rgba": (lambda: encode(solid((0, 0, 255, 128), mode="RGBA")), lambda a: a[0, 0].tolist() == [127, 127, 255]),
     "animated": (_animated, lambda a: a[0, 0].tolist() == [200, 250, 0]),
-    "exif_is_not_applied": (_rotated, lambda a: a.shape == (10, 12, 3)),
+    "turned_by_exif": (_rotated, lambda a: a.shape == (12, 10, 3)),
     "colour_key": (lambda: encode(solid((5, 6, 7)), transparency=(5, 6, 7)), lambda a: (a == 255).all()),
 }
 BAD = {  # name: (bytes, words)

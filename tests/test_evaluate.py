@@ -200,3 +200,88 @@ def test_refusals(world):
 
     with pytest.raises(ValueError, match="broken gave NaN"):
         capsae.evaluate({"broken": Broken()}, id_test, ood)
+
+
+# --- seeds
+
+
+class Off:
+    """The first feature, off by what a seed makes of it; one number moves the OOD sets alone."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def score(self, obs):
+        return obs.cls[:, 0] + self.shift * obs.cls[:, 1]
+
+
+@pytest.fixture
+def seeded(world):
+    """Three seeds of "off" and one "column" without any."""
+    id_test, ood = world
+    sets = {"test": id_test, **ood}
+    first = {"off": Off(0.2), "column": Column()}
+    return first, [({"off": Off(shift)}, sets) for shift in (0.5, -0.3)]
+
+
+def test_a_number_with_seeds_is_their_mean_and_its_interval_holds_both(world, seeded):
+    from capsae.stats import bootstrap, seeds_and_images
+
+    (id_test, ood), (first, others) = world, seeded
+    table = capsae.evaluate(first, id_test, ood, n_boot=100, seeds=iter(others)).set_index(["method", "set", "metric"])
+    alone = [capsae.evaluate({"off": d["off"]}, id_test, ood, n_boot=100) for d in (first, *(d for d, _ in others))]
+    alone = [one.set_index(["set", "metric"])["value"]["far/b", "auroc"] for one in alone]
+    cell = table.loc[("off", "far/b", "auroc")]
+    assert cell["value"] == pytest.approx(np.mean(alone)) and cell["seeds"] == 3
+    thresholds = {s: metrics.Thresholds.of(Off(s).score(id_test), Off(s).score(ood["far/b"])) for s in (0.2, 0.5, -0.3)}
+    draws = np.mean([of["auroc"] for of in bootstrap(thresholds, 100, 0, 1).values()], axis=0)
+    expected = seeds_and_images(alone, draws.std(ddof=1))
+    assert (cell["lo"], cell["hi"]) == pytest.approx((expected["lo"], min(1, expected["hi"])))
+    plain = capsae.evaluate({"column": Column()}, id_test, ood, n_boot=100).set_index(["set", "metric"])
+    assert plain.loc[("far/b", "auroc"), ["value", "lo", "hi", "seeds"]].tolist() == (
+        table.loc[("column", "far/b", "auroc"), ["value", "lo", "hi", "seeds"]].tolist()
+    )
+    assert (table.loc["off"]["seeds"] == 3).all() and table.loc["off"]["hi"].le(1).loc[:, "auroc"].all()
+
+
+def test_differences_are_taken_seed_by_seed(world, seeded):
+    from capsae.stats import delong, placements, seeds_and_images
+
+    (id_test, ood), (first, others) = world, seeded
+    found = compare(first, id_test, ood, [("off", "column")], n_boot=100, seeds=others).set_index(["set", "metric"])
+    shifts, of, base = (0.2, 0.5, -0.3), {}, {}
+    for where in ood:
+        base[where] = placements(Column().score(id_test), Column().score(ood[where]))
+        one = [placements(Off(s).score(id_test), Off(s).score(ood[where])) for s in shifts]
+        of[where] = [np.stack(side) for side in zip(*one, strict=True)]
+    values = np.mean([ids.mean(1) - base[where][0].mean() for where, (ids, _) in of.items()], axis=0)
+    parts = [(ids.mean(0) - base[w][0], oods.mean(0) - base[w][1]) for w, (ids, oods) in of.items()]
+    expected = seeds_and_images(values, delong(parts)[1])
+    for key in ("value", "lo", "hi", "p"):
+        assert found.loc[("mean", "auroc"), key] == pytest.approx(expected[key], abs=1e-12), key
+    assert (found["seeds"] == 3).all() and not found["p_at_most"].any()
+    # A detector against itself on the same seeds: no doubt is left, where seeds of its own would leave much.
+    twice = {"off": Off(0.2), "again": Off(0.2)}
+    more = [({"off": Off(s), "again": Off(s)}, {"test": id_test, **ood}) for s in (0.5, -0.3)]
+    same = compare(twice, id_test, ood, [("off", "again")], n_boot=50, seeds=more)
+    assert (same["value"] == 0).all() and (same["lo"] == same["hi"]).all() and (same["p"] == 1).all()
+
+
+def test_seeds_that_do_not_fit_are_refused(world, seeded):
+    (id_test, ood), (first, _) = world, seeded
+    with pytest.raises(ValueError, match="'other', which is not among"):
+        capsae.evaluate(first, id_test, ood, seeds=[({"other": Off(1)}, {"test": id_test, **ood})])
+    short = {"test": id_test, **ood, "far/b": ood["far/c"]}
+    with pytest.raises(ValueError, match="far/b has 50 samples"):
+        capsae.evaluate(first, id_test, ood, seeds=[({"off": Off(1)}, short)])
+
+
+def test_single_seeds_are_shown(world, seeded):
+    from capsae.evaluate import all_scores
+    from capsae.score_tables import seed_values
+
+    (id_test, ood), (first, others) = world, seeded
+    values = seed_values(all_scores(first, {"test": id_test, **ood}, others), list(ood), ["auroc"])
+    assert values["method"].tolist() == ["off"] * 3 + ["column"]
+    expected = np.mean([metrics.auroc(Off(0.5).score(id_test), Off(0.5).score(obs)) for obs in ood.values()])
+    assert values["value"][1] == pytest.approx(expected)

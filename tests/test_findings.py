@@ -9,7 +9,7 @@ import pytest
 
 from capsae import findings
 from capsae.findings import FAILS, HOLDS, MISSING, UNDECIDED, Numbers, evaluate, judge, load
-from capsae.plan import pages, root
+from capsae.plan import pages, read_notebook, root
 from capsae.stats import verdicts
 
 TYPED = """# A chapter
@@ -53,7 +53,7 @@ def test_the_numbers_of_a_csv_give_the_same_marks_and_texts():
     made.add("count", 12345)
     again = Numbers.read(io.StringIO(made.frame().to_csv(index=False)))
     assert again == made and judge(load(TYPED, ENTRIES), again) == judge(load(TYPED, ENTRIES), made)
-    assert set(made) == {"gain", "other", "mds_far_x", "count"}
+    assert set(made) == {"gain", "other", "mds_plus_plus_far_x", "count"}
     assert findings.text(made["gain"]) == "3.64 (1.12 to 6.31) points, p = 0.004"
     assert findings.text(made["count"]) == "12345"
 
@@ -137,6 +137,27 @@ def test_the_findings_of_a_notebook_parse_and_use_recorded_names(notebook):
     if used and not recorded:
         pytest.skip(f"no published page of {notebook} records numbers yet: make the pages again")
     assert used <= {name for made in recorded for name in made}
+
+
+@pytest.mark.parametrize("notebook", sorted(path.stem for path in (root() / "notebooks").glob("*.ipynb")))
+def test_a_chapter_with_findings_shows_its_method_and_hides_the_rest(notebook):
+    if not findings.beside(notebook):
+        pytest.skip(f"{notebook} types no findings yet")
+    code = []
+    for cell in read_notebook(root() / "notebooks" / f"{notebook}.ipynb")["cells"]:
+        text = "".join(cell["source"])
+        if "**Finding**" in text:
+            assert cell["metadata"]["tags"] == ["remove-cell"], "the book shows the box, not the text twice"
+        if cell["cell_type"] == "code":
+            code.append(text)
+            hidden = "hide-input" in cell["metadata"].get("tags", [])
+            assert len(text.splitlines()) == 1 if hidden else max(map(len, text.splitlines())) <= 100, text
+            assert "display(" not in text and "Markdown" not in text and (hidden or "figures" not in text), text
+    typed = [told for text in findings.markdown(notebook) if (told := findings.sentences(text))]
+    asked = [int(part) for part in re.findall(r"page\.findings\(numbers, (\d+)\)", "\n".join(code))]
+    assert asked == list(range(1, len(typed) + 1)), "each cell of typed findings is shown once, in order"
+    assert sum(len(s.split()) for s in typed[0].values()) <= 60, "the first box is to be read at a glance"
+    assert [name for name in findings.beside(notebook)["captions"] if f'"{name}"' not in "".join(code)] == []
 
 
 def test_the_index_lists_every_finding_of_every_chapter():

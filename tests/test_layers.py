@@ -369,12 +369,12 @@ def test_tables_are_written_and_read_back(tables, tmp_path, monkeypatch):
     assert layers.outdated("small") is None
     at = layers.files("small")["provenance"]
     record = json.loads(at.read_text())
-    record["code_recorded_only"]["capsae.sae"] = "other"
+    record["code_recorded_only"]["training"] = "other"
     at.write_text(json.dumps(record))
     assert layers.outdated("small") is None, "the SAE's code is recorded, no more"
-    record["code"]["capsae.caps"] = "other"
+    record["code"]["layers"] = "other"
     at.write_text(json.dumps(record))
-    assert layers.outdated("small").startswith("capsae.caps changed since the tables were made: python -m capsae.an")
+    assert layers.outdated("small").startswith("the code changed since the tables were made: python -m capsae.an")
 
 
 @pytest.mark.parametrize("profile", PUBLISHED)

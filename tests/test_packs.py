@@ -46,7 +46,7 @@ FILES |= {"imagenet20/train": "imagenet20/train", "mini80/near/mini20": "near_mi
 
 
 def test_packs_are_all_there():
-    assert packs.packs() == sorted([*SIZES, "imagenet20_shift"])  # that one: test_shift_pack.py
+    assert packs.packs() == sorted([*SIZES, "digits", "imagenet20_shift"])  # those: test_tinyvit.py, test_shift.py
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -105,7 +105,7 @@ def test_what_the_limits_say_of_pixel_statistics(pack, name, control):
 
 
 def test_unknown_pack_or_set():
-    with pytest.raises(ValueError, match="no pack 'imagenet21'; embedded are imagenet20"):
+    with pytest.raises(ValueError, match="no pack 'imagenet21'; embedded are digits, imagenet20"):
         load_pack("imagenet21", "train")
     with pytest.raises(
         ValueError, match="pack 'imagenet20' has no set 'val'; its sets are train, test, near/imagenet980"

@@ -71,7 +71,7 @@ def test_what_is_published_covers_every_baseline_and_keeps_the_bar():
 
 def test_the_page_is_in_step_with_what_was_measured():
     text = pages.parity_page(ROOT / pages.PARITY)
-    assert (ROOT / "book" / "parity.md").read_text() == text, "run python -m capsae.publish pages"
+    assert (ROOT / "book" / "parity.md").read_text() == text, "run python -m capsae.build pages"
     assert text.count("pytorch-ood | 0.4.0") == len(parity.PYTORCH_OOD)
 
 

@@ -138,7 +138,7 @@ def test_a_second_run_trains_nothing(run, monkeypatch):
     expected = first.table(METHODS), first.history, first.caps.mean
     monkeypatch.setattr("capsae.sae.train_sae", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr("capsae.probe.fit_linear_probe", lambda *_, **__: pytest.fail("fitted again"))
-    monkeypatch.setattr("capsae.pipeline.evaluate", lambda *_, **__: pytest.fail("evaluated again"))
+    monkeypatch.setattr("capsae.pipeline.evaluate_scores", lambda *_, **__: pytest.fail("evaluated again"))
     second = run()
     assert second.table(METHODS).equals(expected[0])
     assert second.history.equals(expected[1]) and second.history.attrs["best_epoch"] == expected[1].attrs["best_epoch"]
@@ -282,6 +282,61 @@ def test_a_pack_without_a_class_is_refused(tmp_path):
     path = small_profile.write(tmp_path, sets | {"train": train.take(train.labels != 2)})
     with pytest.raises(ValueError, match=r"class 2 \(of 4\) has no training sample"):
         Run(path, store=tmp_path / "store").features("train")
+
+
+# --- seeds of the SAE
+
+
+def test_seeds_are_trained_together_and_are_those_of_runs_of_their_own(run, profile, tmp_path, monkeypatch):
+    import capsae.sae
+
+    calls, train_saes = [], capsae.sae.train_saes
+
+    def counted(x, configs, *args, **options):
+        calls.append(configs)
+        return train_saes(x, configs, *args, **options)
+
+    monkeypatch.setattr("capsae.sae.train_saes", counted)
+    one = Run(profile, {"sae_seeds": 3}, tmp_path, "cpu", progress=False)
+    found = one.scores_of_seeds(METHODS)
+    assert [[config.seed for config in configs] for configs in calls] == [[0, 1, 2]]
+    assert {name: of["test"].shape[0] for name, of in found.items()} == {"epd": 3, "msp": 1}
+    assert list((tmp_path / "scratch").glob("seeds-*/*")) == []
+    for seed in range(3):
+        alone = run(sae__seed=seed)
+        assert alone.digest("sae") == one.with_seed(seed).digest("sae")
+        np.testing.assert_array_equal(
+            found["epd"]["far/noise"][seed], alone.scores_of_seeds(["epd"])["epd"]["far/noise"][0]
+        )
+    again = Run(profile, {"sae_seeds": 3}, tmp_path, "cpu", progress=False)
+    again.scores_of_seeds(METHODS), [r.sae for r in again.seeds()]
+    assert len(calls) == 1, "read from the store"
+    other = Run(profile, {"sae_seeds": 4}, tmp_path, "cpu", progress=False)
+    assert [one.sae.config.seed for one in other.seeds()] == [0, 1, 2, 3]
+    assert len(calls) == 1, "one alone needs no company"
+
+
+def test_tables_are_means_over_seeds_and_tell_how_many(run):
+    one, alone = run(sae_seeds=3), [run(sae__seed=seed) for seed in range(3)]
+    table = one.table(METHODS).set_index(["method", "set", "group", "metric"])
+    key = ("epd", "mean", "all", "auroc")
+    values = [r.table(METHODS).set_index(["method", "set", "group", "metric"])["value"][key] for r in alone]
+    assert table.loc[key, "value"] == pytest.approx(np.mean(values)) and table.loc[key, "seeds"] == 3
+    assert table.loc["msp"]["seeds"].eq(1).all() and one.digest("table", METHODS) != alone[0].digest("table", METHODS)
+    dots = one.seed_values(METHODS)
+    dots = dots[(dots["method"] == "epd") & (dots["metric"] == "auroc")]
+    np.testing.assert_allclose(dots["value"], values)
+    compared = one.compare([("epd", "msp")], METHODS, n_boot=50).set_index(["set", "metric"])
+    difference = table.loc[key, "value"] - table.loc[("msp", "mean", "all", "auroc"), "value"]
+    assert compared.loc[("mean", "auroc"), "value"] == pytest.approx(difference)
+    scores = one.scores(METHODS)
+    assert scores.equals(alone[0].scores(METHODS)) and set(scores["set"]) == {
+        "val",
+        "test",
+        "near/shifted",
+        "far/noise",
+    }
+    assert one.provenance()["seeds"]["sae"] == "0 to 2"
 
 
 # --- from images

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from capsae import display, plan, publish
+from capsae import build, code, display, plan, publish, verify
 
 GOOD = """\
 import os, sys
@@ -66,13 +66,32 @@ def test_a_page_is_published_clean_titled_and_stamped(repository, capfd):
     stamp = notebook["metadata"]["capsae"]
     assert stamp["parameters"] == {"profile": "imagenet20", "sweep": "k"}
     assert {"profile", "inputs", "digest", "versions", "results"} <= set(stamp)
-    assert not list((repository.path / "build").iterdir())
+    assert [each.name for each in (repository.path / "build").iterdir()] == ["ran"]
+    assert verify.ran_here(repository.path, _page().name)
 
 
 def test_a_second_run_of_the_same_is_the_same_to_the_byte(repository):
     first = publish.publish(_page()).read_bytes()
     assert publish.publish(_page()).read_bytes() == first
     assert str(repository.path).encode() not in first
+
+
+def test_pages_in_one_kernel_see_nothing_of_each_other(repository):
+    look = "import os\nprint(os.path.exists('.'), os.environ['CAPSAE_PAGE_DATA'], 'left' in globals())"
+    repository.write(look, "left = 1")
+
+    def made(name, kernel):
+        return publish.publish(_page(name=f"digits/{name}"), kernel=kernel).read_text().replace(name, "NAME")
+
+    with publish.SharedKernel() as kernel:
+        first = made("one", kernel)
+        assert '"True data/NAME False\\n"' in first and '"execution_count": 1' in first
+        assert made("two", kernel) == first
+        repository.write("import os\nos._exit(1)")
+        with pytest.raises(publish.PublishError, match="(?is)digits/three failed.*died"):
+            made("three", kernel)
+        repository.write(look, "left = 1")
+        assert made("four", kernel) == first, "a dead kernel is replaced"
 
 
 def test_without_a_title_the_page_has_the_notebooks_own_and_its_profile(repository):
@@ -93,9 +112,19 @@ def test_a_failed_notebook_is_not_published_and_the_old_page_stays(repository):
 
 def test_the_command_fails_with_the_notebook(repository, monkeypatch, capfd):
     repository.write("1 / 0")
-    monkeypatch.setattr(publish, "pages", lambda: {"p": _page(name="p")})
-    assert publish.main(["run", "p"]) == 1
+    monkeypatch.setattr(build, "pages", lambda: {"p": _page(name="p")})
+    assert build.main(["run", "p"]) == 1
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_dead_kernel_does_not_stop_the_other_pages(repository, monkeypatch, capfd):
+    repository.write("import os, signal\nif sweep == 'k':\n    os.kill(os.getpid(), signal.SIGKILL)")
+    known = {"a": _page(name="a"), "b": _page(name="b", parameters={"sweep": "core"})}
+    monkeypatch.setattr(build, "pages", lambda: known)
+    assert build.main(["run", "a", "b"]) == 1
+    assert "a failed and is not published: Kernel died" in capfd.readouterr().err
+    assert not publish.path_of("a").is_file() and publish.path_of("b").is_file()
+    assert [each.name for each in (repository.path / "build").rglob("*")] == ["ran", "b"]
 
 
 def test_what_the_notebook_recorded_is_kept_with_the_page(repository):
@@ -110,13 +139,35 @@ def test_what_the_notebook_recorded_is_kept_with_the_page(repository):
 def test_why_stale_names_what_changed(repository, monkeypatch):
     assert publish.why_stale(_page()) == "not published yet"
     publish.publish(_page())
-    assert publish.why_stale(_page()) is None and publish.is_fresh(_page())
+    assert publish.why_stale(_page()) is None
     assert publish.why_stale(_page(parameters={"sweep": "core"})) == "changed: parameters"
     repository.write(GOOD + "\n1 + 1")
-    assert publish.why_stale(_page()) == "changed: notebook"
+    assert publish.why_stale(_page()) == "changed: code, notebook"
     repository.write(GOOD)
-    monkeypatch.setattr(publish, "DRAWN_BY", ("capsae.figures",))
-    assert publish.why_stale(_page()) == "changed: drawing"
+    monkeypatch.setattr(code, "notebook_digest", lambda *_, **__: "other")
+    assert publish.why_stale(_page()) == "changed: code"
+
+
+def test_where_imported_names_lie_makes_no_page_stale(repository):
+    repository.write(GOOD, "from capsae.detectors.base import (\n    info,\n)\ninfo('epd')")
+    publish.publish(_page())
+    repository.write(GOOD, "from capsae.detectors import info\ninfo('epd')")
+    assert publish.why_stale(_page()) is None
+    repository.write(GOOD, "from capsae.detectors import info\ninfo('rpd')")
+    assert publish.why_stale(_page()) == "changed: code, notebook"
+
+
+def test_a_page_that_reads_others_and_files_is_stale_with_them(repository, monkeypatch):
+    (repository.path / "table.csv").write_text("1")
+    names = ("x", "y")
+    monkeypatch.setattr(publish, "pages", lambda: {name: _page(name=name, parameters=given) for name in names})
+    given, page = {"sweep": "k"}, _page(after=names, reads=("table.csv",))
+    publish.publish(page)
+    assert publish.why_stale(page) is None
+    given = {"sweep": "core"}
+    publish._cached_digest.cache_clear()
+    (repository.path / "table.csv").write_text("2")
+    assert publish.why_stale(page) == "changed: file table.csv, 2 pages that it reads"
 
 
 def test_a_page_with_an_error_in_it_is_never_fresh(repository):
@@ -171,7 +222,7 @@ def test_sweeps_hold_the_profiles_own_setting_once_and_names_sort_as_settings_do
 
 def test_every_sweep_waits_for_its_runs():
     known = plan.pages()
-    assert len(known) == len(set(known)) and all(page.notebook in publish.STAGES for page in known.values())
+    assert len(known) == len(set(known))
     for sweep in plan.SWEEPS:
         page = known[f"imagenet20/ablation/sweep-{sweep}"]
         assert set(page.after) == {p.name for _, p in plan.sweep_pages(sweep)} <= set(known)

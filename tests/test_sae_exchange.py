@@ -213,8 +213,10 @@ def test_a_column_without_variance_stays_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
-        ("saelens-rescale", {"architecture": "jumprelu"}, "architecture is 'jumprelu', which no TopKSAE is"),
-        ("saelens-rescale", {"architecture": "batchtopk"}, "architecture is 'batchtopk'"),
+        ("saelens-rescale", {"architecture": "standard"}, "architecture is 'standard', which no TopKSAE is"),
+        ("saelens-rescale", {"architecture": "jumprelu"}, "no tensor 'threshold'"),
+        ("saelens-rescale", {"architecture": "batchtopk"}, "no tensor 'threshold'"),
+        ("saelens-rescale", {"architecture": "gated"}, "no tensor 'b_"),
         ("saelens-rescale", {"reshape_activations": "hook_z"}, "reshape_activations is 'hook_z'"),
         ("saelens-rescale", {"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
         ("saelens-rescale", {"d_sae": 21}, r"W_enc has shape \(6, 20\); \(6, 21\)"),
@@ -329,6 +331,105 @@ def test_the_books_page_runs(tmp_path, monkeypatch):
     assert names["sae"].config == names["profile"].sae
 
 
+# --- what fires over a level: JumpReLU, BatchTopK, gated
+
+LEVELLED = ("jumprelu", "batch_topk", "gated")
+
+
+@pytest.fixture(scope="module")
+def levelled() -> dict[tuple[str, str], TopKSAE]:
+    x, found = rows(), {}
+    for variant in LEVELLED:
+        for normalize in NORMALIZE:
+            config = SAEConfig(M, K, epochs=3, lr=1e-2, aux_k=4, normalize=normalize, variant=variant)
+            sae = found[variant, normalize] = train_sae(x[:150], config, held_out=x[150:], progress=False)[0]
+            sae.shift += 2e-3  # the calibration ends on the very value of one row, where rounding would decide
+    return found
+
+
+def levelled_by_hand(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and reconstruction as SAELens' source computes them (saes/jumprelu_sae.py, saes/gated_sae.py)."""
+    cfg, w = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
+    shift, scale = torch.zeros(len(x), 1), torch.ones(len(x), 1)
+    kind = cfg["normalize_activations"]
+    if kind == "layer_norm":
+        shift, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-5
+    elif kind == "constant_norm_rescale":
+        scale = x.norm(dim=1, keepdim=True) / D**0.5
+    z = (x - shift) / scale - w["b_dec"] * cfg["apply_b_dec_to_input"]
+    if cfg["architecture"] == "gated":
+        value = (z @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"]).relu()
+        codes = value * (z @ w["W_enc"] + w["b_gate"] > 0)
+    else:
+        pre = z @ w["W_enc"] + w["b_enc"]
+        codes = pre.relu() * (pre > w["threshold"])
+    return codes, (codes @ w["W_dec"] + w["b_dec"]) * scale + shift
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("variant", LEVELLED)
+def test_levelled_saes_follow_saelens_formulas_and_come_back(variant, normalize, levelled, tmp_path):
+    sae, x = levelled[variant, normalize], torch.from_numpy(rows())
+    assert sae.shift.abs() > 0, "the calibration has to be exchanged, too"
+    folder = exchange.save_saelens(sae, tmp_path)
+    codes, out = levelled_by_hand(folder, x)
+    torch.testing.assert_close(codes, sae.encode(x).dense(), rtol=2e-5, atol=5e-5)
+    torch.testing.assert_close(out, sae.reconstruct(x), rtol=1e-4, atol=2e-4)
+    again = TopKSAE.load(folder)
+    assert type(again) is type(sae) and again.config == sae.config
+    torch.testing.assert_close(again.encode(x).dense(), sae.encode(x).dense(), rtol=2e-5, atol=2e-5)
+    with pytest.raises(TypeError, match=f"a {type(sae).__name__} was given"):
+        exchange.save_sparsify(sae, tmp_path / "no")
+
+
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+@pytest.mark.parametrize("variant", LEVELLED)
+def test_foreign_levelled_saes_of_any_row_lengths(variant, apply_b_dec, levelled, tmp_path):
+    """No key of ours, decoder rows of several lengths and one of zero: the same codes but for those lengths."""
+    x, folder = torch.from_numpy(rows()), exchange.save_saelens(levelled[variant, "none"], tmp_path)
+    w = {name: each.clone() for name, each in load_file(folder / "sae_weights.safetensors").items()}
+    w["W_dec"] *= torch.linspace(0.5, 2, M)[:, None]
+    w["W_dec"][4] = 0
+    save_file(w, folder / "sae_weights.safetensors")
+    edit(folder, metadata={"sae_lens_version": "6.0.0"}, apply_b_dec_to_input=apply_b_dec)
+    codes, out = levelled_by_hand(folder, x)
+    sae, lengths = exchange.load_saelens(folder), w["W_dec"].norm(dim=1)
+    assert sae.config.variant == ("gated" if variant == "gated" else "jumprelu")
+    lengths[4] = 1
+    torch.testing.assert_close(sae.encode(x).dense(), codes * lengths, rtol=2e-5, atol=5e-5)
+    torch.testing.assert_close(sae.reconstruct(x), out, rtol=1e-4, atol=2e-4)
+    assert torch.isfinite(sae.decoder).all() and not sae.decoder[4].any()
+
+
+def test_a_batch_topk_of_training_is_read_with_its_threshold(levelled, tmp_path):
+    x, folder = torch.from_numpy(rows()), exchange.save_saelens(levelled["batch_topk", "none"], tmp_path)
+    codes, _ = levelled_by_hand(folder, x)
+    w = load_file(folder / "sae_weights.safetensors")
+    lengths = torch.linspace(0.5, 2, M)  # rescale_acts_by_decoder_norm: the threshold is of rescaled values
+    w |= {"W_enc": w["W_enc"] / lengths, "b_enc": w["b_enc"] / lengths, "W_dec": w["W_dec"] * lengths[:, None]}
+    w["topk_threshold"] = w.pop("threshold")[0]
+    save_file({name: each.contiguous() for name, each in w.items()}, folder / "sae_weights.safetensors")
+    edit(folder, architecture="batchtopk", k=K, rescale_acts_by_decoder_norm=True, metadata={"sae_lens_version": "6"})
+    sae = exchange.load_saelens(folder)
+    assert sae.config.variant == "batch_topk" and sae.config.k == K
+    torch.testing.assert_close(sae.encode(x).dense(), codes, rtol=2e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["saelens-rescale", "saelens-constant-norm-bfloat16", "sparsify/layers.0"])
+def test_a_zero_decoder_row_is_a_latent_that_says_nothing(name, tmp_path, expected):
+    folder = copied(name, tmp_path)
+    file = next(folder.glob("*.safetensors"))
+    w = {key: each.clone() for key, each in load_file(file).items()}
+    w["W_dec"][7] = 0
+    save_file(w, file)
+    sae = reader(name)(folder)
+    assert torch.isfinite(sae.decoder).all() and not sae.decoder[7].any()
+    codes = sae.encode(expected["rows"])
+    assert torch.isfinite(codes.dense()).all() and torch.isfinite(sae.reconstruct(expected["rows"])).all()
+    if name == "sparsify/layers.0":  # its codes do not depend on the decoder
+        torch.testing.assert_close(codes.dense(), expected[f"{name}.codes"], rtol=1e-5, atol=1e-5)
+
+
 # --- the libraries themselves
 
 
@@ -361,6 +462,15 @@ def test_sparsify_reads_ours(normalize, trained, tmp_path, monkeypatch):
     theirs.save_to_disk(tmp_path / "theirs")
     if normalize != "dataset":  # sparsify drops our key: what it normalised is then unknown, the weights are the same
         assert torch.equal(TopKSAE.load(tmp_path / "theirs").encoder, sae.encoder)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("variant", LEVELLED)
+def test_saelens_reads_our_levelled_saes(variant, normalize, levelled, tmp_path):
+    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
+    sae, x = levelled[variant, normalize], torch.from_numpy(rows())
+    theirs = sae_lens.SAE.load_from_disk(exchange.save_saelens(sae, tmp_path))
+    torch.testing.assert_close(theirs.encode(x), sae.encode(x).dense(), rtol=2e-5, atol=5e-5)
 
 
 def test_dictionary_learning_agrees(expected):

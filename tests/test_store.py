@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -7,15 +8,14 @@ import subprocess
 import sys
 import textwrap
 import time
-import uuid
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from capsae.store import Store, _code_digest, artefact_digest, check_files, default_root, source_digest
+from capsae.store import Store, UnreadableArtefact, artefact_digest, check_files, default_root
 
-MODULES = ("capsae.splits",)
+CODE = "digest of the code"
 
 
 def save(value, folder):
@@ -26,9 +26,9 @@ def load(folder):
     return load_file(folder / "x.safetensors")["x"]
 
 
-def get(store, config=None, inputs=None, make=lambda: np.arange(1000.0), modules=MODULES, save=save):
+def get(store, config=None, inputs=None, make=lambda: np.arange(1000.0), code=CODE, save=save, load=load):
     return store.get_or_make(
-        "stage", config or {"a": 1}, inputs or {"b": "c"}, modules, make, save, load, {"profile": "p"}
+        "stage", config or {"a": 1}, inputs or {"b": "c"}, code, make, save, load, {"profile": "p"}
     )
 
 
@@ -37,7 +37,7 @@ def never():
 
 
 def folder(store):
-    return store.path("stage", artefact_digest("stage", {"a": 1}, {"b": "c"}, MODULES))
+    return store.path("stage", artefact_digest("stage", {"a": 1}, {"b": "c"}, CODE))
 
 
 def test_made_once_then_read(tmp_path):
@@ -46,7 +46,7 @@ def test_made_once_then_read(tmp_path):
 
 def test_config_input_and_stage_each_make_it_anew(tmp_path):
     get(Store(tmp_path))
-    for change in ({"config": {"a": 2}}, {"inputs": {"b": "d"}}, {"modules": ("capsae.splits", "capsae.store")}):
+    for change in ({"config": {"a": 2}}, {"inputs": {"b": "d"}}, {"code": "another"}):
         with pytest.raises(AssertionError, match="made again"):
             get(Store(tmp_path), make=never, **change)
 
@@ -54,7 +54,7 @@ def test_config_input_and_stage_each_make_it_anew(tmp_path):
 def test_provenance_says_what_was_done(tmp_path):
     store = Store(tmp_path)
     get(store)
-    digest = artefact_digest("stage", {"a": 1}, {"b": "c"}, MODULES)
+    digest = artefact_digest("stage", {"a": 1}, {"b": "c"}, CODE)
     record = store.provenance("stage", digest)
     assert record["profile"] == "p" and record["config"] == {"a": 1} and record["inputs"] == {"b": "c"}
     assert record["wall_s"] >= 0 and record["peak_rss_mb"] > 10 and "torch" in record["versions"]
@@ -155,7 +155,7 @@ def test_two_processes_share_one_making(tmp_path):
 
 
 def test_scratch_goes_with_success_and_stays_without(tmp_path):
-    store, digest = Store(tmp_path), artefact_digest("stage", {"a": 1}, {"b": "c"}, MODULES)
+    store, digest = Store(tmp_path), artefact_digest("stage", {"a": 1}, {"b": "c"}, CODE)
 
     def make():
         (store.scratch("stage", digest) / "shard").write_text("1")
@@ -168,55 +168,94 @@ def test_scratch_goes_with_success_and_stays_without(tmp_path):
     assert not list((tmp_path / "scratch").iterdir())
 
 
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """Write the source of a throw-away module and return its digest."""
-    monkeypatch.syspath_prepend(tmp_path)
-    name = f"throwaway_{uuid.uuid4().hex}"
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        MemoryError("cannot allocate"),
+        RuntimeError("Found no NVIDIA driver on your system"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_wrong_here_and_now_deletes_nothing(tmp_path, error):
+    store = Store(tmp_path)
+    get(store)
 
-    def digest(source, definition="", fresh=True):
-        (tmp_path / f"{name}.py").write_text(source)
-        if fresh:
-            _code_digest.cache_clear()
-        return source_digest([name + definition])
+    def fail(_):
+        raise error
 
-    return digest
-
-
-PLAIN = """
-def f(x):
-    return x + 1
-
-LIMIT = 3
-def g(x):
-    return f(x) * LIMIT
-
-def h():
-    return 0
-"""
+    with pytest.raises(UnreadableArtefact, match=f"{folder(store)} is whole and kept.*{error.args[-1]}"):
+        get(store, make=never, load=fail)
+    assert get(store, make=never).tolist() == list(range(1000))
 
 
-def test_comments_docstrings_and_layout_do_not_count_but_code_does(module):
-    commented = '"""Module."""\n# why\n' + PLAIN.replace(
-        "return x + 1", '"""Add one."""\n    # because\n    return (x +\n        1)'
-    )
-    assert module(PLAIN) == module(commented)
-    assert module(PLAIN) != module(PLAIN.replace("+ 1", "+ 2"))
+def test_files_that_may_not_be_read_are_no_damage(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    get(store)
+    for code in (errno.EACCES, errno.EMFILE):
+
+        def fail(path, _code=code):
+            raise OSError(_code, os.strerror(_code), str(path))
+
+        with monkeypatch.context() as patched:
+            patched.setattr("capsae.store.file_record", fail)
+            with pytest.raises(UnreadableArtefact, match="x.safetensors"):
+                get(store, make=never)
+    assert len(get(store, make=never)) == 1000
 
 
-def test_an_edit_during_a_run_does_not_rename_its_artefacts(module):
-    assert module(PLAIN) == module(PLAIN.replace("+ 1", "+ 2"), fresh=False)
+@pytest.mark.parametrize("where", ["make", "save"])
+def test_a_damaged_artefact_stays_until_the_new_one_is_whole(tmp_path, where):
+    store = Store(tmp_path)
+    get(store)
+    path = folder(store) / "x.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    damaged = path.read_bytes()
+
+    def fail(*_):
+        raise RuntimeError("no luck")
+
+    with pytest.raises(RuntimeError, match="no luck"):
+        get(store, **{where: fail})
+    assert path.read_bytes() == damaged
+    assert len(get(store)) == 1000 and len(get(store, make=never)) == 1000
 
 
-def test_one_definition_counts_with_what_it_uses(module):
-    base = module(PLAIN, ":g")
-    assert base == module(PLAIN.replace("return 0", "return 9"), ":g")
-    assert base != module(PLAIN.replace("+ 1", "+ 2"), ":g")
-    assert base != module(PLAIN.replace("LIMIT = 3", "LIMIT = 4"), ":g")
-    with pytest.raises(ValueError, match="nothing_here"):
-        source_digest(["capsae.splits:nothing_here"])
-    with pytest.raises(ValueError, match="no module"):
-        source_digest(["capsae_no_such_module"])
+def test_a_file_system_without_locks_or_fsync_is_used_all_the_same(tmp_path, monkeypatch):
+    def no_locks(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def no_fsync(_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("capsae.store.FileLock.acquire", no_locks)
+    monkeypatch.setattr(os, "fsync", no_fsync)
+    store = Store(tmp_path)
+    assert len(get(store)) == 1000 and len(get(store, make=never)) == 1000
+
+
+def test_a_lock_that_cannot_be_had_for_another_reason_is_told(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("capsae.store.FileLock.acquire", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        get(Store(tmp_path))
+
+
+def test_entries_are_what_is_kept_and_can_be_removed(tmp_path):
+    store = Store(tmp_path)
+    assert list(store.entries()) == []
+    get(store)
+    store.scratch("sae", "f" * 64)
+    one, scratch = sorted(store.entries(), key=lambda entry: entry.stage == "scratch")
+    assert (one.stage, one.key, one.path) == ("stage", folder(store).name, folder(store))
+    assert one.size == (folder(store) / "x.safetensors").stat().st_size and 0 <= one.age < 600
+    assert one.provenance["profile"] == "p" and scratch.provenance == {} and scratch.key.startswith("sae-")
+    store.remove(one)
+    assert not list((tmp_path / "stage").iterdir())
+    assert len(get(store)) == 1000
 
 
 def test_default_root(tmp_path, monkeypatch):

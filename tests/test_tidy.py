@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import auc, roc_auc_score
 
-from capsae import tidy
+from capsae import profile_data, sweeps, tidy
 from capsae.caps import ClassActivationProfiles, energy_profile_divergence
 from capsae.explain import explain_epd
 from capsae.sae import SparseCodes
@@ -44,7 +44,7 @@ def test_class_names_lose_their_numbers(run):
 
 
 def test_core_activity_is_the_mean_over_samples_and_core_latents(run):
-    data = tidy.core_activity(run)
+    data = profile_data.core_activity(run)
     core = run.caps.core(0.25)
     dense, labels = run.codes("test").dense(), run.features("test").labels
     expected = [dense[labels == c][:, core[c]].mean() for c in range(CLASSES)]
@@ -57,7 +57,7 @@ def test_core_activity_is_the_mean_over_samples_and_core_latents(run):
 
 
 def test_peakedness_and_sorted_shares_against_dense_arithmetic(run):
-    peaks = tidy.peakedness(run).set_index("set")
+    peaks = profile_data.peakedness(run).set_index("set")
     obs, core = run.observations("near/a"), run.caps.core(0.25)
     dense = obs.codes.dense().astype(np.float64)
     inside = np.stack([np.sort(dense[i, core[c]])[::-1] for i, c in enumerate(obs.predicted)])
@@ -70,17 +70,17 @@ def test_peakedness_and_sorted_shares_against_dense_arithmetic(run):
     np.testing.assert_allclose(peaks.loc["near/a", "entropy"], entropy.mean(), rtol=1e-6)
     even = entropy[fires > 1] / np.log(fires[fires > 1])
     np.testing.assert_allclose(peaks.loc["near/a", "evenness"], even.mean(), rtol=1e-6)
-    lines = tidy.sorted_shares(run)
+    lines = profile_data.sorted_shares(run)
     found = lines[lines["set"] == "near/a"].set_index("rank")["share"]
     np.testing.assert_allclose(found, share.mean(0)[: len(found)], rtol=1e-6)
 
 
 def test_one_sample_under_each_class_is_scored_as_the_score_does(run):
     codes = run.codes("near/a")
-    by_class = tidy.class_divergences(codes, 4, run.caps, 0.25)
+    by_class = profile_data.class_divergences(codes, 4, run.caps, 0.25)
     for c in range(CLASSES):
         assert by_class[c] == energy_profile_divergence(codes[4:5], np.array([c]), run.caps, 0.25)[0]
-    shown = tidy.profile_under(codes, 4, 1, run.caps, 0.25, "panel")
+    shown = profile_data.profile_under(codes, 4, 1, run.caps, 0.25, "panel")
     assert shown["expected"].is_monotonic_decreasing and shown["expected"].sum() == pytest.approx(1)
     fires = shown[shown["profile"] > 0]
     assert (fires["profile"] * np.log(fires["profile"] / fires["expected"])).sum() == pytest.approx(by_class[1])
@@ -140,10 +140,10 @@ def test_sweeps_are_laid_out_by_panel_and_by_run():
         for group in ("near", "all")
     ]  # fmt: skip
     data = pd.DataFrame(rows)
-    assert list(dict.fromkeys(tidy.sweep_panels(data)["panel"])) == list(tidy.METRIC_PANELS.values())
-    glance = tidy.sweep_panels(data, "auroc")
+    assert list(dict.fromkeys(sweeps.sweep_panels(data)["panel"])) == list(tidy.METRIC_PANELS.values())
+    glance = sweeps.sweep_panels(data, "auroc")
     assert set(glance["panel"]) == {"k"} and set(glance["series"]) == {"EPD"} and len(glance) == 2
-    wide = tidy.sweep_wide(data)
+    wide = sweeps.sweep_wide(data)
     assert wide["undefined, %"].tolist() == [10.0, 10.0]
     assert list(wide["setting"]) == ["8", "32"] and wide["EPD, AUROC, %"].tolist() == [10.0, 10.0]
 
@@ -156,3 +156,28 @@ def test_sample_rows_keeps_order_and_small_sets():
     assert tidy.sample_rows(Rows(range(5)), 10) == list(range(5))
     some = tidy.sample_rows(Rows(range(100)), 10)
     assert len(some) == 10 and some == sorted(some) and some != list(range(10))
+
+
+def test_unexplained_variance_is_the_mean_over_seeds_with_both_sources(tmp_path):
+    import small_profile
+
+    from capsae.pipeline import Run
+
+    run = Run(small_profile.write(tmp_path), {"sae_seeds": 3}, tmp_path, "cpu", progress=False)
+    found = tidy.fvu_of_seeds(run).set_index("set")
+    values = [one.sae.fvu(run.features("test").cls) for one in run.seeds()]
+    assert found.loc["test", "value"] == pytest.approx(np.mean(values), rel=1e-4) and found.loc["test", "seeds"] == 3
+    # The images' part of one seed: the delta method against redrawn images.
+    one = tidy.fvu_of_seeds(run.with_seed(1)).loc[0]
+    sae, cls, rng = run.with_seed(1).sae, run.features("train").cls, np.random.default_rng(0)
+    drawn = [sae.fvu(cls[rng.integers(0, len(cls), len(cls))]) for _ in range(300)]
+    assert (one["hi"] - one["lo"]) / 2 / 1.96 == pytest.approx(np.std(drawn), rel=0.15)
+
+
+def test_what_the_training_page_records(tmp_path):
+    history = pd.DataFrame({"epoch": [1, 2], "dead_fraction": [0.5, 0.25], "l0": [3.0, 4.0]})
+    history.attrs["best_epoch"] = 1
+    errors = pd.DataFrame({"set": ["test", "near/a", "far/b"], "q50": [0.1, 0.2, 0.4]})
+    found = tidy.of_training(history, errors).set_index("key")["value"]
+    assert found["best epoch"] == 1 and found["epochs"] == 2 and found["dead"] == 0.5 and found["ood sets"] == 2
+    assert (found["median test"], found["median of ood, least"], found["median of ood, largest"]) == (0.1, 0.2, 0.4)

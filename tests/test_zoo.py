@@ -12,12 +12,11 @@ import pytest
 import small_profile
 from scipy import stats
 
-from capsae import commands, display, findings, zoo
+from capsae import code, commands, display, findings, zoo
 from capsae.__main__ import main
 from capsae.pipeline import Run
 from capsae.sae import dictionaries, variants
 from capsae.sealed import SealedError
-from capsae.store import source_digest
 from capsae.zoo import figures, fitting, measure, page, runner, summary, tables, tasks, verdicts
 
 PUBLISHED = ("imagenet20", "mini80")
@@ -66,14 +65,24 @@ def test_all_variants_dictionaries_and_controls_are_members():
     assert fitting.rates("pca") == (None,) and fitting.rates("topk") == fitting.RATES
 
 
-def test_a_fit_hangs_on_its_own_code_and_not_on_that_of_others():
-    jump, mp = fitting.modules("jumprelu"), fitting.modules("mp")
-    assert "capsae.sae.variants:JumpReLU" in jump and "capsae.sae.variants:Variant" in jump
-    assert not any("MatchingPursuit" in name or "Gated" in name for name in jump)
-    assert "capsae.sae.pursuit:matching_pursuit" in mp and "capsae.sae.train" in mp
-    assert not any("train" in name for name in fitting.modules("itda"))
-    for name in zoo.members():
-        assert source_digest(fitting.modules(name))
+def test_a_fit_hangs_on_its_own_code_and_not_on_that_of_others(monkeypatch):
+    reached = set()
+
+    def note(*entries, without):
+        sources = code._sources()
+        of, shut = ([u for e in given for u in sources.units(e)] for given in (entries, without))
+        reached.update(unit.name for unit in sources.reached(of, shut) if unit not in shut)
+        return "digest"
+
+    monkeypatch.setattr(fitting, "code_digest", note)
+    for name, ours, others in (
+        ("jumprelu", {"JumpReLU", "Variant", "train_saes"}, {"MatchingPursuit", "Gated", "ITDA"}),
+        ("mp", {"MatchingPursuit", "matching_pursuit", "choose_rows", "train_saes"}, {"JumpReLU", "ITDA"}),
+        ("itda", {"ITDA", "normalize"}, {"train_saes", "JumpReLU", "KMeans"}),
+    ):
+        reached.clear()
+        assert fitting.fit_code(name) == "digest"
+        assert ours <= reached and not others & reached, name
 
 
 def _grid(rows):
@@ -461,7 +470,7 @@ def test_the_page_of_dictionaries_is_in_step_and_cites_what_is_in_the_references
 
     book = tables.root() / "book"
     text = page.dictionaries_page(book / "references.bib", pages._HEADING.format(source=pages.DICTIONARIES))
-    assert (book / "dictionaries.md").read_text(encoding="utf-8") == text, "run python -m capsae.publish pages"
+    assert (book / "dictionaries.md").read_text(encoding="utf-8") == text, "run python -m capsae.build pages"
     for name in zoo.members():
         assert f"(`{name}`)" in text
     assert "FAST" in text and "arXiv 2" not in text.split("## Not in the zoo")[0].replace("as arXiv 2604.26409", "")

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from ..arrays_report import aligned
-from ..sae.measures import _matrix
 from . import contrast, meaning
 
 EXAMPLES = 3  # rows named for each latent and side
@@ -65,8 +64,10 @@ def compare_sides(a: Side, b: Side, named: meaning.Named, fdr: float = contrast.
     for i, column in enumerate(about):
         table.insert(1 + i, column, about[column])
     for key, of in (("examples_a", a), ("examples_b", b)):
-        columns = _matrix(of.codes).tocsc()
-        table[key] = [" | ".join(_strongest(columns, latent, of.ids)) for latent in table["latent"]]
+        columns = of.codes.csr().tocsc()
+        examples = [" | ".join(_strongest(columns, latent, of.ids)) for latent in table["latent"]]
+        # File names may be no UTF-8, which pandas' own strings refuse.
+        table[key] = pd.Series(examples, table.index, dtype=object)
     return table
 
 
@@ -120,6 +121,6 @@ def _shown(rows: pd.DataFrame, which: str) -> pd.DataFrame:
             "B, %": rows["frequency_b"].map(lambda share: f"{100 * share:.1f}"),
             "B less A, points": frequency,
             "q": rows["q"].map("{:.1g}".format),
-            "such as": rows["examples_b" if which == "B" else "examples_a"].str.replace(" | ", ", ", regex=False),
+            "such as": rows["examples_b" if which == "B" else "examples_a"],
         }
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ..sae.measures import _matrix
 from .meaning import FDR, false_discovery
 
 FEW = 8  # images of a set below which hardly anything can be concluded
@@ -52,7 +51,7 @@ def compare(a, b, fdr: float = FDR, strength: bool = True) -> pd.DataFrame:
     for which, codes in (("A", a), ("B", b)):
         if not len(codes):
             raise ValueError(f"{which} has no rows: give at least one, better {FEW} or more")
-    left, right = _matrix(a).tocsc(), _matrix(b).tocsc()
+    left, right = a.csr().tocsc(), b.csr().tocsc()
     n_a, n_b = len(a), len(b)
     fired_a, fired_b = np.diff(left.indptr), np.diff(right.indptr)
     alive = np.flatnonzero(fired_a + fired_b)

@@ -28,7 +28,7 @@ from ..detectors import Detector, Observations
 from ..evaluate import compare, group_of
 from ..metrics import Thresholds, fpr95_id_pos, fpr95_ood_pos
 from ..sae import dictionaries
-from ..stats import FPR95, bootstrap, delong, exact_interval, holm, interval, placements
+from ..stats import FPR95, bootstrap, delong, exact_interval, interval, placements, verdicts
 from . import dark_matter
 
 COLUMNS = {
@@ -287,6 +287,5 @@ def beside_epd(scorers: Mapping, id_test, ood: Mapping, n_boot: int = PAIRED, se
     """
     pair = key("epd+error", "input"), key("epd", "reconstruction")
     table = compare(scorers, id_test, ood, [pair], metrics=(FPR95[0],), n_boot=n_boot, seed=seed)
-    table = table[table["set"] != "mean"].assign(p_holm=lambda t: holm(t["p"]))
-    sure = np.where(table["value"] < 0, "better", "worse")
-    return table.assign(verdict=np.where(table["p_holm"] < 0.05, sure, "undecided"))
+    table = table[table["set"] != "mean"]
+    return table.assign(**verdicts(-table["value"], table["p"]))

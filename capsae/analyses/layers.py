@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 from ..caps import ClassActivationProfiles, stability
+from ..code import digest as code_digest
 from ..featureset import FeatureSet
 from ..metrics import HIGHER_IS_BETTER, Thresholds
 from ..sites import FINAL, KINDS
@@ -45,9 +46,6 @@ MEASURES = (
     *("fvu", "dead", "core_overlap", "stability", "between", "gap", "cap_accuracy", "cap_accuracy_val"),
     *("probe_accuracy", "top1_1", "top1_5", "top1_20"),
 )
-CODE = ("capsae.analyses.layers", "capsae.caps", "capsae.detectors", "capsae.sites")
-"""What a committed table must have been made by; the SAE's code is recorded beside it, and its change alone does not
-make the table old."""
 
 
 # --- one site
@@ -326,7 +324,6 @@ def _kept(run, site: str, here: dict[str, FeatureSet], seeds):
     config, core = config_of(run), run.profile.caps.core_fraction
     recipe = {"site": site, "sae": asdict(config), "core_fraction": core, "seeds": list(seeds)}
     inputs = {name: features.digest() for name, features in here.items()}
-    modules = ("capsae.analyses.layers:measure_site", "capsae.caps", "capsae.detectors", "capsae.sae", "capsae.probe")
 
     def save(value, folder):
         value[0].to_json(folder / "measures.json", orient="records", double_precision=15)
@@ -344,7 +341,8 @@ def _kept(run, site: str, here: dict[str, FeatureSet], seeds):
     def make():
         return measure_site(here, run.profile.n_classes, config, core, seeds)
 
-    return run.store.get_or_make("layer", recipe, inputs, modules, make, save, load, {"profile": run.profile.name})
+    made_by, who = code_digest(measure_site), {"profile": run.profile.name}
+    return run.store.get_or_make("layer", recipe, inputs, made_by, make, save, load, who)
 
 
 # --- the committed tables
@@ -377,16 +375,22 @@ def command(profile: str, pack: bool = True) -> str:
 
 def outdated(profile: str) -> str | None:
     """Why the committed tables are not today's, with what to run; None if they are."""
-    from ..store import source_digest
-
     made = read(profile)[2]
-    changed = [name for name in CODE if made["code"].get(name) != source_digest([name])[:20]]
-    return f"{', '.join(changed)} changed since the tables were made: {made['command']}" if changed else None
+    changed = made["code"] != codes()["code"]
+    return f"the code changed since the tables were made: {made['command']}" if changed else None
+
+
+def codes() -> dict[str, dict[str, str]]:
+    """What a table must have been made by, and what is recorded beside it: the SAE's training alone makes none old."""
+    from ..sae import train_sae
+
+    made_by, training = code_digest(layers, without=(train_sae,)), code_digest(train_sae)
+    return {"code": {"layers": made_by[:20]}, "code_recorded_only": {"training": training[:20]}}
 
 
 def write(run, table: pd.DataFrame, against: pd.DataFrame, read: Mapping, cpu_s: float, weights: str | None = None):
     """Write a profile's tables and their provenance, ``read`` as :func:`layers` gives it; returns their places."""
-    from ..store import machine, source_digest, versions
+    from ..store import machine, versions
 
     at = files(run.profile.name)
     at["table"].parent.mkdir(parents=True, exist_ok=True)
@@ -411,8 +415,7 @@ def write(run, table: pd.DataFrame, against: pd.DataFrame, read: Mapping, cpu_s:
         "end_against_profile": {name: float(f"{value:.2g}") for name, value in read["end"].items()},
         "profile_features": run.digest("features")[:20],
         "head": run.digest("head")[:20],
-        "code": {name: source_digest([name])[:20] for name in CODE},
-        "code_recorded_only": {"capsae.sae": source_digest(["capsae.sae"])[:20]},
+        **codes(),
         "machine": machine(),
         "versions": versions(),
         "cpu_seconds_of_this_call": round(cpu_s, 1),
@@ -424,8 +427,8 @@ def write(run, table: pd.DataFrame, against: pd.DataFrame, read: Mapping, cpu_s:
 def main(arguments: list[str] | None = None) -> int:
     import torch
 
-    from ..commands import _overrides
     from ..pipeline import Run
+    from ..profiles import overrides_of
     from ..sites import SiteReader
 
     parser = argparse.ArgumentParser("python -m capsae.analyses.layers", description="Make the tables of all sites.")
@@ -439,7 +442,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     started = time.process_time()
-    run = Run(options.profile, _overrides(options.set), device="cpu")
+    run = Run(options.profile, overrides_of(options.set), device="cpu")
     given = {"batch_size": options.batch_size, "workers": options.workers}
     table, against, read = layers(run, options.checkpoint, kinds=options.kinds, **given)
     weights = SiteReader(run.inputs.backbone_settings(options.checkpoint), FINAL).weights

@@ -179,7 +179,7 @@ def source_line(made: Mapping) -> str:
     return (
         f"Profile {made['profile']} · backbone {made['backbone']}, weights {made['weights_sha256'][:12]} · data: all "
         f"sites read from the images, book/layers/{made['profile']}.csv, "
-        f"digest {_sha256(made['profile'], 'table')[:12]} · code {made['code']['capsae.analyses.layers'][:12]}"
+        f"digest {_sha256(made['profile'], 'table')[:12]} · code {made['code']['layers'][:12]}"
     )
 
 

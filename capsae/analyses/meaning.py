@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 
 from ..caps import ClassActivationProfiles, check_labels
-from ..sae.measures import _matrix
 from ..stats import interval
 
 log = logging.getLogger(__name__)
@@ -169,7 +168,7 @@ def permuted(codes, labels, n_classes: int, permutations: int = 200, seed: int =
 
     Rows keep their codes, so a latent's few strong rows stay strong. NaN for a latent that never fires.
     """
-    a = _matrix(codes)
+    a = codes.csr()
     labels = check_labels(labels, a.shape[0], n_classes)
     counts = np.maximum(np.bincount(labels, minlength=n_classes), 1)[:, None]
     row = np.repeat(np.arange(a.shape[0]), np.diff(a.indptr))
@@ -296,7 +295,7 @@ def check_names(named: Named, codes, labels, n_boot: int = 500, seed: int = 0) -
         precision - base, recall, f1), value, lo, hi: means over the latents that fire in some test row; latents.
         "narrow": names of classes with at most the share BROAD of the training rows.
     """
-    fires = _matrix(codes)
+    fires = codes.csr()
     fires.data[:] = 1
     labels = check_labels(labels, fires.shape[0], named.members.shape[1])
     chosen = np.flatnonzero(named.named)
@@ -342,7 +341,7 @@ def top_rows(codes, latents: Sequence[int], features, class_names: Sequence[str]
     codes : SparseCodes of N rows
     features : FeatureSet of the same rows: ids and labels
     """
-    columns, rows = _matrix(codes).tocsc(), []
+    columns, rows = codes.csr().tocsc(), []
     for latent in latents:
         part = slice(columns.indptr[latent], columns.indptr[latent + 1])
         value, row = columns.data[part], columns.indices[part]

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from ..sae.measures import _matrix
 from ..stats import interval
 
 K = 10
@@ -24,7 +23,7 @@ def unit_rows(x):
     if not hasattr(x, "indices"):
         x = np.asarray(x, dtype=np.float32)
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
-    a = _matrix(x).astype(np.float32)
+    a = x.csr().astype(np.float32)
     length = np.sqrt(np.asarray((a * a).sum(axis=1)).ravel())
     if a.nnz < 2**31:  # k-means of scikit-learn takes no others
         a.indices, a.indptr = a.indices.astype(np.int32), a.indptr.astype(np.int32)

@@ -1,16 +1,29 @@
-"""The ontology analysis of one run: its dictionaries and controls, its tables, and the sentences that they bear out."""
+"""The ontology analysis of one run: its dictionaries and controls, its tables, and the numbers of its findings."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 
 from ..caps import ClassActivationProfiles
-from ..comparisons import p_text
+from ..findings import Chapter, Numbers
 from . import mantel, wordnet
-from .ontology import ABOVE, LEAST, Judged, Units, every_class, image_draws, judge, tree_order
+from .ontology import (
+    ABOVE,
+    Judged,
+    Units,
+    by_synset,
+    differences,
+    every_class,
+    image_draws,
+    judge,
+    measured,
+    tree_order,
+)
 
 SAE, RANDOM, CLS, EVERY = "SAE", "random dictionary", "CLS coordinates", "every class"
 MEANS = "CLS class means"
@@ -142,143 +155,75 @@ def ordered_pairs(tree: wordnet.Taxonomy, distance: np.ndarray, names: Sequence[
     return pd.DataFrame(columns | {"distance": cells[0], "path": cells[1]})
 
 
-# --- sentences
+def best_of_means(agreement: pd.DataFrame, column: str = "r") -> str:
+    """The distance of the class means that agrees best with the tree, by ranks."""
+    rows = agreement[(agreement["of"] == MEANS) & (agreement["method"] == HEADLINE[1])]
+    return rows.loc[rows[column].idxmax(), "distance"]
 
 
-def _row(table: pd.DataFrame, **wanted) -> pd.Series:
-    for column, value in wanted.items():
-        table = table[table[column] == value]
-    return table.iloc[0]
+def paths(page_data: SimpleNamespace) -> pd.DataFrame:
+    """:func:`along_paths` of the SAE's profiles, the best class means and a random dictionary's profiles."""
+    keys = [(SAE, "cosine"), (MEANS, best_of_means(page_data.agreement)), (RANDOM, "cosine")]
+    return along_paths(page_data.tree.path_distance(), page_data.distances, keys)
 
 
-def _p(p: float, permutations: float) -> str:
-    """A p of permutations in words: "≤" where none of them did as well, so that more might have made it smaller."""
-    return p_text(p, at_most=p <= 1.0001 / (1 + permutations))
+def mean_f1(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the summary that the page shows."""
+    return summary[summary["measure"] == "mean F1"].drop(columns=["measure", "draws"])
 
 
-def _gap(row: Mapping) -> str:
-    return f"{row['value']:+.2f}, {row['lo']:+.2f} to {row['hi']:+.2f}"
+# --- the page's data and the numbers of its findings
 
 
-NONE = "too few synsets"  # for a verdict
-_WORDS = {"better": "better than", "worse": "worse than", "undecided": "not told from"}
-_COLUMNS = {"images": "images", "classes": "f1", "unseen classes": "unseen"}
+def page(run, tree: wordnet.Taxonomy) -> tuple[Chapter, SimpleNamespace, Numbers]:
+    """What the notebook needs: its captions and findings, all tables, and the numbers."""
+    found = dictionaries(run)
+    of = judged(run, found)
+    summary, kept = measured(of)
+    apart, split = distances(run, found), mantel.split_distance(tree.members(ANIMAL))
+    path = tree.path_distance()
+    data = SimpleNamespace(
+        tree=tree, synsets=by_synset(of, tree), summary=summary, differences=differences(kept, summary, compared(run)),
+        distances=apart, agreement=mantel.agreement(path, apart, MEANS, split),
+        inside=mantel.inside(path, apart, families(tree), HEADLINE[1]), gains=mantel.gains(path, apart, SAE, RANDOM),
+    )  # fmt: skip
+    return Chapter("10_ontology", run), data, numbers(data)
 
 
-def beaten(synsets: pd.DataFrame, by: str, method: str = SAE, other: str = EVERY) -> tuple[int, int]:
-    """On how many of the synsets given, and of how many, a dictionary's F1 is above another's."""
-    own, others = (
-        synsets[synsets["method"] == name].set_index("synset")[_COLUMNS[by]].dropna() for name in (method, other)
-    )
-    return int((own > others + 1e-9).sum()), len(own)
+def numbers(data: SimpleNamespace) -> Numbers:
+    """What the chapter's findings rest on."""
+    made, part = Numbers(), re.compile(rf"{SAE}, \d+ latents")
+    rows = data.summary.replace({"method": part}, "equal number", regex=True)
+    made.rows(rows[rows["measure"] == "mean F1"].drop(columns="p"), "f1_{method}_{by}")
+    made.rows(rows[rows["measure"] == ABOVE], "above_chance_{method}_{by}")
+    gaps = data.differences[data.differences["measure"] == "mean F1"]
+    gaps = gaps.replace({"dictionary": part}, "equal number", regex=True)
+    gaps = gaps.replace({"other": part}, "equal number", regex=True)
+    made.rows(gaps, "{dictionary}_less_{other}_{by}")
+    own = data.synsets[data.synsets["asked"] & (data.synsets["method"] == SAE)]
+    every = data.synsets[data.synsets["asked"] & (data.synsets["method"] == EVERY)].set_index("synset")
+    for by, column in (("images", "images"), ("classes", "f1"), ("unseen_classes", "unseen")):
+        known = own.set_index("synset")[column].dropna()
+        made.add(f"synsets_{by}", len(known))
+        made.add(f"won_{by}", int((known > every[column].reindex(known.index) + 1e-9).sum()))
+    chance = rows[(rows["method"] == SAE) & (rows["by"] == "classes") & (rows["measure"] == "mean F1")].iloc[0]
+    made.add("permuted_classes", chance["null"], chance["null_lo"], chance["null_hi"], chance["p"])
+    made.add("synsets_that_stand_out", int((own["q"] < 0.05).sum()))
+    _numbers_of_distances(made, data)
+    return made
 
 
-def against_text(summary: pd.DataFrame, differences: pd.DataFrame, synsets: pd.DataFrame, by: str) -> str:
-    """The SAE beside random dictionaries and beside calling every class a member, in one way of judging."""
-    mean = {name: _row(summary, method=name, by=by, measure="mean F1") for name in (SAE, RANDOM, EVERY)}
-    gaps = [_row(differences, dictionary=SAE, other=name, by=by, measure="mean F1") for name in (EVERY, RANDOM)]
-    own = synsets[synsets["asked"]]
-    won, n = beaten(own, by)
-    parts = {
-        f"of at least {LEAST} classes": own[own["members"] >= LEAST],
-        "left out as too large": synsets[~synsets["asked"]],
-    }
-    counts = {name: beaten(part, by) for name, part in parts.items() if len(part)}
-    also = "; ".join(f"{some} of {of} {name}" for name, (some, of) in counts.items() if of and (some, of) != (won, n))
-    also = f" ({also})" if also else ""
-    names = ("every class", "random dictionaries")
-    if gaps[0]["verdict"] == NONE:
-        told = " and ".join(f"{_gap(gap)} from {name}" for gap, name in zip(gaps, names, strict=True))
-        told = f"{n} synsets are too few for a verdict, the {SAE} differs by {told}"
-    else:
-        told = " and ".join(
-            f"{_WORDS[gap['verdict']]} {name} ({_gap(gap)})" for gap, name in zip(gaps, names, strict=True)
-        )
-        told = f"the {SAE} is {told}"
-    return (
-        f"By {by}, the best latents of the {SAE} reach a mean F1 of {mean[SAE]['value']:.2f} over {n} synsets, "
-        f"calling every class a member {mean[EVERY]['value']:.2f}, random dictionaries {mean[RANDOM]['value']:.2f}: "
-        f"{told}, and beats every class on {won} of {n} synsets{also}."
-    )
-
-
-def equal_text(differences: pd.DataFrame) -> str:
-    """As many latents as the CLS has coordinates with signs, against these."""
-    rows = differences[(differences["other"] == CLS) & (differences["dictionary"] != SAE)]
-    rows = rows[rows["measure"] == "mean F1"]
-    cells = []
-    for _, row in rows.iterrows():
-        few = row["verdict"] == NONE
-        told = f"without a verdict on {row['synsets']} synsets" if few else f"{_WORDS[row['verdict']]} these"
-        cells.append(f"{told} by {row['by']} ({_gap(row)})")
-    n = rows["dictionary"].iloc[0].split()[1]
-    return f"{n} latents of the {SAE}, as many as the CLS has coordinates with either sign, are {', '.join(cells)}."
-
-
-def chance_text(summary: pd.DataFrame, synsets: pd.DataFrame, method: str = SAE) -> str:
-    """What a dictionary finds by classes beside what the same search finds among permuted classes, and others do."""
-    row, own = _row(summary, method=method, by="classes", measure="mean F1"), synsets[synsets["method"] == method]
-    clear, n = int((own["q"] < 0.05).sum()), int(own["asked"].sum())
-    told = "more than chance" if row["p"] < 0.05 else "no more than chance"
-    above = summary[(summary["by"] == "classes") & (summary["measure"] == ABOVE) & (summary["method"] != EVERY)]
-    others = ", ".join(f"{r.method} {r.value:.2f}" for r in above.itertuples())
-    return (
-        f"By classes, the best unit of the {method} reaches a mean F1 of {row['value']:.2f} ({row['lo']:.2f} to "
-        f"{row['hi']:.2f}; {row['least']:.2f} to {row['largest']:.2f} over {row['draws']} draws). With the classes of "
-        f"the tree permuted ({row['permutations']:.0f} times, first draw), the same search still reaches "
-        f"{row['null']:.2f}: it is {told} ({_p(row['p'], row['permutations'])}), and {clear} of {n} synsets stand out "
-        f"one by one (q < 0.05). F1 above each one's own chance: {others}."
-    )
-
-
-def _best(table: pd.DataFrame, column: str, **wanted) -> pd.Series:
-    for name, value in wanted.items():
-        table = table[table[name] == value]
-    return table.sort_values(column).iloc[-1]
-
-
-def mantel_text(table: pd.DataFrame, inside: pd.DataFrame, where: str, of: str = SAE) -> str:
-    """How much of the agreement with path distance is the split between animals and all else."""
-    distance, method = HEADLINE
-    row = _row(table, of=of, distance=distance, method=method)
-    means = _best(table, "within", of=MEANS, method=method)
-    own = inside[(inside["of"] == of) & (inside["distance"] == distance)]
-    clear = [f"{r.family}s" for r in own.itertuples() if r.p < 0.05 and r.lo > 0]
-    cells = ", ".join(f"{r.family}s {r.r:.2f} ({_p(r.p, r.permutations)})" for r in own.itertuples())
-    names = "each" if len(clear) == len(own) else f"{' and '.join(clear)} only" if clear else "none"
-    return (
-        f"On {where}, the {distance} distance of the {of}'s profiles follows WordNet's paths with r = {row['r']:.2f}, "
-        f'but "one is an animal, the other not" alone has r = {row["split_r"]:.2f}'
-        f"{', no less' if row['split_r'] >= row['r'] - 0.005 else ''}; given that split, r is {row['within']:.2f} "
-        f"({row['within_lo']:.2f} to {row['within_hi']:.2f}, {_p(row['within_p'], row['permutations'])}) beside "
-        f"{means['within']:.2f} of class means ({means['distance']}), and inside families agreement is clear "
-        f"(p < 0.05, interval above 0) for {names}: {cells}."
-    )
-
-
-def beyond_text(table: pd.DataFrame, inside: pd.DataFrame, of: str = SAE) -> str:
-    """Whether the CAPs add to the split and the raw mean features, say it better, and how these do inside families."""
-    distance, method = HEADLINE
-    row = _row(table, of=of, distance=distance, method=method)
-    added = row["beyond_p"] < 0.05 and row["beyond_lo"] > 0
-    more = "better" if row["gain_lo"] > 0 else "worse" if row["gain_hi"] < 0 else "neither clearly better nor worse"
-    best = [_best(inside, "r", of=MEANS, family=family) for family in dict.fromkeys(inside["family"])]
-    cells = ", ".join(f"{r['family']}s {r['r']:.2f} ({r['distance']})" for r in best)
-    return (
-        f"The {of}'s profiles {'add' if added else 'add nothing clear'} to what the split and all distances of the "
-        f"class means of the raw CLS say together (partial r = {row['beyond']:.2f}, {row['beyond_lo']:.2f} to "
-        f"{row['beyond_hi']:.2f}, {_p(row['beyond_p'], row['permutations'])}); given the split alone, they agree with "
-        f"the tree {more} than the best of the means, {row['over']} ({row['gain']:+.2f}, {row['gain_lo']:+.2f} to "
-        f"{row['gain_hi']:+.2f}). Inside families, the best of the class means has r: {cells}."
-    )
-
-
-def training_text(gains: pd.DataFrame) -> str:
-    """Whether the trained dictionary's CAPs agree better with the tree than a random one's."""
-    distance, method = HEADLINE
-    row = _row(gains, distance=distance, method=method)
-    told = "helps" if row["lo"] > 0 else "hurts" if row["hi"] < 0 else "makes no clear difference"
-    return (
-        f"Training {told}: against a random dictionary's CAPs, r over all pairs changes by {row['value']:+.2f} "
-        f"({row['lo']:+.2f} to {row['hi']:+.2f})."
-    )
+def _numbers_of_distances(made: Numbers, data: SimpleNamespace) -> None:
+    headline = (data.agreement["distance"] == HEADLINE[0]) & (data.agreement["method"] == HEADLINE[1])
+    row = data.agreement[headline & (data.agreement["of"] == SAE)].iloc[0]
+    made.add("r", row["r"], row["lo"], row["hi"], row["p"])
+    made.add("split_r", row["split_r"])
+    for name in ("within", "beyond"):
+        made.add(name, *(row[f"{name}{end}"] for end in ("", "_lo", "_hi", "_p")))
+    made.add("gain", row["gain"], row["gain_lo"], row["gain_hi"])
+    means = data.agreement[(data.agreement["of"] == MEANS) & (data.agreement["method"] == HEADLINE[1])]
+    made.add("class_means_within", means["within"].max())
+    own = data.inside[(data.inside["of"] == SAE) & (data.inside["distance"] == HEADLINE[0])]
+    made.rows(own.rename(columns={"r": "value"}), "inside_{family}")
+    training = (data.gains["distance"] == HEADLINE[0]) & (data.gains["method"] == HEADLINE[1])
+    made.rows(data.gains[training], "training")

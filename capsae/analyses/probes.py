@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 from ..sae import SparseCodes, dictionaries
-from ..sae.measures import _matrix
 from .calibration import log_softmax, temperature
 
 TITLES = {
@@ -125,7 +124,7 @@ def choose(tried: pd.DataFrame, name: str, rule: str = RULES[0], standardised: b
 
 def nearest_cap(codes: SparseCodes, mean: np.ndarray) -> np.ndarray:
     """Cosine (N, C) between codes and the profiles ``mean`` (C, M): logits once a temperature is fitted."""
-    a = _matrix(codes)
+    a = codes.csr()
     lengths = np.sqrt(np.asarray(a.multiply(a).sum(axis=1)).ravel())[:, None] * np.linalg.norm(mean, axis=1)
     return (a @ mean.T) / np.where(lengths > 0, lengths, 1)
 
@@ -144,7 +143,7 @@ def view(run, name: str, sae=None, seed: int | None = None) -> Callable:
     if name == "normalised":
         return sae.normalize
     if name == "codes":
-        return lambda x: _matrix(sae.encode(x))
+        return lambda x: sae.encode(x).csr()
     if name == "reconstruction":
         return lambda x: sae.decode(sae.encode(x))
     if name not in ("random", "pca"):
@@ -155,7 +154,7 @@ def view(run, name: str, sae=None, seed: int | None = None) -> Callable:
     other = dictionaries.create(name, seed=config.seed if seed is None else seed, **sized).fit(train)
     if name == "pca":  # its k coefficients with their signs, not parted into two latents each
         return lambda x: (sae.normalize(x) - other.pre_bias.numpy()) @ other.atoms.numpy().T
-    return lambda x: _matrix(other.encode(x))
+    return lambda x: other.encode(x).csr()
 
 
 def fit_probes(run, names=tuple(TITLES), strengths=GRID) -> tuple[dict[str, Probe], pd.DataFrame]:

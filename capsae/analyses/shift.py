@@ -16,7 +16,7 @@ import pandas as pd
 from ..detectors import OURS, Observations
 from ..featureset import FeatureSet
 from ..packs import load_pack, pack_info, packs
-from ..stats import bootstrap_p, exact_interval, holm, interval
+from ..stats import bootstrap_p, exact_interval, holm, interval, verdicts
 from . import calibration
 from .corruptions import CORRUPTIONS
 from .probes import RULES, TITLES, Probe, choose, fit_probes, fit_rows, view
@@ -230,10 +230,9 @@ def compare(measured: pd.DataFrame, replicates: Mapping[tuple, np.ndarray], alph
                 rows.append((name, than, place, metric, scaled, *cell))
     columns = ["representation", "other", "place", "metric", "scaled", "own", "than", "value", "lo", "hi", "p"]
     table = pd.DataFrame(rows, columns=[*columns, "p_at_most", "family"])
-    table["p_holm"] = table.groupby(["metric", "scaled", "family"])["p"].transform(holm)
-    good = table["value"] * table["metric"].map(lambda m: 1 if calibration.HIGHER_IS_BETTER[m] else -1) > 0
-    table["verdict"] = np.where(table["p_holm"] < alpha, np.where(good, "better", "worse"), "undecided")
-    return table
+    gain = table["value"] * table["metric"].map(lambda m: 1 if calibration.HIGHER_IS_BETTER[m] else -1)
+    families = [table[column] for column in ("metric", "scaled", "family")]
+    return table.join(verdicts(gain, table["p"], families, alpha))
 
 
 def means(measured: pd.DataFrame) -> pd.DataFrame:

@@ -97,8 +97,8 @@ def make_shift_pack(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of this module."""
-    from ..commands import _overrides
     from ..pipeline import Run
+    from ..profiles import overrides_of
 
     parser = argparse.ArgumentParser(prog="python -m capsae.analyses.shift_pack", description=__doc__)
     parser.add_argument("profile", help="name, or path of a .toml")
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--workers", type=int, help="decoding threads")
     chosen = parser.parse_args(arguments)
-    run = Run(chosen.profile, _overrides(chosen.set))
+    run = Run(chosen.profile, overrides_of(chosen.set))
     out = chosen.out or Path("packs") / f"{run.profile.name}_shift"
     make_shift_pack(
         run, out, per_class=chosen.per_class, seed=chosen.seed, checkpoint=chosen.checkpoint, workers=chosen.workers

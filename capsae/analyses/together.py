@@ -23,7 +23,6 @@ import numpy as np
 import pandas as pd
 
 from ..caps import check_labels
-from ..sae.measures import _matrix
 from .meaning import FDR, false_discovery
 
 LEAST_ROWS = 10  # rows in which a latent must fire to be paired
@@ -48,7 +47,7 @@ def pairs(codes, labels=None, n_classes: int = 1, least: int = LEAST_ROWS) -> pd
         partial association), pmi (log2 together / expected), phi (correlation of firing, over all rows), p, q.
         ``attrs``: latents (paired), pairs (of these, all; the others never meet: p = 1).
     """
-    fires = _matrix(codes)
+    fires = codes.csr()
     fires.data[:] = 1
     n = fires.shape[0]
     labels = np.zeros(n, np.int64) if labels is None else check_labels(labels, n, n_classes)
@@ -149,7 +148,7 @@ def shuffled(codes, labels, n_classes: int, seed: int = 0):
 
     from ..sae import SparseCodes
 
-    a = _matrix(codes).tocoo()
+    a = codes.csr().tocoo()
     rng, by_class = np.random.default_rng(seed), [np.flatnonzero(labels == c) for c in range(n_classes)]
     cell = a.col.astype(np.int64) * n_classes + np.asarray(labels)[a.row]
     order = np.argsort(cell, kind="stable")

@@ -39,7 +39,11 @@ class _OnProfiles(Control):
         if self.correct_only:
             hit = obs.predicted == labels
             codes, labels = codes[hit], labels[hit]
-        self.caps = ClassActivationProfiles.fit(codes, labels, n_classes)
+        return self.on(ClassActivationProfiles.fit(codes, labels, n_classes))
+
+    def on(self, caps: ClassActivationProfiles) -> Detector:
+        """Fit on profiles that are made already; returns self."""
+        self.caps = caps
         return self
 
 
@@ -66,8 +70,8 @@ class _Divergence(_OnProfiles):
 
     largest: ClassVar[float]
 
-    def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
-        super().fit(obs)
+    def on(self, caps: ClassActivationProfiles) -> Detector:
+        super().on(caps)
         self._reference = core_reference(self.caps, self.core_fraction)[0]
         return self
 
@@ -136,10 +140,10 @@ class Spearman(_Divergence):
     source: ClassVar[str] = "withdrawn earlier version of the paper"
     largest: ClassVar[float] = 2.0
 
-    def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
+    def on(self, caps: ClassActivationProfiles) -> Detector:
         from scipy.stats import rankdata
 
-        super().fit(obs)
+        super().on(caps)
         core = self.caps.core(self.core_fraction).astype(np.int64)
         ranks = rankdata(np.take_along_axis(self._reference, core, 1), axis=1)
         ranks -= ranks.mean(axis=1, keepdims=True)

@@ -58,7 +58,9 @@ class TempScale(Detector):
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         self._temperature = self.temperature
         if self.temperature is None:
-            rows = validation if validation is not None and validation.labels is not None else obs
+            rows = obs
+            if validation is not None and validation.labels is not None:
+                rows = validation.take(validation.labels >= 0)  # -1 is none
             rows.require_labels(rows.logits.shape[1])
             low, high = (1 / t for t in reversed(_TEMPERATURES))
             if _slope(rows, low) >= 0:

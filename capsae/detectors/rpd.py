@@ -54,13 +54,17 @@ class RPD(Detector):
         if self.correct_only:
             hit = obs.predicted == labels
             codes, labels = codes[hit], labels[hit]
-        self.caps = ClassActivationProfiles.fit(codes, labels, n_classes)
+        return self.on(ClassActivationProfiles.fit(codes, labels, n_classes))
+
+    def on(self, caps: ClassActivationProfiles) -> Detector:
+        """Fit on profiles that are made already; returns self."""
+        self.caps = caps
         profile = self.caps.mean / np.maximum(self.caps.mean.sum(axis=1, keepdims=True), 1e-300)
         background = self.caps.sums.sum(axis=0) / max(self.caps.sums.sum(), 1e-300)
         mixed = (1 - self.epsilon) * profile + self.epsilon * background
         known = background > 0
         # (M, C): what one unit of energy on latent i says against class c.
-        self._against = np.full((len(background), n_classes), -np.log(self.epsilon))
+        self._against = np.full((len(background), caps.n_classes), -np.log(self.epsilon))
         self._against[known] = np.log(background[known, None] / mixed.T[known])
         return self
 

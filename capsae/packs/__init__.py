@@ -44,7 +44,7 @@ def pack_info(name: str | os.PathLike) -> dict:
 
 
 def load_pack(name: str | os.PathLike, set_name: str) -> FeatureSet:
-    """One set of a pack; cls (N, d) float32, rounded to float16 when it was made.
+    """One set of a pack; cls (N, d) float32, rounded to the pack's ``dtype["stored"]`` when it was made.
 
     Raises
     ------
@@ -66,6 +66,7 @@ def make_pack(
     work: str | os.PathLike | None = None,
     notes: str = "",
     max_bytes: int | None = MAX_BYTES,
+    stored: str = "float16",
     **options,
 ) -> Path:
     """Extract sets into a pack.
@@ -85,6 +86,8 @@ def make_pack(
         A sentence for ``pack.json`` about the images and their processing.
     max_bytes : int or None
         Refuse a pack that is larger.
+    stored : str
+        ``float16``, or ``float32`` for small sets whose features should come back bit by bit.
     options
         For :func:`capsae.features.extract`; logits are left out unless asked for.
 
@@ -115,7 +118,7 @@ def make_pack(
         meta = {"pack": name, "backbone_digest": backbone.digest, "bad_images": bad}
         meta |= {"excluded": source.excluded} if source.excluded else {}
         features = replace(features, name=set_name, meta=meta)
-        path = features.save(_file(out, set_name), dtype="float16")
+        path = features.save(_file(out, set_name), dtype=stored)
         sets[set_name] = {
             "file": path.name,
             "sha256": _sha256(path),
@@ -133,7 +136,7 @@ def make_pack(
         "backbone": backbone.describe(),
         "backbone_digest": backbone.digest,
         "dim": backbone.dim,
-        "dtype": {"products": options["dtype"], "stored": "float16"},
+        "dtype": {"products": options["dtype"], "stored": stored},
         "extractor": EXTRACTOR,
         "pixel_statistics": list(PIXEL_STATISTICS),
         "code": _code_digest(),
@@ -196,7 +199,7 @@ def add_pixels(
             measured[set_name] = replace(features, pixels=pixels)
     out.mkdir(parents=True, exist_ok=True)
     for set_name, features in measured.items():
-        path = features.save(_file(out, set_name), dtype="float16")
+        path = features.save(_file(out, set_name), dtype=info["dtype"]["stored"])
         info["sets"][set_name] |= {"sha256": _sha256(path), "bytes": path.stat().st_size}
     info["bytes"] = _check_size(name, info["sets"], max_bytes)
     info["pixel_statistics"] = list(PIXEL_STATISTICS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import dictionaries, io, measures, variants, variants_batch, variants_rows  # noqa: F401 (they register)
+from . import dictionaries, exchange, io, measures, variants, variants_batch, variants_rows  # noqa: F401 (register)
 from .model import SAEConfig, SparseCodes, TopKSAE
 from .train import train_sae, train_saes
 

@@ -11,7 +11,8 @@ _OPTIONS = {
     "relu": ("before", "after"),
     "pre_bias": ("geometric_median", "mean", "zero"),
     "init": ("transpose", "fitted", "random"),
-    "products": ("auto", "bf16", "float32"),
+    "products": ("auto", "portable", "bf16", "float32"),
+    "aux_scale": ("input", "residual"),
 }
 
 
@@ -45,6 +46,9 @@ class SAEConfig:
     aux_rows : float
         Fraction of each batch's rows that AuxK looks at, the paper's 1 or less; its loss is scaled up to the batch. The
         order of the rows is random, so the first ones are a random choice, another one in each step.
+    aux_scale : {"input", "residual"}
+        What AuxK's loss is divided by: the variance of the input, as the loss is, or the mean square of the batch's
+        residual, as Gao et al. do, which makes it stronger by 1 / FVU.
     dead_after_epochs : float
         A latent is dead when it has not fired for so many passes over the data, looked at after each epoch.
     warmup, decay : float
@@ -55,15 +59,19 @@ class SAEConfig:
         Encoder = decoder^T at the start; the same times the number that fits the first reconstructions best (least
         squares; plain transposes reconstruct too much, and at a high learning rate the steps that take that back let
         latents die: benchmarks/sae_quality.py); or independent of it.
-    products : {"auto", "bf16", "float32"}
-        Precision of the training's encoder product; with bf16, rows gathered by the compiled steps are read in bf16,
-        too. Parameters, optimiser and all sums are float32. "auto": bf16 where the hardware multiplies it faster.
+    products : {"auto", "portable", "bf16", "float32"}
+        Arithmetic of the training's encoder product. "portable": float32 in one fixed order, on a CPU: weights are the
+        same bits on every CPU with fused multiply-add, at any number of threads. "bf16": faster, depends on the CPU,
+        and rounds the pre-activations themselves, so that ties at the k-th place are common; rows gathered by the
+        compiled steps are read in bf16, too. "float32": as the device does it; in compiled CPU steps: "portable".
+        Parameters, optimiser and all sums are float32. "auto": portable on a CPU; on a GPU bf16 where it is faster.
     ema : float or None
         Decay of an average of the weights over the steps (such as .999), which then is what is returned.
     seed : int
         Of the initialisation and the order of the rows.
     variant : str
-        "topk", or another of `variants.REGISTRY`, each with formula and source; trained in plain PyTorch.
+        "topk", or another of `variants.REGISTRY`, each with formula and source; trained in plain PyTorch. Checked, with
+        its options, where an SAE is made of the settings (`model.model`).
     options : dict
         Hyper-parameters of the variant, by name; `variants.info` lists them with their defaults.
 
@@ -85,6 +93,7 @@ class SAEConfig:
     aux_alpha: float = 1 / 32
     aux_k: int | None = None
     aux_rows: float = 1.0
+    aux_scale: str = "input"
     dead_after_epochs: float = 1.0
     warmup: float = 0.05
     decay: float = 0.2
@@ -118,15 +127,11 @@ class SAEConfig:
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} are over 1 together")
         if self.ema is not None:
             _need_number("ema", self.ema, lambda v: 0 < v < 1, "a number between 0 and 1, such as .999, or None")
-        if self.variant != "topk" or self.options:
-            from . import variants  # which need this module
-
-            variants.model(self)
 
     @property
     def peak_lr(self) -> float:
         """The learning rate that is used: `lr`, or the formula of large runs."""
-        return self.lr if self.lr is not None else 2e-4 / (self.latents / 2**14) ** 0.5
+        return self.lr if self.lr is not None else 2e-4 / math.sqrt(self.latents / 2**14)
 
     @classmethod
     def from_dict(cls, settings: dict) -> SAEConfig:

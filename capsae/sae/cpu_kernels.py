@@ -1,9 +1,9 @@
 """Compiled CPU kernels (numba) of a training step: decoding, sorting by latent, and the update of each latent.
 
-Import this lazily: it needs numba. Each kernel works on a range of rows or latents and frees the interpreter lock, so
-`cpu_step.CompiledStep` runs them in as many threads as it likes; what is added up for a latent, and in which order,
-does not depend on the number of threads. Rows that are gathered ("stored") come in one of the forms of `cpu_lanes`;
-there are `padded(d)` columns of them. The GPU's kernels (Triton) are in `kernels.py`.
+Import this lazily: it needs numba. Kernels work on blocks of ROWS rows or of LATENTS latents and free the interpreter,
+so `cpu_step.CompiledStep` runs them in as many threads as it likes; what is added up, and in which order, depends
+neither on the number of threads nor on the CPU. Rows that are gathered ("stored") come in one of the forms of
+`cpu_lanes`; there are `padded(d)` columns of them. The GPU's kernels (Triton) are in `kernels.py`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from __future__ import annotations
 import numpy as np
 
 from .cpu_lanes import LANES, add_product, high, load, low, padded, prefetch, put, splat, store, total, widened
+from .cpu_products import PANEL, add_columns, biases, dot, encode_rows, fill_panels, panels_of, row_moments, weigh_rows
 from .cpu_topk import compile_kernel, keys_and_bits, topk_rows
 
 __all__ = [
-    "adam_row", "centre_rows", "decode_rows", "first_pairs", "keys_and_bits", "pack_rows", "padded", "scatter_pairs",
-    "topk_rows", "update_latents", "widened",
+    "LATENTS", "PANEL", "ROWS", "adam_row", "add_columns", "average_rows", "biases", "centre_rows", "decode_rows",
+    "encode_rows", "fill_panels", "first_pairs", "forward_rows", "keys_and_bits", "pack_rows", "padded", "panels_of",
+    "row_moments", "scatter_pairs", "topk_rows", "update_latents", "weigh_rows", "weighted_rows", "widened",
 ]  # fmt: skip
 
 
+ROWS, LATENTS = 256, 64  # of a block: sums of blocks are added up in their order
 AHEAD = 4  # pairs whose rows are asked for before they are needed: they lie at random places
 
 
@@ -111,6 +114,8 @@ def decode_rows(x, bias, values, indices, decoder, scale, gradient, bias_gradien
         whole = k - k % 4
         for s in range(0, whole, 4):
             a0, a1, a2, a3 = values[r, s], values[r, s + 1], values[r, s + 2], values[r, s + 3]
+            if a0 == 0 and a1 == 0 and a2 == 0 and a3 == 0:
+                continue
             i0, i1, i2, i3 = indices[r, s], indices[r, s + 1], indices[r, s + 2], indices[r, s + 3]
             p = r * k + s + AHEAD
             for q in range(p, min(p + 4, n * k)):
@@ -122,15 +127,41 @@ def decode_rows(x, bias, values, indices, decoder, scale, gradient, bias_gradien
             _add_rows(residual, values[r, s], zero, zero, zero, row, row, row, row)
         for s in range(k):
             fired[indices[r, s]] += values[r, s] > 0
-        squared = np.float32(0)
+        squared_error += dot(residual, residual)
         for j in range(d):
-            squared += residual[j] * residual[j]
             residual[j] *= scale
-        squared_error += squared
-        for j in range(d):
             bias_gradient[j] += residual[j]
         _pack_row(residual, d, gradient[r])
     return squared_error
+
+
+@compile_kernel
+def forward_rows(
+    begin, end, x, pre_bias, panels, bias, decoder, scale,
+    values, indices, centred, gradient, bias_gradient, fired, error,
+):  # fmt: skip
+    """Code, decode and the gradient of x_hat for the blocks begin..end of rows; error (blocks,): squared."""
+    for b in range(begin, end):
+        part = slice(b * ROWS, (b + 1) * ROWS)
+        centre_rows(x[part], pre_bias, centred[part])
+        encode_rows(centred[part], panels, bias, values[part], indices[part])
+        error[b] = decode_rows(
+            x[part], pre_bias, values[part], indices[part], decoder, scale, gradient[part], bias_gradient[b], fired[b]
+        )
+
+
+@compile_kernel
+def weighted_rows(values, indices, rows, out):
+    """out (n, d) = sum_i values_i rows_i, in the order of the slots."""
+    n, k = indices.shape
+    for r in range(n):
+        own = out[r]
+        own[:] = 0
+        for s in range(k):
+            value, row = values[r, s], rows[indices[r, s]]
+            if value != 0:
+                for j in range(len(own)):
+                    own[j] += value * row[j]
 
 
 @compile_kernel
@@ -184,78 +215,98 @@ def adam_row(p, m, v, g, lr, rescale, eps):
 
 
 @compile_kernel
+def average_rows(mean, rows, share, unit):
+    """mean (n, d) += share (rows - mean); with `unit`, back to unit length."""
+    n, d = mean.shape
+    row = np.zeros(-(-d // LANES) * LANES, np.float32)
+    for r in range(n):
+        for j in range(d):
+            mean[r, j] += share * (rows[r, j] - mean[r, j])
+        if unit:
+            row[:d] = mean[r]
+            length = np.float32(1) / max(np.sqrt(dot(row, row)), np.float32(1e-12))
+            for j in range(d):
+                mean[r, j] *= length
+
+
+@compile_kernel
+def _add_gradients(begin, end, last, pairs, centred, gradient, decoder_row, ge, gd):
+    """Add what the pairs begin..end give to the gradients of one latent's rows; returns that of its bias.
+
+    Pairs up to `last` belong to the next latents: their rows are asked for ahead.
+    """
+    numbers, gb, zero = pairs.view(np.float32), np.float32(0), np.float32(0)
+    p = begin
+    while p < end:
+        some = min(end - p, 4)  # four at a time; fewer are filled up with a weight of 0
+        for q in range(p + AHEAD, min(p + AHEAD + 4, last)):
+            ahead = pairs[q, 0]
+            for j in range(0, gradient.shape[1], LANES):
+                prefetch(gradient[ahead], j)
+                prefetch(centred[ahead], j)
+        p1, p2, p3 = p + min(1, some - 1), p + min(2, some - 1), p + min(3, some - 1)
+        r0, r1, r2, r3 = pairs[p, 0], pairs[p1, 0], pairs[p2, 0], pairs[p3, 0]
+        a0 = numbers[p, 1]
+        a1 = numbers[p1, 1] if some > 1 else zero
+        a2 = numbers[p2, 1] if some > 2 else zero
+        a3 = numbers[p3, 1] if some > 3 else zero
+        b0, b1, b2, b3 = _add_rows_and_dot(
+            gd, decoder_row, a0, a1, a2, a3, gradient[r0], gradient[r1], gradient[r2], gradient[r3]
+        )
+        b1, b2, b3 = b1 if some > 1 else zero, b2 if some > 2 else zero, b3 if some > 3 else zero
+        _add_rows(ge, b0, b1, b2, b3, centred[r0], centred[r1], centred[r2], centred[r3])
+        gb += (b0 + b1) + (b2 + b3)
+        p += some
+    return gb
+
+
+@compile_kernel
 def update_latents(
-    begin, end, first, pairs, centred, gradient,
-    dead_slot, dead_encoder, dead_bias, dead_decoder,
+    first_block, last_block, first, pairs, centred, gradient, dead_slot, aux_first, aux_pairs, aux_gradient,
     encoder, encoder_m, encoder_v, decoder, decoder_m, decoder_v, bias, bias_m, bias_v,
     stored_encoder, stored_decoder, idle, through_bias, lr, rescale, eps,
 ):  # fmt: skip
-    """Everything that happens to latents begin..end in a step: both rows' gradients, projection, Adam, unit length.
+    """Everything that happens to the latents of some blocks: both rows' gradients, projection, Adam, unit length.
 
     centred = x - b and gradient = dL/dx_hat are (n, .) stored; the value gradient of a pair is gradient . w_i. The
-    gradients stay in two rows of cache. dead_slot[i] >= 0 names the row of AuxK's gradients for latent i. The new
-    weights go to stored_encoder and stored_decoder, too. through_bias (d,) gets sum_i dL/dc_i W_i, what reaches the
-    pre-bias by way of the encoder.
+    gradients stay in two rows of cache. dead_slot[i] >= 0 is the place of latent i among those of AuxK, whose pairs and
+    gradient are added. The new weights go to stored_decoder, and to stored_encoder: rows, or panels (3-d).
+    through_bias[block] (d,) gets sum_i dL/dc_i W_i, what reaches the pre-bias by way of the encoder.
     """
-    d = encoder.shape[1]
+    m, d = encoder.shape
     width = -(-d // (2 * LANES)) * 2 * LANES
     ge, gd, row = np.zeros(width, np.float32), np.zeros(width, np.float32), np.zeros(width, np.float32)
-    gb1, zero = np.empty(1, np.float32), np.float32(0)
-    numbers = pairs.view(np.float32)
-    through_bias[:] = 0
-    last = first[end]
-    for i in range(begin, end):
-        p, stop = first[i], first[i + 1]
-        idle[i] = 0 if stop > p else idle[i] + 1
-        ge[:] = 0
-        gd[:] = 0
-        gb = np.float32(0)
-        row[:d] = decoder[i]
-        while p < stop:
-            some = min(stop - p, 4)  # four at a time; fewer are filled up with a weight of 0
-            for q in range(p + AHEAD, min(p + AHEAD + 4, last)):
-                ahead = pairs[q, 0]
-                for j in range(0, gradient.shape[1], LANES):
-                    prefetch(gradient[ahead], j)
-                    prefetch(centred[ahead], j)
-            p1, p2, p3 = p + min(1, some - 1), p + min(2, some - 1), p + min(3, some - 1)
-            r0, r1, r2, r3 = pairs[p, 0], pairs[p1, 0], pairs[p2, 0], pairs[p3, 0]
-            a0 = numbers[p, 1]
-            a1 = numbers[p1, 1] if some > 1 else zero
-            a2 = numbers[p2, 1] if some > 2 else zero
-            a3 = numbers[p3, 1] if some > 3 else zero
-            b0, b1, b2, b3 = _add_rows_and_dot(
-                gd, row, a0, a1, a2, a3, gradient[r0], gradient[r1], gradient[r2], gradient[r3]
-            )
-            b1, b2, b3 = b1 if some > 1 else zero, b2 if some > 2 else zero, b3 if some > 3 else zero
-            _add_rows(ge, b0, b1, b2, b3, centred[r0], centred[r1], centred[r2], centred[r3])
-            gb += (b0 + b1) + (b2 + b3)
-            p += some
-        we, wd = encoder[i], decoder[i]
-        for j in range(d):
-            through_bias[j] += gb * we[j]
-        slot = dead_slot[i]
-        if slot >= 0:
-            gb += dead_bias[slot]
+    gb1 = np.empty(1, np.float32)
+    for block in range(first_block, last_block):
+        begin, end, through = block * LATENTS, min((block + 1) * LATENTS, m), through_bias[block]
+        through[:] = 0
+        for i in range(begin, end):
+            idle[i] = 0 if first[i + 1] > first[i] else idle[i] + 1
+            ge[:] = 0
+            gd[:] = 0
+            row[:d] = decoder[i]
+            gb = _add_gradients(first[i], first[i + 1], first[end], pairs, centred, gradient, row, ge, gd)
+            we, wd = encoder[i], decoder[i]
             for j in range(d):
-                ge[j] += dead_encoder[slot, j]
-                gd[j] += dead_decoder[slot, j]
-        along = np.float32(0)
-        for j in range(d):
-            along += gd[j] * wd[j]
-        for j in range(d):
-            gd[j] -= along * wd[j]
-        gb1[0] = gb
-        adam_row(bias[i : i + 1], bias_m[i : i + 1], bias_v[i : i + 1], gb1, lr, rescale, eps)
-        adam_row(we, encoder_m[i], encoder_v[i], ge, lr, rescale, eps)
-        adam_row(wd, decoder_m[i], decoder_v[i], gd, lr, rescale, eps)
-        squared = np.float32(0)
-        for j in range(d):
-            squared += wd[j] * wd[j]
-        length = np.float32(1) / max(np.sqrt(squared), np.float32(1e-12))
-        for j in range(d):
-            wd[j] *= length
-        row[:d] = we
-        _pack_row(row, d, stored_encoder[i])
-        row[:d] = wd
-        _pack_row(row, d, stored_decoder[i])
+                through[j] += gb * we[j]
+            if dead_slot[i] >= 0:  # AuxK, which does not reach the pre-bias
+                p, stop = aux_first[dead_slot[i]], aux_first[dead_slot[i] + 1]
+                gb += _add_gradients(p, stop, stop, aux_pairs, centred, aux_gradient, row, ge, gd)
+            along = dot(gd, row)
+            for j in range(d):
+                gd[j] -= along * wd[j]
+            gb1[0] = gb
+            adam_row(bias[i : i + 1], bias_m[i : i + 1], bias_v[i : i + 1], gb1, lr, rescale, eps)
+            adam_row(we, encoder_m[i], encoder_v[i], ge, lr, rescale, eps)
+            adam_row(wd, decoder_m[i], decoder_v[i], gd, lr, rescale, eps)
+            row[:d] = wd
+            length = np.float32(1) / max(np.sqrt(dot(row, row)), np.float32(1e-12))
+            for j in range(d):
+                wd[j] *= length
+            row[:d] = wd
+            _pack_row(row, d, stored_decoder[i])
+            if stored_encoder.ndim == 2:
+                row[:d] = we
+                _pack_row(row, d, stored_encoder[i])
+        if stored_encoder.ndim == 3:
+            fill_panels(begin, end, encoder, stored_encoder)

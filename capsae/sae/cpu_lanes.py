@@ -2,7 +2,8 @@
 
 numba leaves it to the compiler to find vectors in loops, and the compiler gives up on loops over many arrays, which
 might overlap. Here a kernel says what it wants: `low`, `high` and `load` read sixteen numbers, `+`-like functions work
-on them, `put` and `store` write them. LLVM turns that into whatever the machine has (AVX-512, AVX2, NEON, SSE).
+on them, `put` and `store` write them. LLVM turns that into whatever the machine has (AVX-512, AVX2, NEON), and each
+lane's operations are the same everywhere: no flag here or in a kernel lets it reorder or merge them.
 
 Rows that are gathered are kept in one of two forms, and `low`, `high` and `put` read and write both:
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
@@ -27,7 +29,6 @@ KEYS = 32  # 16-bit keys that `reached` looks at together
 
 _i1, _i16, _i32, _f32 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.FloatType()
 _floats, _words = ir.VectorType(_f32, LANES), ir.VectorType(_i32, LANES)
-_FAST = ("contract", "nsz", "reassoc")
 
 
 class _Lanes(types.Type):
@@ -91,6 +92,20 @@ def store(typing, row, start, lanes):
 
     def code(context, builder, signature, args):
         _write(context, builder, row, *args)
+        return context.get_dummy_value()
+
+    return types.void(row, types.intp, _lanes), code
+
+
+@intrinsic
+def store_upper(typing, row, start, lanes):
+    """row[start : start + 16] = the upper 16 bits of the lanes, in an int16 array."""
+
+    def code(context, builder, signature, args):
+        bits = builder.lshr(builder.bitcast(args[2], _words), _constant(16))
+        done = builder.trunc(bits, ir.VectorType(_i16, LANES))
+        kept = builder.store(done, _address(context, builder, row, args[0], args[1], done.type))
+        kept.align = 2
         return context.get_dummy_value()
 
     return types.void(row, types.intp, _lanes), code
@@ -174,32 +189,14 @@ def splat(typing, value):
 
 @intrinsic
 def add_product(typing, a, b, c):
-    """a + b c"""
+    """a + b c, rounded once: the same instruction on every CPU that has it, so the same bits."""
 
     def code(context, builder, signature, args):
-        return builder.fadd(args[0], builder.fmul(args[1], args[2], flags=_FAST), flags=_FAST)
+        kind = ir.FunctionType(_floats, [_floats] * 3)
+        fma = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
+        return builder.call(fma, [args[1], args[2], args[0]])
 
     return _lanes(_lanes, _lanes, _lanes), code
-
-
-@intrinsic
-def minus(typing, a, b):
-    """a - b"""
-
-    def code(context, builder, signature, args):
-        return builder.fsub(args[0], args[1], flags=_FAST)
-
-    return _lanes(_lanes, _lanes), code
-
-
-@intrinsic
-def times(typing, a, b):
-    """a b"""
-
-    def code(context, builder, signature, args):
-        return builder.fmul(args[0], args[1], flags=_FAST)
-
-    return _lanes(_lanes, _lanes), code
 
 
 @intrinsic
@@ -214,7 +211,7 @@ def where_larger(typing, a, b, c, d):
 
 @intrinsic
 def total(typing, lanes):
-    """The sum of the lanes, by halves."""
+    """The sum of the lanes, by halves: one order."""
 
     def code(context, builder, signature, args):
         value, width = args[0], LANES
@@ -222,7 +219,7 @@ def total(typing, lanes):
             width //= 2
             pick = [ir.Constant(ir.VectorType(_i32, width), list(range(s, s + width))) for s in (0, width)]
             lower, upper = (builder.shuffle_vector(value, value, p) for p in pick)
-            value = builder.fadd(lower, upper, flags=_FAST)
+            value = builder.fadd(lower, upper)
         return builder.extract_element(value, ir.Constant(_i32, 0))
 
     return types.float32(_lanes), code

@@ -12,9 +12,9 @@ from numba import njit
 
 from .cpu_lanes import KEYS, lowest_bit, reached
 
-# Sums may be reordered, and x / 0 is infinity, not an exception: without both, no loop uses vector registers. NaN and
-# infinity keep their meaning.
-compile_kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+# x / 0 is infinity, not an exception: without that, no loop uses vector registers. No fast-math: the compiler may
+# neither reorder sums nor merge operations, so every CPU gets the same bits.
+compile_kernel = njit(nogil=True, cache=True, error_model="numpy")
 
 TOP = 32767  # no key is larger
 

@@ -13,6 +13,7 @@ from .config import SAEConfig
 
 SCHEMA = 1
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
+FOREIGN: list = []  # readers (folder, device) of other libraries' files, which give None where they find none
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
 
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from ..asarray import as_numpy as _numpy
+
 ROWS = 8192  # handled at a time: bounds the memory of a pass whatever N is
-
-
-def _numpy(array) -> np.ndarray:
-    return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
 
 
 def _need_rows(name: str, n: int, n_codes: int, of: str = "codes") -> None:
@@ -29,17 +27,6 @@ def _labels(labels, n_rows: int, n_classes: int, of: str = "codes") -> np.ndarra
     if labels.dtype.kind not in "iu" or (len(labels) and (labels.min() < 0 or labels.max() >= n_classes)):
         raise ValueError(f"labels must be whole numbers in 0..{n_classes - 1}, found {labels.dtype}: {labels[:5]}...")
     return labels.astype(np.int64)
-
-
-def _matrix(codes):
-    """Codes as a scipy sparse matrix (N, M) float64, without the unused slots."""
-    from scipy.sparse import csr_array
-
-    codes = codes.numpy()
-    fired = codes.values != 0
-    starts = np.concatenate([[0], np.cumsum(fired.sum(1))])
-    shape = (len(codes), codes.n_latents)
-    return csr_array((codes.values[fired].astype(np.float64), codes.indices[fired], starts), shape=shape)
 
 
 # --- the model on rows
@@ -199,7 +186,7 @@ def monosemanticity(codes, embeddings) -> np.ndarray:
         bad = ~((length > 0) & np.isfinite(length))
         if bad.any():
             raise ValueError(f"embeddings row {i + int(bad.argmax())} has no direction: it is zero, or not finite")
-        a = _matrix(codes[i : i + ROWS])
+        a = codes[i : i + ROWS].csr()
         a.data = np.abs(a.data) / peak[a.indices]
         mean += a.T @ (e / length)
         first += a.sum(0)
@@ -250,7 +237,7 @@ def concept_separability(
     if len(left) > max_pairs:
         drawn = np.sort(np.random.default_rng(seed).choice(len(left), max_pairs, replace=False))
         left, right = left[drawn], right[drawn]
-    columns = _matrix(codes).tocsc()
+    columns = codes.csr().tocsc()
     result = np.full(columns.shape[1], np.nan)
     for latent in np.flatnonzero(np.diff(columns.indptr)):
         part = slice(columns.indptr[latent], columns.indptr[latent + 1])
@@ -296,7 +283,7 @@ def class_probing(train, train_labels, test, test_labels, n_classes: int, sizes=
             raise ValueError(
                 f"{name}: probing needs two classes and rows of each; without rows: {missing[:5].tolist()}"
             )
-    a, a_test = _matrix(train).tocsc(), _matrix(test).tocsc()
+    a, a_test = train.csr().tocsc(), test.csr().tocsc()
     order = np.argsort(-np.abs(class_t(train, y, n_classes)), axis=1, kind="stable")
     rows = []
     for size in sizes:
@@ -326,7 +313,7 @@ def _with_one(a: np.ndarray) -> np.ndarray:
 def class_t(codes, labels, n_classes: int) -> np.ndarray:
     """Welch's t (C, M) of each latent between a class and the rest; 0 for a latent that never fires."""
     labels = _labels(labels, len(codes), n_classes)
-    a = _matrix(codes)
+    a = codes.csr()
     counts = np.bincount(labels, minlength=n_classes).astype(np.float64)[:, None]
     first, second = (np.zeros((n_classes, a.shape[1])) for _ in range(2))
     cell = np.repeat(labels, np.diff(a.indptr)) * a.shape[1] + a.indices

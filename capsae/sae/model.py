@@ -17,11 +17,38 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..asarray import as_numpy
 from . import io
 from .config import SAEConfig
-from .select import topk
+from .select import compiled, encode, topk
 
-__all__ = ["SAEConfig", "SparseCoder", "SparseCodes", "TopKSAE", "check_rows"]
+__all__ = ["SAEConfig", "SparseCoder", "SparseCodes", "TopKSAE", "check_rows", "model", "register"]
+REGISTRY: dict[str, type[TopKSAE]] = {}  # kinds of SAE, by `SAEConfig.variant`
+
+
+def register(name: str):
+    """Class decorator: make a kind of SAE available as ``SAEConfig(variant=name)``."""
+
+    def add(cls: type[TopKSAE]) -> type[TopKSAE]:
+        REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def model(config: SAEConfig) -> type[TopKSAE]:
+    """The class of a config's variant; ValueError for an unknown one, or for an option that it does not have."""
+    if config.variant not in REGISTRY:
+        raise ValueError(f"variant is {config.variant!r}; one of {', '.join(REGISTRY)} would do")
+    cls = REGISTRY[config.variant]
+    known = getattr(cls, "defaults", {})
+    for key, value in config.options.items():
+        if key not in known:
+            raise ValueError(f"variant {config.variant!r} has no option {key!r}; it has {', '.join(known) or 'none'}")
+        # A profile may say 1 for true, and numbers only where numbers are meant.
+        if not isinstance(value, int | float) or (isinstance(value, bool) and not isinstance(known[key], bool)):
+            raise TypeError(f"option {key!r} of {config.variant!r} is {value!r}; such as {known[key]!r} would do")
+    return cls
 
 
 @dataclass(frozen=True)
@@ -67,6 +94,16 @@ class SparseCodes:
         np.add.at(out, (np.arange(len(self))[:, None], self.indices), self.values)
         return out
 
+    def csr(self):
+        """(N, M) float64 as a scipy sparse array, without the unused slots."""
+        from scipy.sparse import csr_array
+
+        codes = self.numpy()
+        fired = codes.values != 0
+        starts = np.concatenate([[0], np.cumsum(fired.sum(1))])
+        cells = codes.values[fired].astype(np.float64), codes.indices[fired], starts
+        return csr_array(cells, shape=(len(self), self.n_latents))
+
     def numpy(self) -> SparseCodes:
         """The same with numpy arrays."""
         if isinstance(self.values, np.ndarray):
@@ -83,9 +120,10 @@ class SparseCoder(nn.Module):
     """Input normalisation, encoding by blocks, linear decoding: what SAEs and other dictionaries have in common.
 
     A kind of its own defines `code`, and has ``config.normalize`` and the tensors decoder (M, d), pre_bias (d,), mean
-    (d,) and std (d,).
+    (d,) and std (d,). On a CPU with numba, sums over a row have one order: results do not depend on the CPU.
     """
 
+    block = 512  # rows that a CPU encodes at a time
     config: Any
     decoder: torch.Tensor
     pre_bias: torch.Tensor
@@ -103,6 +141,13 @@ class SparseCoder(nn.Module):
 
     def weighted_rows(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """sum_i code_i w_i, (N, d), without the bias."""
+        if (kernels := _fixed_order(values, self.decoder)) is not None:
+            if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < len(self.decoder):
+                raise IndexError(f"codes have latents outside of 0 ... {len(self.decoder) - 1}")
+            out = torch.empty(len(values), self.decoder.shape[1])
+            given = values.contiguous(), indices.to(torch.int32).contiguous(), self.decoder.detach().contiguous(), out
+            kernels.weighted_rows(*(t.numpy() for t in given))
+            return out
         return F.embedding_bag(indices, self.decoder, per_sample_weights=values, mode="sum")
 
     @torch.no_grad()
@@ -112,7 +157,7 @@ class SparseCoder(nn.Module):
         device = self.pre_bias.device
         values = torch.zeros(len(rows), 0, device=device)
         indices = torch.zeros(len(rows), 0, dtype=torch.int32, device=device)
-        size = batch_size or (512 if device.type == "cpu" else 8192)
+        size = batch_size or (self.block if device.type == "cpu" else 8192)
         for start in range(0, len(rows), size):
             v, i = self.code(self._normalized(rows[start : start + size])[0])
             if (missing := v.shape[1] - values.shape[1]) > 0:  # the first block; later where k differs from row to row
@@ -162,7 +207,11 @@ class SparseCoder(nn.Module):
         """(x - shift) / scale, shift and scale, on the SAE's device, float32."""
         x = x.to(self.pre_bias)
         shift, scale = torch.zeros_like(x[:, :1]), torch.ones_like(x[:, :1])
-        if self.config.normalize == "sample":
+        by_row = self.config.normalize in ("sample", "l2")
+        if by_row and (kernels := _fixed_order(x)) is not None:
+            rows = x.detach().contiguous().numpy()
+            kernels.row_moments(rows, self.config.normalize == "sample", shift[:, 0].numpy(), scale[:, 0].numpy())
+        elif self.config.normalize == "sample":
             shift, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True, correction=0)
         elif self.config.normalize == "l2":
             scale = x.norm(dim=1, keepdim=True)
@@ -174,8 +223,18 @@ class SparseCoder(nn.Module):
         return ((x - shift) / scale.masked_fill(flat, 1)).masked_fill(flat, 0), shift, scale.masked_fill(flat, 1)
 
 
+def _fixed_order(*tensors: torch.Tensor):
+    """The numba kernels, where they can take the place of torch: float32 on a CPU, and no gradient is wanted."""
+    fit = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return compiled() if fit and not wanted else None
+
+
+@register("topk")
 class TopKSAE(SparseCoder):
     """Top-k sparse autoencoder with unit decoder rows (Gao et al. 2406.04093, as arXiv 2604.26409 uses it).
+
+    On a CPU with numba, codes are the same bits on every machine: `select.encode`.
 
     Parameters
     ----------
@@ -188,6 +247,8 @@ class TopKSAE(SparseCoder):
     encoder (M, d), encoder_bias (M,), decoder (M, d) with unit rows, pre_bias (d,) : parameters, float32
     mean (d,), std (d,) : of the training rows, used by ``normalize="dataset"`` alone
     """
+
+    block = 4096
 
     def __init__(self, d: int, config: SAEConfig) -> None:
         super().__init__()
@@ -202,14 +263,10 @@ class TopKSAE(SparseCoder):
     @classmethod
     def untrained(cls, d: int, config: SAEConfig) -> TopKSAE:
         """Random unit rows, encoder = decoder^T (or random as well): where training starts, and a control."""
-        sae = cls(d, config)
-        dice = torch.Generator().manual_seed(config.seed)
+        sae, dice = cls(d, config), np.random.PCG64(config.seed)
         with torch.no_grad():
-            sae.decoder.copy_(F.normalize(torch.randn(config.latents, d, generator=dice), dim=1))
-            if config.init != "random":
-                sae.encoder.copy_(sae.decoder)
-            else:
-                sae.encoder.copy_(F.normalize(torch.randn(config.latents, d, generator=dice), dim=1))
+            sae.decoder.copy_(_directions(config.latents, d, dice))
+            sae.encoder.copy_(_directions(config.latents, d, dice) if config.init == "random" else sae.decoder)
         return sae
 
     def preactivations(self, x: torch.Tensor) -> torch.Tensor:
@@ -218,6 +275,8 @@ class TopKSAE(SparseCoder):
 
     def code(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The k largest of relu(z), (N, k), and their indices, of normalised rows x (N, d)."""
+        if type(self).preactivations is TopKSAE.preactivations and _fixed_order(x, *self.parameters()) is not None:
+            return encode(x, self.pre_bias, self.encoder, self.encoder_bias, self.config.k)
         return topk(self.preactivations(x), self.config.k, self.config.relu)
 
     def save(self, folder: str | Path) -> Path:
@@ -231,18 +290,30 @@ class TopKSAE(SparseCoder):
         The settings' variant decides on the class. Pickles, unknown schemas and foreign SAEs that are no top-k SAE are
         refused (ValueError).
         """
-        from . import variants
-        from .exchange import load as load_foreign
-
-        if (foreign := load_foreign(folder, device)) is not None:
-            return foreign
+        for reader in io.FOREIGN:
+            if (foreign := reader(folder, device)) is not None:
+                return foreign
         state, config = io.load(folder)
-        sae = variants.model(config)(state["pre_bias"].shape[0] if "pre_bias" in state else 0, config)
+        sae = model(config)(state["pre_bias"].shape[0] if "pre_bias" in state else 0, config)
         try:
             sae.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"{folder}: weights and settings do not fit together: {error}") from error
         return sae.to(device)
+
+
+def _directions(n: int, d: int, dice: np.random.PCG64) -> torch.Tensor:
+    """Random unit rows (n, d): of sums of four uniform numbers, so nearly normal.
+
+    From the bits of PCG64, whose stream numpy guarantees, in integers: no library's logarithm or sum has a part in it,
+    so the rows are the same on every machine.
+    """
+    rows = np.empty((n, d), np.float32)
+    for start in range(0, n, 4096):
+        raw = dice.random_raw((min(n - start, 4096), d)).view(np.uint16)
+        sums = raw.reshape(-1, d, 4).sum(2, dtype=np.int64) - 2 * 0xFFFF
+        rows[start : start + 4096] = sums / np.sqrt(np.maximum((sums * sums).sum(1, keepdims=True), 1))
+    return torch.from_numpy(rows)
 
 
 def check_rows(x: np.ndarray | torch.Tensor, d: int | None = None, at_least: int = 1, name: str = "x") -> torch.Tensor:
@@ -252,7 +323,7 @@ def check_rows(x: np.ndarray | torch.Tensor, d: int | None = None, at_least: int
     if not (x.is_floating_point() if isinstance(x, torch.Tensor) else np.issubdtype(x.dtype, np.floating)):
         raise TypeError(f"{name} has dtype {x.dtype}; floating point would do")
     with warnings.catch_warnings(action="ignore"):  # read-only arrays are welcome: nothing is written to them
-        rows = torch.as_tensor(x).detach()
+        rows = torch.as_tensor(as_numpy(x, read_only=True) if isinstance(x, np.ndarray) else x).detach()
     if rows.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}; (N, d) would do")
     if len(rows) < at_least:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from .. import distributed
-from . import variants
 from .config import SAEConfig
-from .model import TopKSAE, check_rows
-from .select import topk
+from .model import TopKSAE, check_rows, model
+from .select import compiled
 
 CHUNK = 65_536  # rows normalised or summed at a time: what is held beside the one copy
 MEDIAN_ROWS = 32_768
@@ -65,7 +65,7 @@ def starts(
     Beside x itself, wherever it lies, one float32 copy of the rows is made, on the device (none if x is already what
     is wanted: float32, there, and ``normalize="none"``).
     """
-    saes = [variants.model(config).untrained(x.shape[1], config).to(device) for config in configs]
+    saes = [model(config).untrained(x.shape[1], config).to(device) for config in configs]
     if configs[0].normalize == "dataset":
         mean, std = _column_statistics(x, sharded)
         for sae in saes:
@@ -84,9 +84,8 @@ def starts(
 
 def fitted_scale(sae: TopKSAE, x: torch.Tensor) -> float:
     """The number by which the encoder must be multiplied to reconstruct x (n, d) best, its bias being 0."""
-    values, indices = topk(sae.preactivations(x), sae.config.k)
-    x_hat = sae.weighted_rows(values, indices)
-    return ((x - sae.pre_bias) * x_hat).sum().item() / max(x_hat.square().sum().item(), 1e-12)
+    x_hat = sae.weighted_rows(*TopKSAE.code(sae, x))
+    return _total((x - sae.pre_bias) * x_hat) / max(_total(x_hat.square()), 1e-12)
 
 
 @torch.no_grad()
@@ -126,11 +125,19 @@ def checked(x: np.ndarray | torch.Tensor, sharded: bool, at_least: int, name: st
 
 def geometric_median(x: torch.Tensor, steps: int = 100, tolerance: float = 1e-6) -> torch.Tensor:
     """The point (d,) with the smallest summed distance to the rows of x (N, d), by Weiszfeld's iteration."""
-    median = x.mean(0)
+    kernels = compiled() if x.device.type == "cpu" else None
+    if kernels is not None:  # row by row, in their order
+        rows, sums = x.float().contiguous().numpy(), np.zeros(x.shape[1])
+    median = (_sum(_chunks(x), False) / len(x)).float()
     for _ in range(steps):
-        weight = 1 / (x - median).norm(dim=1, keepdim=True).clamp_min(1e-8)
-        last, median = median, (x * weight).sum(0) / weight.sum()
-        if (median - last).norm() <= tolerance * median.norm():
+        last = median
+        if kernels is not None:
+            weights = kernels.weigh_rows(rows, last.numpy(), sums)
+            median = torch.from_numpy((sums / weights).astype(np.float32))
+        else:
+            weight = 1 / (x - last).norm(dim=1, keepdim=True).clamp_min(1e-8)
+            median = (x * weight).sum(0) / weight.sum()
+        if math.sqrt(_total((median - last)[None].square())) <= tolerance * math.sqrt(_total(median[None].square())):
             break
     return median
 
@@ -161,18 +168,29 @@ def _column_statistics(x: torch.Tensor, sharded: bool) -> tuple[torch.Tensor, to
 
 def _variance(x: torch.Tensor, n: int, name: str, sharded: bool) -> float:
     mean = (_sum(_chunks(x), sharded) / n).float()
-    about_mean = _sum(((block - mean).square().sum(1, keepdim=True).double() for block in x.split(CHUNK)), sharded)
-    about_zero = _sum((block.square().sum(1, keepdim=True).double() for block in x.split(CHUNK)), sharded)
-    if about_mean.item() <= 1e-12 * about_zero.item():
+    about_mean = math.fsum(_sum(((block - mean).square() for block in x.split(CHUNK)), sharded).tolist())
+    about_zero = math.fsum(_sum((block.square() for block in x.split(CHUNK)), sharded).tolist())
+    if about_mean <= 1e-12 * about_zero:
         raise ValueError(f"{name} has {n} rows that are all equal after normalisation: nothing to learn")
-    return about_mean.item() / n
+    return about_mean / n
 
 
 def _chunks(x: torch.Tensor):
     return (block.double() for block in x.split(CHUNK))
 
 
+def _total(x: torch.Tensor) -> float:
+    return math.fsum(_sum([x], False).tolist())
+
+
 def _sum(blocks, sharded: bool) -> torch.Tensor:
-    """Sum over the rows of all blocks (n, d), of all ranks."""
-    total = sum(block.sum(0) for block in blocks)
+    """Sum over the rows of all blocks (n, d), of all ranks, float64; on a CPU with numba row by row, in their order."""
+    total = None
+    for block in blocks:
+        if total is None:
+            total = torch.zeros(block.shape[1], dtype=torch.float64, device=block.device)
+        if block.device.type == "cpu" and (kernels := compiled()) is not None:
+            kernels.add_columns(block.contiguous().numpy(), total.numpy())
+        else:
+            total += block.sum(0, dtype=torch.float64)
     return distributed.all_reduce(total) if sharded else total

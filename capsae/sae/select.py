@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 log = logging.getLogger(__name__)
@@ -21,9 +24,19 @@ def compiled():
     if os.environ.get("CAPSAE_NUMBA", "1") == "0":
         return None
     try:
+        import llvmlite.binding
+
         from . import cpu_kernels
-    except (ImportError, RuntimeError) as error:  # RuntimeError: numba finds no folder for its cache
-        log.warning("no numba kernels (%s): selection and training on the CPU take several times longer", error)
+
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        if x86 and not llvmlite.binding.get_host_cpu_features().get("fma"):
+            raise RuntimeError("this CPU has no fused multiply-add")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: also where numba finds no folder for its cache
+        log.warning(
+            "no numba kernels (%s): selection and training on the CPU take several times longer, and their last bits "
+            "depend on this machine",
+            error,
+        )
         return None
     return cpu_kernels
 
@@ -51,6 +64,29 @@ def topk(z: torch.Tensor, k: int, relu: str = "before") -> tuple[torch.Tensor, t
     kernels.topk_rows(*kernels.keys_and_bits(z), values.view(torch.int32).numpy(), indices.numpy())
     values, order = values.sort(dim=1, descending=True, stable=True)
     return values.to(z.dtype), indices.long().gather(1, order)
+
+
+def encode(x, pre_bias, encoder, bias, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of relu(W (x - b) + c) per row, as `topk` gives them, by the kernels: the same bits on every CPU.
+
+    x (N, d), pre_bias (d,), encoder (M, d), bias (M,): float32 tensors on a CPU, without gradient.
+    """
+    kernels = compiled()
+    centred = (x - pre_bias).contiguous().numpy()
+    panels, bias = kernels.panels_of(encoder.detach().contiguous().numpy()), kernels.biases(bias.detach().numpy())
+    values, indices = np.empty((len(x), k), np.float32), np.empty((len(x), k), np.int32)
+
+    def rows(part: slice) -> None:
+        kernels.encode_rows(centred[part], panels, bias, values[part], indices[part])
+
+    parts, threads = [slice(s, s + kernels.ROWS) for s in range(0, len(x), kernels.ROWS)], torch.get_num_threads()
+    if threads == 1 or len(parts) < 2:
+        rows(slice(None))
+    else:
+        with ThreadPoolExecutor(min(threads, len(parts))) as pool:
+            list(pool.map(rows, parts))
+    ordered, order = torch.from_numpy(values).sort(dim=1, descending=True, stable=True)
+    return ordered, torch.from_numpy(indices).long().gather(1, order)
 
 
 def topk_plain(z: torch.Tensor, k: int, relu: str = "before") -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ All do the same with a batch x (B, d) of normalised rows:
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,7 @@ from .. import distributed
 from .model import TopKSAE
 from .select import topk, topk_plain
 
+log = logging.getLogger(__name__)
 BETAS, EPS = (0.9, 0.999), 6.25e-10
 
 
@@ -43,6 +45,7 @@ class Step:
     """
 
     sharded = False
+    portable = False  # the same bits on every CPU
 
     def __init__(self, sae: TopKSAE, variance: float, window: int) -> None:
         self.sae, self.config, self.variance, self.window = sae, sae.config, variance, window
@@ -93,7 +96,12 @@ class Step:
         revived = self.idle[self.dead] < self.window
         k, n = self.config.aux_k or max(1, centred.shape[1] // 2), self.aux_rows(len(centred))
         loss = auxk_loss(centred[:n], residual[:n], encoder, bias.masked_fill(revived, -torch.inf), decoder, k)
-        return self.config.aux_alpha * (len(centred) / n) * loss
+        return self.aux_share(len(centred), residual.detach().square().sum()) * loss
+
+    def aux_share(self, n: int, squared_error):
+        """By what AuxK's summed loss is multiplied beside the summed |x - x_hat|^2 of a batch of n rows."""
+        share = self.config.aux_alpha * n / self.aux_rows(n)
+        return share if self.config.aux_scale == "input" else share * n * self.variance / squared_error
 
     def aux_rows(self, n: int) -> int:
         """How many of a batch's n rows AuxK looks at: at least 1, also of none."""
@@ -120,14 +128,17 @@ class Step:
         """Latents that AuxK works on until the next call, (n_dead,)."""
         self.dead = (self.idle >= self.window).nonzero().ravel()
 
+    def average_decay(self) -> float:
+        """Of the average of the weights, at this step."""
+        return min(self.config.ema, (1 + self.steps) / (10 + self.steps))
+
     @torch.no_grad()
     def update_average(self) -> None:
         """Early steps count less, so that the start is soon forgotten; decoder rows stay unit."""
         if self.average is None:
             return
-        decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
         for mean, parameter in zip(self.average.parameters(), self.sae.parameters(), strict=True):
-            mean.lerp_(parameter, 1 - decay)
+            mean.lerp_(parameter, 1 - self.average_decay())
         self.average.decoder.copy_(F.normalize(self.average.decoder, dim=1))
 
     def calibrate(self, rows: torch.Tensor) -> None:
@@ -154,6 +165,7 @@ class PlainStep(Step):
 
     def __init__(self, sae: TopKSAE, variance: float, window: int) -> None:
         super().__init__(sae, variance, window)
+        self.products = "float32" if self.products == "portable" else self.products
         self.adam = torch.optim.Adam(sae.parameters(), lr=0.0, betas=BETAS, eps=EPS, fused=True)
         for name, p in sae.named_parameters():
             first, second = self.moments[name]
@@ -191,8 +203,9 @@ class PlainStep(Step):
         self.update_average()
 
     def encode(self, sae: TopKSAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's code, differentiable. The (B, M) pre-activations have the products' precision."""
-        if self.products == "float32":
+        """The batch's code, differentiable. The (B, M) pre-activations have the products' precision: bf16 rounds them,
+        so that ties at the k-th place are common, and a row's support may differ from that at inference."""
+        if self.products != "bf16":
             z = sae.preactivations(x)
         else:
             half = torch.bfloat16
@@ -223,10 +236,12 @@ class PlainStep(Step):
 
 
 def choose_products(wish: str, device: torch.device) -> str:
-    """bf16 where the hardware multiplies it faster than float32. By capability: a measurement could differ per run."""
+    """"auto" is portable on a CPU, and on a GPU bf16 where it multiplies that faster than float32."""
+    if wish == "portable" and device.type != "cpu":
+        log.warning("products='portable' is for CPUs: on %s it is float32, and weights depend on the device", device)
+        return "float32"
     if wish != "auto":
         return wish
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    able = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return "bf16" if device.type == "cpu" and any(test() for test in able if test) else "float32"
+    return "portable" if device.type == "cpu" else "float32"

@@ -30,7 +30,7 @@ from .cpu_step import CompiledStep
 from .gpu_step import TritonStep
 from .gpu_step import available as triton_kernels
 from .memory import explain_out_of_memory, room
-from .model import TopKSAE
+from .model import TopKSAE, model
 from .progress import Bar, check_progress
 from .rows import Rows, checked, geometric_median, prepare, sample, start, starts
 from .select import compiled as numba_kernels
@@ -92,7 +92,8 @@ def train_sae(
     history : DataFrame
         One row an epoch: epoch (from 1), loss (FVU of the batches plus the weighted AuxK), fvu (about the mean, of
         each batch before its step), l0, dead_fraction, held_out_fvu (with `held_out`), seconds (of the epoch).
-        ``attrs``: best_epoch (the epoch whose weights are returned), device, products, step, rate (rows/s).
+        ``attrs``: best_epoch (the epoch whose weights are returned), device, products, portable (whether every CPU with
+        fused multiply-add trains the same bits), step, rate (rows/s).
 
     Raises
     ------
@@ -141,7 +142,7 @@ def train_saes(
         held_out = checked(held_out, sharded, at_least=2, name="held_out", d=x.shape[1])
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = PlainStep if sharded else _step_kind(compiled, device)
-    others = [c.variant for c in configs if c.variant != "topk"]
+    others = [c.variant for c in configs if model(c) is not TopKSAE]
     if others and (sharded or compiled):
         raise ValueError(f"sharded and compiled training are for variant='topk', found {others[0]!r}; neither would do")
 
@@ -271,6 +272,7 @@ def _finish(step: Step, course: Course, rows: Rows, device: torch.device) -> tup
         "best_epoch": course.best[1] if course.best else config.epochs,
         "device": str(device),
         "products": step.products,
+        "portable": step.portable,
         "step": type(step).__name__,
         "rate": rows.total * config.epochs / history["seconds"].sum(),
     } | step.notes()

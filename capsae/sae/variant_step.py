@@ -45,8 +45,9 @@ class VariantStep(PlainStep):
         """AuxK on the dead; or on latents that fire too seldom, none of which is left out for having fired since."""
         if not hasattr(self.sae, "underused"):
             return super().auxk(centred, residual, encoder, bias, decoder)
-        k = self.config.aux_k or max(1, centred.shape[1] // 2)
-        return self.config.aux_alpha * auxk_loss(centred, residual, encoder, bias, decoder, k)
+        k, n = self.config.aux_k or max(1, centred.shape[1] // 2), self.aux_rows(len(centred))
+        share = self.aux_share(len(centred), residual.detach().square().sum())
+        return share * auxk_loss(centred[:n], residual[:n], encoder, bias, decoder, k)
 
     def find_dead(self) -> None:
         super().find_dead()

@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import SAEConfig
-from .model import TopKSAE
+from .model import REGISTRY, TopKSAE, model, register
 from .select import topk
 
 SAMPLE = 4096  # rows whose pre-activations thresholds start from
-REGISTRY: dict[str, type[TopKSAE]] = {"topk": TopKSAE}
+__all__ = [
+    "REGISTRY", "Forward", "Levelled", "Variant", "bar", "follow", "info", "keep", "model", "positive", "register",
+]  # fmt: skip
 
 
 class Forward(NamedTuple):
@@ -35,31 +37,6 @@ class Forward(NamedTuple):
     fired: torch.Tensor
     residual: torch.Tensor
     loss: torch.Tensor
-
-
-def register(name: str):
-    """Class decorator: make a variant available as ``SAEConfig(variant=name)``."""
-
-    def add(cls: type[Variant]) -> type[Variant]:
-        REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
-def model(config: SAEConfig) -> type[TopKSAE]:
-    """The class of a config's variant; ValueError for an unknown one, or for an option that it does not have."""
-    if config.variant not in REGISTRY:
-        raise ValueError(f"variant is {config.variant!r}; one of {', '.join(REGISTRY)} would do")
-    cls = REGISTRY[config.variant]
-    known = getattr(cls, "defaults", {})
-    for key, value in config.options.items():
-        if key not in known:
-            raise ValueError(f"variant {config.variant!r} has no option {key!r}; it has {', '.join(known) or 'none'}")
-        # A profile may say 1 for true, and numbers only where numbers are meant.
-        if not isinstance(value, int | float) or (isinstance(value, bool) and not isinstance(known[key], bool)):
-            raise TypeError(f"option {key!r} of {config.variant!r} is {value!r}; such as {known[key]!r} would do")
-    return cls
 
 
 def info(name: str) -> dict:
@@ -87,6 +64,7 @@ class Variant(TopKSAE):
     auxk: ClassVar[bool] = True  # dead latents reconstruct the residual, as TopK's do
     may_halve: ClassVar[bool] = False  # what it chooses by may be bfloat16 in training
     half: bool = False  # it is
+    block = 512  # rows of the dense code at a time
 
     def __init__(self, d: int, config: SAEConfig) -> None:
         super().__init__(d, config)
@@ -408,33 +386,3 @@ class GBA(Levelled):
         self.peak.lerp_(self.preactivations(x).amax(0).clamp_min(0), 1 - self.options["density_ema"])
         off = (self.density / self.targets() - 1).clamp(-1, 1)
         self.threshold.add_(self.options["rate"] * self.peak * off).clamp_min_(0)
-
-
-@register("top_afa")
-class TopAFA(Variant):
-    """No k: as many latents as bring the length of the code nearest to that of the row, which the last term teaches.
-
-    `k` of the settings is not used. The coefficient was not found in the source. Dense codes can have the right length,
-    too: where sparse ones are planted, ours finds codes that reconstruct well with many times as many latents, and not
-    the planted dictionary (tests).
-    """
-
-    title = "Top-AFA"
-    formula = (
-        r"k(x)=\arg\min_j\bigl|\sqrt{\textstyle\sum_{l\le j}s_{(l)}^2}-\lVert x-b\rVert\bigr|,\quad "
-        r"+\beta(\lVert a\rVert-\lVert x-b\rVert)^2"
-    )
-    source = "arXiv 2503.24277 [s]; coefficient [r]"
-    defaults: ClassVar[dict] = {"coefficient": 1 / 32}
-
-    def activate(self, x):
-        z = self.preactivations(x).relu()
-        values, indices = z.detach().sort(dim=1, descending=True, stable=True)
-        length = (x - self.pre_bias).detach().norm(dim=1, keepdim=True)
-        best = (values.square().cumsum(1).sqrt() - length).abs().argmin(1, keepdim=True)
-        kept = torch.arange(z.shape[1], device=z.device) <= best
-        return z * torch.zeros_like(kept).scatter(1, indices, kept)
-
-    def penalty(self, x, a, done):
-        short = a.square().sum(1).clamp_min(1e-12).sqrt() - (x - self.pre_bias).norm(dim=1)
-        return self.options["coefficient"] * short.square().sum()

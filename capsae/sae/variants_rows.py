@@ -274,3 +274,33 @@ class Archetypal(_TopK):
         values, indices = super().code(x)
         values, order = (values * self.lengths[indices]).sort(dim=1, descending=True, stable=True)
         return values, indices.gather(1, order)
+
+
+@register("top_afa")
+class TopAFA(Variant):
+    """No k: as many latents as bring the length of the code nearest to that of the row, which the last term teaches.
+
+    `k` of the settings is not used. The coefficient was not found in the source. Dense codes can have the right length,
+    too: where sparse ones are planted, ours finds codes that reconstruct well with many times as many latents, and not
+    the planted dictionary (tests).
+    """
+
+    title = "Top-AFA"
+    formula = (
+        r"k(x)=\arg\min_j\bigl|\sqrt{\textstyle\sum_{l\le j}s_{(l)}^2}-\lVert x-b\rVert\bigr|,\quad "
+        r"+\beta(\lVert a\rVert-\lVert x-b\rVert)^2"
+    )
+    source = "arXiv 2503.24277 [s]; coefficient [r]"
+    defaults: ClassVar[dict] = {"coefficient": 1 / 32}
+
+    def activate(self, x):
+        z = self.preactivations(x).relu()
+        values, indices = z.detach().sort(dim=1, descending=True, stable=True)
+        length = (x - self.pre_bias).detach().norm(dim=1, keepdim=True)
+        best = (values.square().cumsum(1).sqrt() - length).abs().argmin(1, keepdim=True)
+        kept = torch.arange(z.shape[1], device=z.device) <= best
+        return z * torch.zeros_like(kept).scatter(1, indices, kept)
+
+    def penalty(self, x, a, done):
+        short = a.square().sum(1).clamp_min(1e-12).sqrt() - (x - self.pre_bias).norm(dim=1)
+        return self.options["coefficient"] * short.square().sum()

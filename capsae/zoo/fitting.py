@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..code import digest as code_digest
 from ..sae import SAEConfig, dictionaries, variants
 from ..sae.model import SparseCoder, TopKSAE
 
@@ -133,7 +134,7 @@ def normalised_head(run):
         "zoo-head",
         recipe | {"train_fraction": run.profile.train_fraction},
         {"train": run.inputs.digest("train")},
-        ("capsae.probe", "capsae.sae.model:SparseCoder"),
+        code_digest(normalised_head),
         make,
         save=lambda head, folder: head.save(folder / "head.safetensors"),
         load=lambda folder: LinearHead.load(folder / "head.safetensors"),
@@ -191,29 +192,10 @@ def choose(grid: pd.DataFrame, k: int) -> pd.Series:
     return pd.Series(chosen, dtype=float, name="lr")
 
 
-def modules(name: str) -> tuple[str, ...]:
-    """The code that a member's fit hangs on, for `store.source_digest`: what all share, and its own definitions.
+def fit_code(name: str) -> str:
+    """Digest of the code that a member's fit hangs on: not that of the other members, nor the trainer where none is."""
+    from ..sae import train_sae
 
-    The classes of its own ancestry, and what their modules take from elsewhere in `capsae.sae`, so that a change of one
-    variant does not make all the others anew.
-    """
-    shared = ["config", "model", "select", "rows"]
-    trainer = ["train", "steps", "variant_step", "cpu_step", "cpu_kernels", "cpu_lanes", "cpu_topk"]
     cls = variants.REGISTRY.get(name) or dictionaries.METHODS[name]
-    own = set()
-    for ancestor in cls.__mro__:
-        place = ancestor.__module__
-        if not place.startswith("capsae.sae.") or place == "capsae.sae.model":
-            continue
-        own.add(f"{place}:{ancestor.__name__}")
-        names = vars(__import__(place, fromlist=["_"])).values()
-        taken = {f"{n.__module__}:{n.__name__}" for n in names if _is_ours(n) and n.__module__ != place}
-        own |= {one for one in taken if not one.startswith(tuple(f"capsae.sae.{m}:" for m in shared))}
-    if any(one.startswith("capsae.sae.pursuit:") for one in own):
-        shared = [*shared, "cpu_pursuit"]  # its kernels, which it loads where it uses them
-    parts = shared + (trainer if member(name).trained else [])
-    return (*(f"capsae.sae.{part}" for part in parts), *sorted(own), "capsae.zoo.fitting:fit_rows")
-
-
-def _is_ours(value: Any) -> bool:
-    return callable(value) and hasattr(value, "__name__") and getattr(value, "__module__", "").startswith("capsae.sae.")
+    others = [member, (variants, "REGISTRY"), (dictionaries, "METHODS")] + ([] if member(name).trained else [train_sae])
+    return code_digest(fit_rows, cls, without=others)

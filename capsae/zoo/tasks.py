@@ -11,19 +11,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..code import digest as code_digest
 from ..pipeline import Run
 from ..sae import dictionaries
 from ..sae.model import SparseCoder, TopKSAE
 from ..sealed import tuning
-from ..store import artefact_digest, source_digest
+from ..store import artefact_digest
 from . import measure
-from .fitting import fit_rows, member, modules, needs_head, normalised_head, settings
-
-MEASURED_BY = (
-    *("capsae.sae.measures", "capsae.sae.model:SparseCodes", "capsae.caps", "capsae.detectors", "capsae.metrics"),
-    *("capsae.stats", "capsae.bootstrap_kernels", "capsae.evaluate", "capsae.zoo.measure:measure"),
-)
-COMPARED_BY = ("capsae.sae.measures:matched_cosines", "capsae.zoo.measure:stability")
+from .fitting import fit_code, fit_rows, member, needs_head, normalised_head, settings
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def fitted(run: Run, name: str, lr: float | None, seed: int) -> tuple[SparseCode
 def _recipe(run: Run, name: str, lr: float | None, seed: int):
     shared = asdict(settings(run.profile)) | {"lr": lr, "seed": seed, "train_fraction": run.profile.train_fraction}
     inputs = {one: run.inputs.digest(one) for one in ("train", "val")}
-    return "zoo-fit", {"member": name, **shared}, inputs, modules(name)
+    return "zoo-fit", {"member": name, **shared}, inputs, fit_code(name)
 
 
 def recipe(run: Run, task: Task) -> tuple:
@@ -91,12 +86,12 @@ def recipe(run: Run, task: Task) -> tuple:
         return _recipe(run, task.member, task.lr, task.seeds[0])
     fits = {str(seed): artefact_digest(*_recipe(run, task.member, task.lr, seed)) for seed in task.seeds}
     if task.kind == "stability":
-        return "zoo-stability", {}, fits, COMPARED_BY
+        return "zoo-stability", {}, fits, code_digest(measure.stability)
     inputs = {name: run.inputs.digest(name) for name in run.profile.sets}
     inputs |= {"fit": fits[str(task.seeds[0])], "head": run.digest("head")}
     options = {name: run.detector_options(name) for name in measure.METHODS}
     config = {"n_boot": measure.N_BOOT, "detectors": options, "seed": run.profile.seed}
-    return "zoo-measures", config, inputs, MEASURED_BY
+    return "zoo-measures", config, inputs, code_digest(measure.measure)
 
 
 def seconds(run: Run, task: Task) -> float:
@@ -135,7 +130,7 @@ def _frame(run: Run, task: Task, make) -> pd.DataFrame:
 def code_digests(names: Iterable[str]) -> dict:
     """Digests of the code that the tables hang on: of each member's fit, of the measures, of the stability."""
     return {
-        "fit": {name: source_digest(modules(name))[:20] for name in names},
-        "measures": source_digest(MEASURED_BY)[:20],
-        "stability": source_digest(COMPARED_BY)[:20],
+        "fit": {name: fit_code(name)[:20] for name in names},
+        "measures": code_digest(measure.measure)[:20],
+        "stability": code_digest(measure.stability)[:20],
     }

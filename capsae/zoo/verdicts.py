@@ -65,8 +65,8 @@ def against(wide: pd.DataFrame, measure: str, base: str = BASE, errors: pd.DataF
         cells = {key: found[key] for key in ("value", "lo", "hi", "p")} | ({} if found["error"] else {"p": np.nan})
         rows.append(about | {"seeds": len(part), "mean": part[measure].mean(), "base": own.mean()} | cells)
     table = pd.DataFrame(rows)
-    p_holm, verdict = verdicts(table["value"], table["p"], higher_is_better=not lower_is_better(measure))
-    return table.assign(p_holm=p_holm, verdict=verdict)
+    gain = -table["value"] if lower_is_better(measure) else table["value"]
+    return table.join(verdicts(gain, table["p"]))
 
 
 def both(wide: pd.DataFrame, errors: pd.DataFrame, base: str = RANDOM) -> pd.DataFrame:

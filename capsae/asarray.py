@@ -1,0 +1,63 @@
+"""Arrays and labels as they enter: any framework's, in plain numpy, C order, the machine's byte order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def as_numpy(array, read_only: bool = False) -> np.ndarray:
+    """A numpy array that every kernel and every writer takes: C order, native bytes, writeable.
+
+    Parameters
+    ----------
+    array : numpy array, torch tensor (any device, bfloat16 too) or sequence
+        What is plain already is returned as it is; negative strides, Fortran order, foreign byte order and read-only
+        memory are copied. Masked values become NaN.
+    read_only : bool
+        Read-only memory is left where it is, for a caller that writes nothing: it may be a large file.
+    """
+    if hasattr(array, "detach"):
+        array = array.detach().cpu().resolve_conj().resolve_neg()
+        if array.is_floating_point() and (array.element_size() == 1 or str(array.dtype) == "torch.bfloat16"):
+            array = array.float()  # numpy knows neither bfloat16 nor float8
+        array = array.numpy()
+    if isinstance(array, np.ma.MaskedArray):
+        array = array.astype(np.result_type(array.dtype, np.float32)).filled(np.nan)
+    array = np.asarray(array, order="C")
+    if array.dtype.kind == "V" and "float" in array.dtype.name:  # bfloat16 of ml_dtypes, as jax has it
+        array = array.astype(np.float32)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array if read_only or array.flags.writeable else array.copy()
+
+
+def as_labels(values, what: str = "labels") -> np.ndarray:
+    """Labels (N,) as int64; None and -1 mean "none".
+
+    Parameters
+    ----------
+    values : sequence of N whole numbers, of any numeric type
+    what : str
+        Their name in an error.
+
+    Raises
+    ------
+    ValueError
+        For text, fractions, NaN and numbers under -1; the first one is named with its row.
+    """
+    if isinstance(values, list | tuple):
+        values = [-1 if value is None else value for value in values]
+    given = as_numpy(values)
+    if given.ndim != 1:
+        raise ValueError(f"{what}: shape {given.shape}, expected (N,)")
+    numbers = given.astype(np.int64) if given.dtype.kind in "iub" else np.full(len(given), -2)
+    if given.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):
+            numbers = given.astype(np.int64)
+    elif given.dtype.kind == "O":
+        numbers = np.array([int(v) if isinstance(v, int | np.integer) else -2 for v in given], dtype=np.int64)
+    wrong = (numbers < -1) | (given != numbers) if given.dtype.kind in "iubf" else numbers < -1
+    if wrong.any():
+        row = int(wrong.argmax())
+        found = values[row] if isinstance(values, list) else given[row].item()
+        raise ValueError(f"{what} holds {found!r}, expected whole numbers from 0, or -1 for none (row {row})")
+    return numbers

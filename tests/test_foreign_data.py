@@ -1,0 +1,544 @@
+"""Other people's data: what would give a wrong number without a word is mapped by name, told, or refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import time
+import unicodedata
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import small_profile
+import torch
+from PIL import Image
+
+import capsae.features
+from capsae import detectors, image_files
+from capsae.arrays import arrays_from
+from capsae.asarray import as_labels, as_numpy
+from capsae.caps import ClassActivationProfiles
+from capsae.data import by_name, open_source
+from capsae.detectors import Observations
+from capsae.evaluate import evaluate
+from capsae.featureset import FeatureSet, LinearHead
+from capsae.pipeline import Run
+from capsae.probe import fit_linear_probe
+from capsae.sae import SAEConfig, TopKSAE, train_sae
+from capsae.scoring import find_images
+
+NAMES = ("ant", "bee", "crane", "dög")
+COLOUR = dict(zip(NAMES, ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)), strict=True))
+
+
+def png(image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def drawn(name: str, seed) -> Image.Image:
+    name = unicodedata.normalize("NFC", name)
+    noise = np.random.default_rng([*map(ord, name), seed]).integers(-25, 25, (8, 8, 3))
+    return Image.fromarray((np.array(COLOUR.get(name, (90, 90, 90))) + noise).clip(0, 255).astype(np.uint8))
+
+
+def folder(root, names=NAMES, n=6, seed=0):
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for row in range(n):
+            drawn(name, 100 * seed + row).save(root / name / f"{row}.png")
+    return {"kind": "folder", "path": str(root)}
+
+
+def parquet(path, names, rows, seed=9, **columns):
+    """Rows are class names; their labels count along ``names``."""
+    blobs = [png(drawn(name, 100 * seed + i)) for i, name in enumerate(rows)]
+    labels = [None if name is None else names.index(name) for name in rows]
+    table = pa.table({"image": blobs, "label": pa.array(labels, pa.int64())} | columns)
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(names)}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), path)
+    return {"kind": "parquet", "path": str(path)}
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """``experiment(test=spec, ...)`` gives a Run on drawn images; features are mean colours."""
+
+    def extract(source, backbone, out_dir, *, name, **_):
+        both = [source.measured(i) for i in range(len(source))]
+        cls = np.stack([np.tile(np.asarray(image).mean((0, 1)), 6)[:16] for image, _ in both])
+        rest = {"class_names": source.class_names, "pixels": np.stack([pixels for _, pixels in both])}
+        return FeatureSet(cls + 1e-3 * np.arange(16), source.labels, source.ids, name=name, **rest)
+
+    monkeypatch.setattr(capsae.features, "extract", extract)
+
+    def make(**sources):
+        given = {"train": lambda: folder(tmp_path / "train"), "test": lambda: folder(tmp_path / "test", seed=1)}
+        given |= {"ood.near/shifted": lambda: folder(tmp_path / "n", ("x",), seed=2)}
+        given |= {"ood.far/noise": lambda: folder(tmp_path / "f", ("y",), seed=3)}
+        (tmp_path / "own.toml").write_text(small_profile.TOML.format(pack='"none"'))
+        overrides = {key: sources[key] if key in sources else make() for key, make in given.items()}
+        overrides |= {key: value for key, value in sources.items() if key not in given}
+        return Run(tmp_path / "own.toml", overrides, tmp_path / "store", device="cpu", progress=False)
+
+    return make
+
+
+def accuracy(run, set_name="test") -> float:
+    features = run.features(set_name)
+    known = features.labels >= 0
+    return float((features.logits.argmax(1) == features.labels)[known].mean())
+
+
+# --- classes go by name
+
+
+def without_a_class(root):
+    return folder(root, NAMES[1:], seed=1)
+
+
+def beside_a_file_servers_folders(root):
+    for name in ("@eaDir", ".ipynb_checkpoints", "empty", "none/b"):
+        (root / name).mkdir(parents=True)
+    drawn("ant", 5).save(root / ".ipynb_checkpoints" / "0-checkpoint.png")
+    drawn("ant", 6).save(root / "@eaDir" / "0.png")
+    return folder(root, seed=1)
+
+
+def of_another_unicode_form(root):
+    return folder(root, [unicodedata.normalize("NFD", name) for name in NAMES], seed=1)
+
+
+def names_in_another_order(root):
+    return parquet(root, NAMES[::-1], NAMES * 3)
+
+
+def more_names_than_train(root):
+    return parquet(root, ("zebra", *NAMES), NAMES * 3)
+
+
+def files_of_two_orders(root):
+    root.mkdir()
+    parquet(root / "0.parquet", NAMES[::-1], NAMES)
+    parquet(root / "1.parquet", NAMES[1:], NAMES[1:], seed=8)
+    return {"kind": "parquet", "path": str(root)}
+
+
+def some_labels_unknown(root):
+    spec = parquet(root, NAMES[::-1], NAMES * 3)
+    table = pq.read_table(root)
+    labels = [None, -1, *table["label"].to_pylist()[2:]]
+    pq.write_table(table.set_column(1, "label", pa.array(labels, pa.int64())), root)
+    return spec
+
+
+LISTED = [
+    without_a_class,
+    beside_a_file_servers_folders,
+    of_another_unicode_form,
+    names_in_another_order,
+    more_names_than_train,
+    files_of_two_orders,
+    some_labels_unknown,
+]
+
+
+@pytest.mark.parametrize("role", ["test", "val", "shifted.shifted/other"])
+@pytest.mark.parametrize("listed", LISTED)
+def test_classes_go_by_name(listed, role, experiment, tmp_path):
+    run = experiment(**{role: listed(tmp_path / "theirs")})
+    name = role.removeprefix("shifted.")
+    assert run.features(name).class_names == run.features("train").class_names == tuple(sorted(NAMES))
+    assert accuracy(run, name) == 1.0
+    if role == "test":
+        rows = run.table(["msp"]).set_index(["method", "set"])
+        assert rows.loc[("head", "test"), "value"] == 1.0, "an accuracy is over the rows that have a label"
+
+
+def test_what_is_missing_unknown_or_named_twice_is_said(experiment, tmp_path, caplog):
+    run = experiment(test=without_a_class(tmp_path / "less"))
+    with caplog.at_level(logging.WARNING):
+        run.inputs.source("test")
+    assert "test: no image of 1 of 4 classes: 'ant'" in caplog.text
+    with pytest.raises(ValueError, match=r"test: 2 of 3 images are of 2 classes that train does not.*'Ant', 'bat'"):
+        experiment(test=parquet(tmp_path / "m.parquet", ("bat", "bee", "Ant"), ("bat", "Ant", "bee"))).features("test")
+    twice = parquet(tmp_path / "t.parquet", ("crane", "bee", "crane"), ("crane", "bee"))
+    for spec in (twice, twice | {"classes": ["crane"]}):
+        with pytest.raises(ValueError, match="classes 0 and 2 are both 'crane'; give each its own name"):
+            open_source(spec)
+    (tmp_path / "list.txt").write_text("ant/0.png 4\n")
+    listed = {"kind": "imglist", "list": str(tmp_path / "list.txt"), "root": str(tmp_path / "train")}
+    with pytest.raises(ValueError, match="label 4 has no name, there are 4"):
+        open_source(listed | {"class_names": NAMES})
+
+
+def test_train_leaves_out_what_has_no_class(experiment, tmp_path, caplog):
+    spec = folder(tmp_path / "loose")
+    drawn("ant", 77).save(tmp_path / "loose" / "beside.png")
+    run = experiment(train=spec)
+    with caplog.at_level(logging.WARNING):
+        assert len(run.inputs.source("train")) == 24
+    assert "train: 1 images have no class and are left out, the first is beside.png" in caplog.text
+    assert accuracy(run) == 1.0
+
+
+WRONG_LABELS = {
+    "fraction": ([0, 2.7], "holds 2.7, .*row 1"),
+    "NaN": ([0.0, float("nan")], "holds nan"),
+    "infinite": ([float("inf"), 0.0], "holds inf"),
+    "text": (["0", "1"], "holds '0'"),
+    "mixed": (["cat", 0], "holds 'cat'"),
+    "under -1": ([0, -2], "holds -2, .*-1 for none"),
+    "too large": (np.array([0, 2**63], np.uint64), "holds 9223372036854775808"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LABELS)
+def test_labels_are_whole_numbers(case, tmp_path):
+    labels, words = WRONG_LABELS[case]
+    cls = np.zeros((2, 3), np.float32)
+    uses = [as_labels, lambda labels: FeatureSet(cls, labels, ["a", "b"])]
+    uses.append(lambda labels: fit_linear_probe(cls, labels, 2))
+    if case not in ("mixed", "too large"):
+        blob = png(drawn("ant", 0))
+        pq.write_table(pa.table({"image": [blob] * 2, "label": pa.array(labels)}), tmp_path / "x.parquet")
+        uses.append(lambda _: open_source({"kind": "parquet", "path": str(tmp_path / "x.parquet")}))
+    for use in uses:
+        with pytest.raises(ValueError, match=words):
+            use(labels)
+
+
+@pytest.mark.parametrize("labels", [[0, None, 3], [0.0, -1.0, 3.0], np.array([0, -1, 3], np.int8), ([0, -1, 3])])
+def test_labels_that_are_whole_numbers_are_taken(labels):
+    assert as_labels(labels).tolist() == [0, -1, 3] and as_labels(labels).dtype == np.int64
+
+
+def test_rows_without_a_label_count_neither_as_right_nor_as_wrong():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(40, 3)).astype(np.float32), rng.integers(0, 3, 40)
+    ood = {"far/x": Observations(rng.normal(size=(9, 2)), logits=rng.normal(size=(9, 3)))}
+
+    class Norm:
+        def score(self, obs):
+            return np.linalg.norm(obs.cls, axis=1)
+
+    cls = rng.normal(size=(40, 2))
+    part = np.where(np.arange(40) < 10, -1, labels)
+    some = evaluate({"n": Norm()}, Observations(cls, logits, part), ood, n_boot=0).set_index("metric")["value"]
+    few = Observations(cls[10:], logits[10:], labels[10:])
+    right = evaluate({"n": Norm()}, few, ood, n_boot=0).set_index("metric")["value"]
+    for metric in ("accuracy", "aurc", "errors_flagged"):
+        assert some[metric] == right[metric]
+    assert "oscr" not in some and "oscr" in right
+
+
+def test_by_name_says_when_only_one_side_has_names(caplog):
+    one = FeatureSet(np.zeros((2, 1)), [0, 1], ["a", "b"], class_names=("x", "y"))
+    assert by_name(one, ("y", "x"), "here").labels.tolist() == [1, 0]
+    with caplog.at_level(logging.WARNING):
+        assert by_name(one, (), "here") is one and by_name(replace(one, class_names=()), ("y", "x"), "there")
+    assert "here: classes have names here alone; labels are taken by number" in caplog.text
+    assert "there: classes have names in train" in caplog.text
+
+
+# --- the same image twice
+
+
+def test_a_row_is_found_by_its_id_whatever_the_file_calls_it(experiment, tmp_path):
+    names = ["same.png"] * 5 + ["own.png", "same.png"]
+    spec = parquet(tmp_path / "s.parquet", NAMES, [*NAMES, "ant", "bee", "crane"], source=names)
+    run = experiment(**{"ood.near/shifted": spec, "test": spec})
+    features = run.inputs.features("test")
+    assert len(set(features.ids)) == 7 and "own.png" in features.ids
+    for row in range(7):
+        assert np.asarray(run.image("test", row)).mean((0, 1)) == pytest.approx(features.cls[row, :3], abs=1e-2)
+    few = open_source(spec | {"limit": 3})
+    assert set(few.ids) <= set(features.ids), "an id is that of the row in the whole file"
+    (tmp_path / "exclude.txt").write_text("same.png\n")
+    assert open_source(spec | {"exclude": str(tmp_path / "exclude.txt")}).ids.tolist() == ["own.png"]
+
+
+@pytest.mark.parametrize(
+    ("role", "of", "words"),
+    [
+        ("test", "train", "test: 24 of 24 images are images of train, the first is 'ant/0.png', 'ant/0.png' there"),
+        ("ood.near/shifted", "test", "near/shifted: 24 of 24 images are images of test"),
+        ("ood.far/noise", "train", "far/noise: 24 of 24 images are images of"),
+        ("shifted.shifted/a", "train", "shifted/a: 24 of 24 images are images of train"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "parquet", "renamed"])
+def test_a_set_that_is_another_is_refused(role, of, words, kind, experiment, tmp_path):
+    seed = {"train": 0, "test": 1}[of]
+    spec = folder(tmp_path / "copy", seed=seed)
+    if kind == "renamed":
+        words = words.partition(", the first")[0]
+        for path in (tmp_path / "copy").glob("*/*.png"):
+            path.rename(path.with_name(f"new {path.name}"))
+    if kind == "parquet":
+        words = words.partition(", the first")[0]
+        source = open_source(spec)
+        labels, blobs = source.labels.tolist(), [(tmp_path / "copy" / name).read_bytes() for name in source.ids]
+        spec = parquet(tmp_path / "c.parquet", NAMES, [NAMES[label] for label in labels])
+        table = pq.read_table(tmp_path / "c.parquet")
+        pq.write_table(table.set_column(0, "image", pa.array(blobs, pa.binary())), tmp_path / "c.parquet")
+    run = experiment(**{role: spec}, val=folder(tmp_path / "val", seed=7))
+    with pytest.raises(ValueError, match=words):
+        for name in run.profile.sets:
+            run.features(name)
+
+
+def test_a_few_copies_are_told(experiment, tmp_path, caplog):
+    spec = folder(tmp_path / "copy", seed=1)
+    drawn("ant", 3).save(tmp_path / "copy" / "ant" / "of train.png")
+    drawn("ant", 101).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "copy" / "bee" / "mirrored.png")
+    drawn("ant", 101).save(tmp_path / "copy" / "ant" / "twice.png")
+    run = experiment(test=spec, val=folder(tmp_path / "val", seed=7))
+    with caplog.at_level(logging.WARNING):
+        for name in run.profile.sets:
+            run.features(name)
+    assert "test: 1 of 27 images are images of train, the first is 'ant/of train.png'" in caplog.text
+    assert "test: 1 of 27 images are there twice, the first is 'ant/twice.png'" in caplog.text
+    assert caplog.text.count("images are") == 2
+
+
+# --- content decides
+
+
+def bitmap(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path, "BMP")
+
+
+def of_kind(kind, root, colour):
+    """A source of two images of one size; the first has the colour."""
+    for row in range(2):
+        bitmap(root / "a" / f"{row}.bmp", colour if row == 0 else "white")
+    if kind == "folder":
+        return {"kind": "folder", "path": str(root)}
+    if kind == "imglist":
+        (root / "list.txt").write_text("a/0.bmp 0\na/1.bmp 0\n")
+        return {"kind": "imglist", "list": str(root / "list.txt"), "root": str(root)}
+    blobs = [(root / "a" / f"{row}.bmp").read_bytes() for row in range(2)]
+    (root / "hub").mkdir(exist_ok=True)
+    path = root / "hub" / "train-00000-of-00001.parquet"
+    columns = {"image": pa.array([{"bytes": blob, "path": None} for blob in blobs]), "label": [0, 0]}
+    columns["image"] = columns["image"].cast(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False, write_statistics=False)
+    if kind == "hub":
+        return {"kind": "hub", "name": str(root / "hub"), "split": "train", "image": "image"}
+    return {"kind": "parquet", "path": str(path)}
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "imglist", "parquet", "hub"])
+def test_other_images_of_one_name_and_size_are_other_images(kind, known, tmp_path, monkeypatch):
+    if kind == "hub":
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if known:  # with an account of hashes on the disk
+        monkeypatch.setattr(image_files, "_WORTH", 0)
+        monkeypatch.setattr(image_files, "_SETTLED", -1)
+        monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "home"))
+    spec = of_kind(kind, tmp_path / "x", "red")
+    before = open_source(spec).digest()
+    assert open_source(spec).digest() == before
+    times = {path: os.stat(path) for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    time.sleep(0.02)  # a tick of the file system's clock
+    of_kind(kind, tmp_path / "x", "blue")
+    for path, stat in times.items():
+        assert path.stat().st_size == stat.st_size
+        if kind != "hub":  # there, datasets itself goes by it
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a copying program may
+    assert open_source(spec).digest() != before
+    time.sleep(0.02)
+    of_kind(kind, tmp_path / "x", "red")
+    assert open_source(spec).digest() == before, "the same images are the same, whenever they were written"
+
+
+def test_what_is_known_is_not_read_again_and_what_is_fresh_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "_WORTH", 0)
+    monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "home"))
+    read = []
+    monkeypatch.setattr(image_files.hashlib, "file_digest", lambda file, _: read.append(file.name) or _Digest())
+    spec = of_kind("folder", tmp_path / "x", "red")
+    for _ in range(2):
+        open_source(spec)
+    assert len(read) == 4, "files changed within the last seconds are read each time"
+    monkeypatch.setattr(image_files, "_SETTLED", -1)
+    for _ in range(3):
+        open_source(spec)
+    assert len(read) == 6
+    for path in (tmp_path / "home" / "hashes").iterdir():
+        path.write_text("{")  # a damaged account is none
+    assert open_source(spec) and len(read) == 8
+
+
+class _Digest:
+    def hexdigest(self):
+        return "00"
+
+
+# --- every image
+
+
+def test_what_pillow_opens_is_an_image(tmp_path):
+    made = {}
+    picture = drawn("ant", 1)
+    for suffix, kind in sorted(Image.registered_extensions().items()):
+        if kind not in Image.SAVE or kind not in Image.OPEN or kind in ("EPS", "IM"):
+            continue
+        try:
+            picture.convert("1" if suffix in (".xbm", ".msp") else "RGB").save(tmp_path / f"x{suffix}", kind)
+        except (OSError, ValueError):
+            (tmp_path / f"x{suffix}").unlink(missing_ok=True)  # a kind that holds no colours, or a missing library
+            continue
+        made[f"x{suffix}"] = kind
+    assert {".jfif", ".jpe", ".avif", ".jp2", ".tga", ".jpg", ".png", ".webp"} <= {f".{n.split('.')[1]}" for n in made}
+    picture.save(tmp_path / "X.JPG", "JPEG")
+    picture.save(tmp_path / "without a suffix", "PNG")
+    picture.save(tmp_path / "photo.of_mine", "JPEG")
+    picture.save(tmp_path / "x.mpo", "MPO", save_all=True, append_images=[picture])
+    source = open_source(tmp_path)
+    assert set(source.ids) == {*made, "X.JPG", "without a suffix", "photo.of_mine", "x.mpo"}
+    assert source.left_out == () and source.labels.max() == -1
+    usable = [str(id) for i, id in enumerate(source.ids) if source.image(i).mode == "RGB"]
+    assert len(usable) == len(source)
+    assert find_images([tmp_path]) == [tmp_path / id for id in source.ids]
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path, caplog, monkeypatch):
+    root = tmp_path / "theirs"
+    folder(root, ("ant", "bee"), n=2)
+    folder(tmp_path / "elsewhere", ("crane",), n=2)
+    (root / "crane").symlink_to(tmp_path / "elsewhere" / "crane")
+    (root / "ant" / "around").symlink_to(root)
+    (root / "ant" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "bee" / "linked.png").symlink_to(root / "ant" / "0.png")
+    (root / "bee" / "deep" / "er").mkdir(parents=True)
+    drawn("bee", 44).save(root / "bee" / "deep" / "er" / "0.png")
+    drawn("bee", 45).save(root / "loose.png")
+    for name in ("._0.png", ".DS_Store", "labels.txt", "phone.heic", "data.npy", "P6.txt"):
+        (root / "ant" / name).write_bytes(b"P6 1 1 255 xxx" if name == "P6.txt" else b"hello")
+    os.mkfifo(root / "bee" / "pipe.png")
+    (root / "bee" / ".ipynb_checkpoints").mkdir()
+    (root / "locked").mkdir()
+    (root / "empty").mkdir()
+    scandir = os.scandir
+
+    def locked(path):
+        if os.path.basename(os.fspath(path)) == "locked":
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with caplog.at_level(logging.WARNING):
+        source = open_source(root)
+    ids = ["ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png", "bee/deep/er/0.png", "bee/linked.png"]
+    assert source.ids.tolist() == [*ids, "crane/0.png", "crane/1.png", "loose.png"]
+    assert source.class_names == ("ant", "bee", "crane")
+    assert source.labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, -1]
+    why = dict(source.left_out)
+    assert why["ant/gone.png"] == "broken link" and why["bee/pipe.png"] == "no regular file"
+    assert why["locked"] in ("unreadable folder (Permission denied)", "folder without an image")
+    assert why["ant/._0.png"] == "hidden file" and why["bee/.ipynb_checkpoints"] == "hidden folder"
+    assert why["ant/phone.heic"] == "needs pillow-heif" or "HEIF" in Image.OPEN
+    assert why["ant/around"] == "link to a folder that holds it" and why["empty"] == "folder without an image"
+    assert "3 x no image that Pillow opens (ant/P6.txt, ...)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert len(find_images([root])) == len(source)
+    assert "unreadable folder (Permission denied) (locked)" in caplog.text
+
+
+def test_the_number_left_out_goes_with_the_features(tmp_path):
+    spec = folder(tmp_path / "x", ("ant",), n=2)
+    (tmp_path / "x" / "ant" / "notes.txt").write_text("hello")
+    settings = {"model": "vit_tiny_patch16_224", "image_size": 16}
+    found = capsae.features.extract(spec, settings, tmp_path / "out", progress=False)
+    assert found.meta["left_out"] == 1
+
+
+# --- arrays as others lay them out
+
+ODD = {
+    "bfloat16": lambda x: torch.from_numpy(x.copy()).bfloat16(),
+    "needs a gradient": lambda x: torch.from_numpy(x.copy()).requires_grad_(),
+    "negative strides": lambda x: x[::-1].copy()[::-1],
+    "mirrored columns": lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
+    "big-endian": lambda x: x.astype(">f4"),
+    "Fortran": np.asfortranarray,
+    "a transpose": lambda x: np.ascontiguousarray(x.T).T,
+    "every other": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+    "nested lists": lambda x: x.tolist(),
+    "float64": lambda x: x.astype(np.float64),
+}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    rng = np.random.default_rng(0)
+    x = np.round(rng.normal(size=(24, 6)) * 8).astype(np.float32) / 8  # bfloat16 holds them exactly
+    return x, np.arange(24) % 3
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_array_is_what_it_says_however_it_lies_in_memory(odd, plain, tmp_path):
+    x, labels = plain
+    given = ODD[odd](x)
+    found = as_numpy(given)
+    assert np.array_equal(found, x) and found.flags.c_contiguous and found.flags.writeable and found.dtype.isnative
+    ids = np.arange(24).astype(str)
+    features = FeatureSet(given, labels, ids, logits=given, pixels=given)
+    features = FeatureSet.load(features.save(tmp_path / "f.safetensors"))
+    assert all(np.array_equal(getattr(features, key), x) for key in ("cls", "logits", "pixels"))
+    caps = ClassActivationProfiles(given, np.asfortranarray(labels.reshape(12, 2)), labels[::-1])
+    caps.save(tmp_path / "c.safetensors")
+    caps = ClassActivationProfiles.load(tmp_path / "c.safetensors")
+    assert np.array_equal(caps.sums, x) and np.array_equal(caps.active, labels.reshape(12, 2))
+    assert np.array_equal(caps.counts, labels[::-1])
+    head = LinearHead(ODD[odd](x[:3]), ODD[odd](x[:3, 0]))
+    head = LinearHead.load(head.save(tmp_path / "h.safetensors"))
+    assert np.array_equal(head.weight, x[:3]) and np.array_equal(head.bias, x[:3, 0])
+    probe, expected = (fit_linear_probe(rows, labels, 3, strengths=(0.1,)) for rows in (given, x))
+    np.testing.assert_array_equal(probe.weight, expected.weight)
+    raw = {f"{name}/features": given for name in ("train", "test", "far/x")} | {"train/labels": labels[::-1]}
+    arrays = arrays_from(raw | {"head/weight": ODD[odd](x[:3]), "test/logits": ODD[odd](x[:, :3])} | _more(x, odd))
+    assert np.array_equal(arrays.sets["train"].cls, x) and np.array_equal(arrays.sets["test"].logits, x @ x[:3].T)
+    for name in ("mds", "knn", "msp", "she"):
+        options = {"k": 3} if name == "knn" else {}
+        both = []
+        for rows in (given, x):
+            obs = Observations(rows, logits=None, labels=labels, head=head)
+            both.append(detectors.create(name, **options).fit(obs).score(Observations(rows, head=head)))
+        np.testing.assert_allclose(both[0], both[1], rtol=1e-5, atol=1e-6)
+    if odd != "nested lists":
+        sae = TopKSAE.load(_an_sae(tmp_path / "sae", x))
+        np.testing.assert_array_equal(as_numpy(sae.encode(given).values), as_numpy(sae.encode(x).values))
+
+
+def _more(x, odd):
+    logits = x @ x[:3].T
+    given = logits if odd == "bfloat16" else ODD[odd](logits)
+    return {f"{name}/logits": given for name in ("train", "test", "far/x")}
+
+
+def _an_sae(path, x):
+    sae, _ = train_sae(x, SAEConfig(12, 2, epochs=1, batch_size=8), "cpu", progress=False)
+    sae.save(path)
+    return path
+
+
+def test_masked_values_are_no_values():
+    masked = np.ma.masked_array(np.ones((3, 2), np.float32), mask=[[0, 0], [1, 0], [0, 0]])
+    with pytest.raises(ValueError, match="NaN or infinity in 1 rows, the first is row 1"):
+        Observations(masked)
+    with pytest.raises(ValueError, match="holds nan"):
+        as_labels(np.ma.masked_array([0, 1], mask=[0, 1]))
