@@ -21,7 +21,7 @@ from PIL import Image
 
 import capsae.features
 from capsae import detectors, image_files
-from capsae.arrays import arrays_from
+from capsae.arrays import arrays_from, discriminant_head, evaluate_arrays
 from capsae.asarray import as_labels, as_numpy
 from capsae.backbone import Backbone, BackboneSpec
 from capsae.caps import ClassActivationProfiles
@@ -687,3 +687,69 @@ def test_sixteen_bits_are_still_taken(tmp_path):
     source = open_source(tmp_path)
     for i in range(3):
         assert np.array_equal(np.asarray(source.image(i))[..., 0], ramp >> 8), source.ids[i]
+
+
+# --- scales
+
+
+def gaussian(n, seed, shift=0.0, d=12):
+    rng = np.random.default_rng([seed, 1])
+    labels = np.arange(n) % 3
+    mix = np.random.default_rng(5).normal(size=(d, d))
+    return (np.random.default_rng(7).normal(size=(3, d))[labels] * 3 + rng.normal(size=(n, d)) + shift) @ mix, labels
+
+
+UNITS = {"1e6": 10.0 ** np.array([6, *[0] * 11]), "1e-6": 10.0 ** np.array([-6, *[0] * 11])}
+UNITS["all kinds"] = 10.0 ** np.linspace(-7, 7, 12)
+
+
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("name", ["mds", "rmds", "neco"])
+def test_a_columns_unit_does_not_matter(name, units):
+    (train, labels), (test, _), (ood, _) = gaussian(300, 0), gaussian(60, 1), gaussian(60, 2, shift=2.0)
+    found = []
+    for scale in (1.0, UNITS[units]):
+        logits = train[:, :3]
+        given = {"logits": logits, "labels": labels}
+        detector = detectors.create(name).fit(Observations((train * scale).astype(np.float32), **given))
+        others = [Observations((x * scale).astype(np.float32), logits=x[:, :3]) for x in (test, ood)]
+        found.append(np.concatenate([detector.score(other) for other in others]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_heads_are_fitted_whatever_the_units(units):
+    train, labels = gaussian(300, 0)
+    scaled = (train * UNITS[units]).astype(np.float32)
+    for fit in (fit_linear_probe, discriminant_head):
+        plain, other = fit(train.astype(np.float32), labels, 3), fit(scaled, labels, 3)
+        right = [float((head.logits(x).argmax(1) == labels).mean()) for head, x in ((plain, train), (other, scaled))]
+        assert right[0] > 0.95 and abs(right[1] - right[0]) < 0.01
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+@pytest.mark.parametrize("name", ["blocks", "faiss"])
+def test_the_neighbour_is_the_nearest_whatever_the_offset(name, offset):
+    if name == "faiss":
+        pytest.importorskip("faiss")
+    (train, labels), (test, _) = gaussian(300, 0), gaussian(80, 1)
+    train, test = (x + offset for x in (train, test))
+    found = detectors.create("knn", k=7, backend=name).fit(Observations(train, labels=labels)).score(Observations(test))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test)]
+    exact = np.sort(((unit[1][:, None] - unit[0]) ** 2).sum(-1), axis=1)[:, 6]
+    np.testing.assert_allclose(found, exact, rtol=1e-4)
+
+
+def test_a_right_head_is_right_where_one_class_holds_most_rows():
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 80 + [1] * 20 + [2] * 20)
+    centres = 6 * np.eye(3, 5)
+    raw = {"train/features": centres[labels] + rng.normal(size=(120, 5)) / 3, "train/labels": labels}
+    raw |= {"test/features": centres[labels] + rng.normal(size=(120, 5)) / 3, "test/labels": labels}
+    raw |= {"far/x/features": rng.normal(size=(30, 5)), "head/weight": centres, "head/bias": np.zeros(3)}
+    found = evaluate_arrays(arrays_from(raw), ["msp"], n_boot=0, progress=False)
+    assert "accuracy on train: 100.0%" in found.notes
+    for weight, bias in ((np.roll(centres, 1, axis=0), np.zeros(3)), (np.zeros((3, 5)), np.array([1.0, 0, 0]))):
+        with pytest.raises(ValueError, match="Is it the right head"):
+            given = raw | {"head/weight": weight, "head/bias": bias}
+            evaluate_arrays(arrays_from(given), ["msp"], n_boot=0, progress=False)
