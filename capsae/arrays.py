@@ -30,6 +30,7 @@ __all__ = ["LAYOUT", "Arrays", "Evaluation", "arrays_from", "default_sae", "eval
 
 VAL_FRACTION = 0.1
 MAX_DEAD = 0.01  # with more dead latents the profiles miss what those would have said
+OVERFITTED = 3  # a held-out FVU so many times that of the training rows is told
 _PROBE_CELLS = 5e8  # rows x columns x classes up to which a logistic probe takes about a minute on two cores
 
 
@@ -329,6 +330,11 @@ def _sae(sae, settings: Mapping, sets: dict, seed: int, device: str, progress: b
         size = f"M = {config.latents}, k = {config.k}, batch {config.batch_size}, lr {config.peak_lr:g}"
         fvu = f"FVU {at['fvu']:.3f}, held out {at['held_out_fvu']:.3f}, dead {at['dead_fraction']:.1%}"
         notes.append(f"SAE trained: {size}; epoch {at.name} of {config.epochs} kept; {fvu}")
+        if at["held_out_fvu"] > OVERFITTED * at["fvu"] + 0.01:
+            notes.append(
+                "SAE: overfitted, it explains held-out rows much worse than its training rows; more rows, or fewer "
+                "latents (--set sae.latents=), would do"
+            )
         if at["dead_fraction"] > MAX_DEAD:
             notes.append(
                 f"SAE: more than {MAX_DEAD:.0%} of the latents are dead: the features span few directions, or the rate "
