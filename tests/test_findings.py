@@ -162,6 +162,7 @@ def test_the_index_lists_every_finding_of_every_chapter():
     for notebook in sorted(path.stem for path in (root() / "notebooks").glob("*.ipynb")):
         for one in findings.of_notebook(notebook):
             assert one.sentence in text
+    assert (root() / "book" / "findings.md").read_text(encoding="utf-8") == text, "run capsae.build pages"
 
 
 def test_verdicts_correct_within_families_and_follow_the_sign():
