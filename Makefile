@@ -44,6 +44,7 @@ $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements-peer
 
 lint: env
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .capsae _build build

@@ -13,7 +13,7 @@ Percent; unweighted means over the OOD sets. Single sets and further metrics are
 FPR95 OOD+: ID rejected where 95 % of OOD are caught (as OpenOOD); ID+: OOD accepted where 95 % of ID stay."""
 TESTS = """\
 [95 % intervals]: {intervals} bootstrap replicates over both sides. p: of the difference in AUROC from {against}, by
-DeLong, corrected by Holm over all methods. Verdicts against {against} at 5 %; FPR95 by {comparison} paired replicates."""
+DeLong, corrected by Holm over all methods. Verdicts against {against} at 5 %, of FPR95 by {comparison} paired draws."""
 TOO_FEW = "Some FPR95 are too clear for so few replicates to say so after Holm: give a larger --n-boot."
 
 
@@ -26,14 +26,14 @@ def report(found: Evaluation) -> str:
         f"  rows: {sizes}",
         *(f"  {note}" for note in found.notes),
         *(f"  accuracy on {r.set}: {_cell(r)} %" for r in found.table.query("metric == 'accuracy'").itertuples()),
-        f"\n{_text(_table(found))}\n\n{LEGEND}",
+        f"\n{aligned(_table(found))}\n\n{LEGEND}",
     ]
     if n_boot["intervals"]:
         lines.append(TESTS.format(**n_boot, against=settings["against"]))
     if len(found.comparison) and (found.comparison["p_at_most"] & (found.comparison["p_holm"] >= 0.05)).any():
         lines.append(TOO_FEW)
     if set(found.table["method"]) & set(PIXEL_CONTROLS):
-        lines.append(f"\nPixel controls beside the best other score, AUROC:\n{_text(_pixels(found.table))}")
+        lines.append(f"\nPixel controls beside the best other score, AUROC:\n{aligned(_pixels(found.table))}")
     if found.left_out:
         left_out = pd.DataFrame(found.left_out.items(), columns=["name", "why"]).groupby("why", sort=False)["name"]
         lines += ["\nLeft out:", *(f"  {', '.join(names)}: {why}" for why, names in left_out)]
@@ -69,8 +69,8 @@ def _cell(row) -> str:
     return f"{100 * row.value:.1f}{ends}"
 
 
-def _text(table: pd.DataFrame) -> str:
+def aligned(table: pd.DataFrame) -> str:
     """Aligned columns, to the left."""
-    cells = [list(table.columns), *table.astype(str).to_numpy().tolist()]
+    cells = [list(table.columns), *([str(cell) for cell in row] for row in table.itertuples(index=False))]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)

@@ -195,7 +195,7 @@ def all_scores(
                 raise ValueError(f"seeds hold {name!r}, which is not among the detectors: {', '.join(found)}")
             for where in sets:
                 found.setdefault(name, {}).setdefault(where, []).append(_scores(name, detector, where, of[where]))
-    stacked = {}
+    stacked: dict[str, dict] = {}
     for name, of_sets in found.items():
         for where, rows in of_sets.items():
             if len({len(row) for row in rows}) > 1:

@@ -1,8 +1,9 @@
-"""The page on speed: made from the files that `make bench` writes, with what was never measured named as such."""
+"""The page on speed: `templates/speed.md` filled from the files that `make bench` writes."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,17 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 
 from .display import figure_html
 from .figures import BLUE, GREY, ORANGE, _figure
+from .findings import render
 
-UNMEASURED = "**not measured**: no GPU was at hand"
-# What the trainer is held to on a GPU: (row, target, part of the GPU's file, how its number is said).
-GPU_TARGETS = (
-    ("the paper's training: 128M vectors, d = 768, D = 7680, k = 128, bf16 products, AuxK", "at most 25 s", "paper"),
-    ("d = 768, D = 16384, k = 32", "at least 7M vectors/s", "wide"),
-    ("eight seeds of that in one call", "at most 8.2 times one seed", "seeds"),
-    ("the same two against the libraries, fed from a GPU tensor", "at least 5 times the fastest", "peers"),
-)
 KEYS = ("d", "latents", "k", "batch")
 CPU_TARGET, CPU_BATCH = 8, 4096  # times the fastest library
 MAX_DEAD = 0.01
+# What the trainer is held to on a GPU, by part of the GPU's file: number, its format, the largest or least that is met.
+GPU_TARGETS = {
+    "paper": ("seconds", "{:.1f} s", lambda seconds: seconds <= 25),
+    "wide": ("rate", "{:,.0f} vectors/s", lambda rate: rate >= 7e6),
+    "seeds": ("times_one", "{:.2f} times", lambda times: times <= 8.2),
+}
 
 
 def read_results(folder: Path) -> dict[str, list[dict]]:
@@ -38,44 +38,29 @@ def read_results(folder: Path) -> dict[str, list[dict]]:
 
 def speed_page(folder: Path) -> str:
     """The Markdown of speed.md from the files of a folder (benchmarks/results)."""
-    kinds = read_results(folder)
-    quality = folder / "sae_quality.csv"
-    lines = [
-        "<!-- Made by `python -m capsae.build pages` from benchmarks/results; measure and make it again. -->",
-        "",
-        "# Speed",
-        "",
-        "Every number here is from a file under `benchmarks/results/`, which `make bench` writes (the comparison of "
-        "quality by `python -m benchmarks.sae_quality`, which takes an hour): ours and others' programs in turn, "
-        "medians over the rounds. A section says which machine it is from; what nobody has measured yet says so. To "
-        "add a machine, run `make bench` there and commit its file.",
-        "",
-        *_targets(kinds, pd.read_csv(quality) if quality.exists() else None),
-    ]
-    for found in kinds["sae"]:
-        lines += _training(found)
-    if quality.exists():
-        lines += _quality(pd.read_csv(quality))
-    for found in kinds["sae-gpu"]:
-        lines += _gpu(found)
-    for found in kinds["ood-scores"]:
-        lines += _scores(found)
-    for found in kinds["extraction"]:
-        lines += _extraction(found)
-    return "\n".join(lines) + "\n"
+    from .detectors import info
+
+    kinds, quality = read_results(folder), folder / "sae_quality.csv"
+    learnt = summary(pd.read_csv(quality)) if quality.exists() else None
+    return render(
+        "speed.md",
+        training=[found | _training(found) for found in kinds["sae"]],
+        cpu_targets=[target for found in kinds["sae"] for target in _cpu_targets(found)],
+        cpu_target=CPU_TARGET,
+        gpu=kinds["sae-gpu"],
+        gpu_targets={part: _gpu_target(kinds["sae-gpu"], part) for part in (*GPU_TARGETS, "peers")},
+        learnt=[] if learnt is None else learnt.to_dict("records"),
+        learnt_target=None if learnt is None else _learnt_target(learnt),
+        scores=kinds["ood-scores"],
+        extraction=kinds["extraction"],
+        titled=lambda name: info(name)["title"],
+        load=_load,
+        shape=shape_text,
+    )
 
 
 def shape_text(row: dict) -> str:
     return f"d = {row['d']}, D = {row['latents']:,}, k = {row['k']}, batch {row['batch']:,}"
-
-
-def _table(heads: list[str], rows: list[tuple]) -> list[str]:
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
-
-
-def _same(one: dict, row: dict, trainer: str | None) -> bool:
-    return one["trainer"] == trainer and all(one[key] == row[key] for key in KEYS)
 
 
 def _load(loads: Any) -> str:
@@ -84,58 +69,34 @@ def _load(loads: Any) -> str:
     return " to ".join(dict.fromkeys(known)) if known else "unknown"
 
 
-def _targets(kinds: dict[str, list[dict]], quality: pd.DataFrame | None) -> list[str]:
-    rows, why = [], []
-    for found in kinds["sae"]:
-        for row in found["rates"]:
-            if row["trainer"] != "capsae" or not row["of_fastest_peer"] or row["batch"] != CPU_BATCH:
-                continue
-            ratio = f"{row['of_fastest_peer']:.1f} times {row['fastest_peer']}"
-            met = row["of_fastest_peer"] >= CPU_TARGET
-            wanted = f"at least {CPU_TARGET} times the fastest library"
-            rows.append((f"{found['machine']}: {shape_text(row)}", wanted, ratio, "met" if met else "not met"))
-            floors = [one for one in found["floor"] if all(one[key] == row[key] for key in KEYS)]
-            if not met and floors:
-                share = floors[0]["product_ms"] / floors[0]["step_ms"]
-                why.append(f"{shape_text(row)}: the encoder's bfloat16 product alone is {share:.0%} of our step there")
-    if quality is not None:
-        rows.append(_quality_target(summary(quality)))
-    measured = {row["part"]: row for found in kinds["sae-gpu"] for row in found["results"]}
-    said = {
-        "paper": lambda r: (f"{r['seconds']:.1f} s", r["seconds"] <= 25),
-        "wide": lambda r: (f"{r['rate'] / 1e6:.1f}M vectors/s", r["rate"] >= 7e6),
-        "seeds": lambda r: (f"{r['times_one']:.2f} times", r["times_one"] <= 8.2),
-    }
-    for what, target, part in GPU_TARGETS:
-        if part in measured and part in said:
-            text, met = said[part](measured[part])
-            rows.append((f"GPU: {what}", target, text, "met" if met else "not met"))
-        else:
-            rows.append((f"GPU: {what}", target, UNMEASURED if part not in measured else "see below", "open"))
-    lines = ["## What the trainer is held to", ""]
-    lines += _table(["where and what", "target", "measured", ""], rows)
-    lines += ["Where the ratio is missed: " + "; ".join(why) + ".", ""] if why else []
-    if not kinds["sae-gpu"]:
-        lines += [
-            "The GPU's step (Triton kernels, one CUDA graph a step) exists and is tested against the plain PyTorch "
-            "step in Triton's interpreter, on a CPU; it has not run on a GPU. `python -m benchmarks.sae_gpu` checks it "
-            "against float64 there first and then measures the rows above.",
-            "",
-        ]
-    return lines
+def _cpu_targets(found: dict) -> Iterator[dict]:
+    """Each shape that has a target: its ratio, and what the encoder's product alone takes of our step."""
+    floors = {shape_text(one): one["product_ms"] / one["step_ms"] for one in found["floor"]}
+    for row in found["rates"]:
+        if row["trainer"] == "capsae" and row["of_fastest_peer"] and row["batch"] == CPU_BATCH:
+            about = {"machine": found["machine"], "shape": shape_text(row), "floor": floors.get(shape_text(row))}
+            ratio = {"ratio": row["of_fastest_peer"], "peer": row["fastest_peer"]}
+            yield about | ratio | {"met": row["of_fastest_peer"] >= CPU_TARGET}
 
 
-def _quality_target(found: pd.DataFrame) -> tuple:
-    """The row that compares our FVU with that of the best library whose dead latents are few enough."""
+def _gpu_target(files: list[dict], part: str) -> tuple[str, str] | None:
+    """What was measured and whether it is met; None where it was not measured."""
+    rows = [row for found in files for row in found["results"] if row["part"] == part]
+    if not rows or part not in GPU_TARGETS:
+        return ("see below", "open") if rows else None
+    key, form, met = GPU_TARGETS[part]
+    return form.format(rows[-1][key]), "met" if met(rows[-1][key]) else "not met"
+
+
+def _learnt_target(found: pd.DataFrame) -> dict | None:
+    """Our FVU beside that of the best library whose dead latents are few enough; None where one of them is missing."""
     own = found[found.trainer == "capsae"]
     libraries = found[~found.trainer.str.startswith(("capsae", "plain")) & (found.dead <= MAX_DEAD)]
-    what = "FVU of test rows after 60 epochs on imagenet20, at most 1 % dead latents"
     if not len(own) or not len(libraries):
-        return what, "no worse than the best library's", "**not measured**", "open"
+        return None
     ours, best = own.iloc[0], libraries.loc[libraries.fvu.idxmin()]
-    met = ours.fvu <= best.fvu and ours.dead <= MAX_DEAD
-    text = f"{ours.fvu:.4f}, {best.trainer} {best.fvu:.4f}"
-    return what, "no worse than the best library's", text, "met" if met else "not met"
+    met = bool(ours.fvu <= best.fvu and ours.dead <= MAX_DEAD)
+    return {"fvu": ours.fvu, "trainer": best.trainer, "theirs": best.fvu, "met": met}
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -192,181 +153,58 @@ def time_curves(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def _training(found: dict) -> list[str]:
-    libraries = sorted({v for v in found["versions"].values() if " " in v})
-    own = [f"{name} {version}" for name, version in found["versions"].items() if " " not in version]
-    versions = ", ".join(own + libraries)
-    lines = [f"## Training on a CPU: {found['machine']}", ""]
-    lines += [
-        f"{found['threads']} threads; {versions}. All trainers get the same rows on the same device, the "
-        f"same batch size, epochs and learning rate ({found['lr']:g}), AuxK where they have it on by default "
-        "(sparsify's signum has it off). "
-        "**Ours multiplies in bfloat16 where the processor can**, as this file's did, and the libraries in float32, as "
-        "they do on a CPU. These are short trainings for the rate alone, with the default start: FVU and dead latents "
-        "after so few steps only show that all of them train, and hardly any latent is dead long enough for AuxK to "
-        "have work (ours calls a latent dead after one epoch, the libraries after five). How well each learns is in "
-        "{ref}`a section below <speed-quality>`. The ratio is the median of the rounds' ratios, with its range: few "
-        "rounds on a shared machine leave it wide.",
-        "",
+def _training(found: dict) -> dict:
+    """What the section on one machine shows: its versions, a table of rates for each shape, both figures."""
+    versions = sorted(found["versions"].items(), key=lambda item: (" " in item[1], item[1] if " " in item[1] else ""))
+    named = dict.fromkeys(version if " " in version else f"{name} {version}" for name, version in versions)
+    rates, where = pd.DataFrame(found["rates"]), f"{found['machine']} · {found['file']}"
+    rates["shape"] = [shape_text(row) for row in found["rates"]]
+    peaks = {(shape_text(row), row["trainer"]): row["peak_mb"] for row in found["memory"]}
+    rates["peak_mb"] = [peaks.get(key) for key in zip(rates["shape"], rates["trainer"], strict=True)]
+    by_trainer = rates.set_index(["shape", "trainer"])["rates"]
+    rates["ratios"] = [
+        [a / b for a, b in zip(r.rates, by_trainer[r.shape, r.fastest_peer], strict=True)]
+        if r.trainer == "capsae" and (r.shape, r.fastest_peer) in by_trainer
+        else None
+        for r in rates.itertuples()
     ]
-    peaks = {(*(row[key] for key in KEYS), row["trainer"]): row["peak_mb"] for row in found["memory"]}
-    heads = ["trainer", "vectors/s", "times the fastest library", "FVU", "dead, %", "peak memory, MB"]
-    for shape in dict.fromkeys(shape_text(row) for row in found["rates"]):
-        rows = []
-        for row in (one for one in found["rates"] if shape_text(one) == shape):
-            times = f"{row['of_fastest_peer']:.2f}" if row["of_fastest_peer"] else "–"
-            fastest = next((one for one in found["rates"] if _same(one, row, row["fastest_peer"])), None)
-            if row["trainer"] == "capsae" and fastest:
-                ratios = [a / b for a, b in zip(row["rates"], fastest["rates"], strict=True)]
-                times += f" ({min(ratios):.1f}–{max(ratios):.1f})"
-            peak = peaks.get((*(row[key] for key in KEYS), row["trainer"]))
-            dead = f"{100 * row['dead_fraction']:.1f}"
-            cells = (f"{row['rate']:,.0f}", times, f"{row['fvu']:.3f}", dead, f"{peak:,.0f}" if peak else "–")
-            rows.append((row["trainer"], *cells))
-        halves = {row["trainer"]: row["rate"] for row in found.get("products", []) if shape_text(row) == shape}
-        if halves:
-            share = halves["capsae-float32"] / halves["capsae"]
-            rows.append(("capsae, float32 products", f"{share:.2f} of capsae's", "", "", "", ""))
-        lines += [f"**{shape}** (load {_load(row.get('load'))})", "", *_table(heads, rows)]
-    for name, reason in found.get("missing", {}).items():
-        lines += [f"{name} was left out: {reason}.", ""]
-    bars = pd.DataFrame(
-        [
-            {
-                "shape": shape_text(row),
-                "trainer": row["trainer"],
-                "rate": row["rate"],
-                "own": row["trainer"] == "capsae",
-            }
-            for row in found["rates"]
-        ]
-    )
-    where = f"{found['machine']} · {found['file']}"
-    slug = found["file"].removesuffix(".json")
-    lines += [
-        figure_html(
+    products = {(shape_text(row), row["trainer"]): row["rate"] for row in found.get("products", [])}
+    shapes = [
+        {
+            "shape": shape,
+            "load": _load(part["load"].iloc[0] if "load" in part else None),
+            "rows": part.to_dict("records"),
+            "float32": products[shape, "capsae-float32"] / products[shape, "capsae"]
+            if (shape, "capsae") in products
+            else None,
+        }
+        for shape, part in rates.groupby("shape", sort=False)
+    ]
+    slug, curves = found["file"].removesuffix(".json"), _curves(found["scan"])
+    bars = rates[["shape", "trainer", "rate"]].assign(own=rates["trainer"] == "capsae")
+    return {
+        "libraries": ", ".join(named),
+        "shapes": shapes,
+        "bars": figure_html(
             rate_bars, bars, f"rates-{slug}",
             "Training rate, median of alternating blocks.",
             "Horizontal bars of vectors per second for each trainer, one panel a shape; ours in blue.",
             where,
         ),
-        "",
-    ]  # fmt: skip
-    curves = [
-        {"panel": panel, "x": row[key], "series": series, "ms": ms}
-        for panel, key, other in (
-            ("latents, D (k = 32)", "latents", ("k", 32)),
-            ("k (D = 1,920)", "k", ("latents", 1920)),
-        )
-        for row in found["scan"]
-        if row[other[0]] == other[1]
-        for series, ms in (
-            ("step", row["step_ms"]),
-            ("product and one read (floor)", row["product_ms"] + row["read_ms"]),
-        )
-    ]
-    if curves:
-        lines += [
-            "### Time against D and k, and the floor",
-            "",
-            "A step cannot do without the encoder's product and one read of what comes out of it. That floor is "
-            "measured with the same threads; what lies above it is selection, decoding, the gradients and Adam.",
-            "",
-            figure_html(
-                time_curves, pd.DataFrame(curves), f"scan-{slug}",
-                "Time of a training step of 4,096 rows at d = 192, and the floor.",
-                "Two logarithmic panels: time of a step and its floor against the number of latents and against k.",
-                where,
-            ),
-            "",
-        ]  # fmt: skip
-    rows = [
-        (shape_text(r), f"{r['step_ms']:.1f}", f"{r['product_ms']:.1f}", f"{r['read_ms']:.2f}", _load(r.get("load")))
-        for r in found["floor"]
-    ]
-    if rows:
-        lines += _table(["shape", "step, ms", "product, ms", "one read, ms", "load"], rows)
-    return lines
+        "curves": figure_html(
+            time_curves, curves, f"scan-{slug}",
+            "Time of a training step of 4,096 rows at d = 192, and the floor.",
+            "Two logarithmic panels: time of a step and its floor against the number of latents and against k.",
+            where,
+        ) if len(curves) else "",
+    }  # fmt: skip
 
 
-def _quality(runs: pd.DataFrame) -> list[str]:
-    lines = ["(speed-quality)=", "## What each learns in as many epochs", ""]
-    lines += [
-        "Embedded imagenet20 features (d = 192), D = 1,920, k = 32, batch 4,096, 60 epochs. Each trainer has its "
-        "learning rate chosen on validation rows, at no more than 1 % dead latents where it reaches that; the FVU "
-        "below is of test rows that chose nothing, its mean and standard deviation over seeds. A low FVU can be bought "
-        "with dead latents, so the share of latents that fire for no training row stands beside it. The rates of the "
-        "libraries were tried around what is known of them, one after the other as far as time went: the table says "
-        "how many. More went into ours: some ten settings of rate, decay, AuxK and the encoder's scale were looked at "
-        'on the validation rows before `init="fitted"` was settled. `capsae-transpose` is the default start, as in the '
-        "rates above; it allows a lower rate only, and learns less.",
-        "",
-    ]
-    rows = []
-    for row in summary(runs).to_dict("records"):
-        spread = f" ± {row['std']:.4f}" if row["seeds"] > 1 else ""
-        dead = f"{100 * row['dead']:.1f}" + ("" if row["eligible"] else " (over 1 at every rate)")
-        version = row["library"].removeprefix("capsae") or "this project"
-        cells = (f"{row['lr']:g}", row["tried"], row["seeds"], f"{row['fvu']:.4f}{spread}", dead)
-        rows.append((row["trainer"], version, *cells))
-    heads = ["trainer", "version", "learning rate", "rates tried", "seeds", "FVU of test rows", "dead, %"]
-    return lines + _table(heads, rows)
-
-
-def _gpu(found: dict) -> list[str]:
-    lines = [f"## Training on a GPU: {found['gpu']}", ""]
-    rows = [
-        (row["part"], f"{row['seconds']:.2f}", f"{row['rate']:,.0f}", f"{row['fvu'][0]:.4f}",
-         f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else "–")
-        for row in found["results"] if "seconds" in row
-    ]  # fmt: skip
-    lines += _table(["what", "seconds", "vectors/s", "FVU", "peak memory, GiB"], rows)
-    peers = [row for row in found["results"] if row["part"] == "peers" and "rate" in row]
-    if peers:
-        rows = [(shape_text(r), r["trainer"], f"{r['rate']:,.0f}", f"{r['fvu']:.4f}") for r in peers]
-        lines += _table(["shape", "trainer", "vectors/s", "FVU"], rows)
-    return lines
-
-
-def _scores(found: dict) -> list[str]:
-    from .detectors import info
-
-    lines = [
-        f"## Scores: {found['machine']}",
-        "",
-        f"Ours and pytorch-ood {found['versions']['pytorch-ood']} (how equal they are says {{doc}}`parity`) on "
-        f"{found['train']:,} training and {found['test']:,} test rows of {found['d']} dimensions and "
-        f"{found['classes']:,} classes, in turn in one run (`benchmarks/ood_scores.py`; threads: {found['threads']}, "
-        f"rounds: {found['blocks']}, load {_load(found['load_before'])}). Seconds are CPU seconds of a fit and a "
-        "score. A time with a star was measured on few rows and scaled to all. Memory is what a fit and a score add to "
-        "the resident set, for the rows that were scored; what the process had freed and kept is used again and not "
-        "counted, so that it is a lower bound.",
-        "",
-    ]
-    rows = []
-    for row in found["results"]:
-        sides = row["pytorch-ood"], row["capsae"]
-        times = []
-        for side in sides:
-            star = f"* ({side['rows']:,} rows)" if side["rows"] < found["test"] else ""
-            times.append(f"{side['fit_s']:.2f}, {side['score_s']:.2f}{star}")
-        memory = f"{sides[0]['peak_mb']:,}, {sides[1]['peak_mb']:,}"
-        rows.append((info(row["method"])["title"], *times, f"{row['ratio']:.1f}", memory))
-    heads = ["method", "pytorch-ood: fit, score (s)", "ours: fit, score (s)", "times as fast", "MiB: pytorch-ood, ours"]
-    return lines + _table(heads, rows)
-
-
-def _extraction(found: dict) -> list[str]:
-    where, settings = found["machine"], found["settings"]
-    rows = [
-        (
-            settings["model"],
-            f"{settings['images']}, {settings['pixels'][0]} x {settings['pixels'][1]}",
-            f"{found['bare_images_per_second']:.1f}",
-            f"{found['whole_images_per_second']:.1f}",
-            f"{found['ratio']:.2f}",
-            _load(found["load_average"]),
-        )
-    ]
-    heads = ["model", "images", "forward pass alone, images/s", "whole extraction, images/s", "ratio", "load"]
-    return [f"## Feature extraction: {where['gpu'] or where['cpu']}, {where['cores']} cores", "", *_table(heads, rows)]
+def _curves(scan: list[dict]) -> pd.DataFrame:
+    """Tidy data of :func:`time_curves`."""
+    rows, panels = [], (("latents, D (k = 32)", "latents", "k", 32), ("k (D = 1,920)", "k", "latents", 1920))
+    for panel, key, other, fixed in panels:
+        for row in (one for one in scan if one[other] == fixed):
+            times = {"step": row["step_ms"], "product and one read (floor)": row["product_ms"] + row["read_ms"]}
+            rows += [{"panel": panel, "x": row[key], "series": name, "ms": ms} for name, ms in times.items()]
+    return pd.DataFrame(rows)

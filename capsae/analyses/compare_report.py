@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..arrays_report import aligned
 from . import contrast, meaning
 
 EXAMPLES = 3  # rows named for each latent and side
@@ -65,9 +66,8 @@ def compare_sides(a: Side, b: Side, named: meaning.Named, fdr: float = contrast.
     for key, of in (("examples_a", a), ("examples_b", b)):
         columns = of.codes.csr().tocsc()
         examples = [" | ".join(_strongest(columns, latent, of.ids)) for latent in table["latent"]]
-        table[key] = pd.Series(
-            examples, table.index, dtype=object
-        )  # file names may be no UTF-8, which pandas' own strings refuse
+        # File names may be no UTF-8, which pandas' own strings refuse.
+        table[key] = pd.Series(examples, table.index, dtype=object)
     return table
 
 
@@ -87,59 +87,40 @@ def label(row) -> str:
 
 
 def report(table: pd.DataFrame, a: Side, b: Side, fdr: float = contrast.FDR, top: int = 10) -> str:
-    """The comparison in words: sizes, how many latents differ, those that do most, what is doubtful."""
-    n_a, n_b = len(a.codes), len(b.codes)
-    lines = [f"A: {a.what}, {n_a} image{'s' * (n_a != 1)}", f"B: {b.what}, {n_b} image{'s' * (n_b != 1)}"]
-    shared = len(set(a.ids.tolist()) & set(b.ids.tolist()))
-    tested = int(table["q"].notna().sum())
-    doubts = contrast.doubts(n_a, n_b, tested)
-    if shared:
-        doubts.append(f"{shared} images are in A and in B: they hide differences")
-    found = table[table["differs"]]
+    """What was compared, the latents that differ most on either side as a table, and what is doubtful."""
+    found, tested, strong = table[table["differs"]], table["q"].notna(), table["q_strength"] <= fdr
     by = found["more"].value_counts()
-    strong = int((table["q_strength"] <= fdr).sum())
-    lines += [
-        "",
-        f"{len(table)} latents fire in some image, {tested} of them often enough to be tested.",
+    lines = [
+        f"A: {a.what}, {len(a.codes)} images",
+        f"B: {b.what}, {len(b.codes)} images",
+        f"{tested.sum()} of {len(table)} latents that fire are tested. In frequency (Fisher, false discovery rate "
+        f"{100 * fdr:g} %) {len(found)} differ: {by.get('B', 0)} more in B, {by.get('A', 0)} more in A; in strength "
+        f"where they fire (Mann-Whitney) {strong.sum()} of {table['q_strength'].notna().sum()}.",
     ]
-    if tested:
-        lines += [
-            f"{len(found)} of {tested} differ in how often they fire (Fisher's exact test, false discovery rate "
-            f"{100 * fdr:g} %): {by.get('B', 0)} more often in B, {by.get('A', 0)} more often in A.",
-            f"{strong} of {int(table['q_strength'].notna().sum())} that fire in both differ in how strongly "
-            "(Mann-Whitney, the same rate; this compares only the images in which a latent fires, which differ between "
-            "A and B).",
-        ]
-    for which, other in (("B", "A"), ("A", "B")):
+    for which in ("B", "A"):
         part = found[found["more"] == which]
         part = part.reindex(part["difference"].abs().sort_values(ascending=False, kind="stable").index).head(top)
         if len(part):
-            lines += ["", f"More often in {which} than in {other}, the largest differences:"]
-        for row in part.itertuples(index=False):
-            lines += _entry(row, which)
-    if len(found):
-        lines += [
-            "",
-            "Intervals are 95 % each, unadjusted: those of the largest differences, chosen of many, lie too far out.",
-        ]
-    if tested and not len(found):
-        first = table.iloc[0]
-        p = f"p = {first['p']:.2g}, {first['q']:.2g} adjusted"
-        lines.append(f"The most certain difference is that of latent {first['latent']}: {p}.")
-    lines += ["", *(f"Caution: {text}." for text in doubts)] if doubts else []
-    lines += [
-        "",
-        "That sets differ does not say why; copies of an image count as further evidence and should go first.",
-    ]
-    return "\n".join(lines)
+            lines += ["", f"More often in {which}; intervals are 95 % each, unadjusted:", aligned(_shown(part, which))]
+    if tested.any() and not len(found):
+        lines += ["", "The most certain difference:", aligned(_shown(table.head(1), "B"))]
+    doubts = contrast.doubts(len(a.codes), len(b.codes), int(tested.sum()))
+    if shared := len(set(a.ids.tolist()) & set(b.ids.tolist())):
+        doubts.append(f"{shared} images are in A and in B: they hide differences")
+    doubts.append("that sets differ does not say why; copies of an image count as further evidence")
+    return "\n".join([*lines, "", *(f"Caution: {text}." for text in doubts)])
 
 
-def _entry(row, which: str) -> list[str]:
-    examples = (row.examples_b if which == "B" else row.examples_a).split(" | ")
-    shares = f"{100 * row.frequency_a:.1f} % of A, {100 * row.frequency_b:.1f} % of B"
-    reach = f"{100 * row.difference:+.1f} points ({100 * row.lo:+.1f} to {100 * row.hi:+.1f})"
-    return [
-        f"  latent {row.latent}  {label(row)}",
-        f"    fires in {shares}, {reach}, q = {row.q:.1g}",
-        f"    such as {', '.join(examples)}",
-    ]
+def _shown(rows: pd.DataFrame, which: str) -> pd.DataFrame:
+    frequency = [f"{100 * r.difference:+.1f} ({100 * r.lo:+.1f} to {100 * r.hi:+.1f})" for r in rows.itertuples()]
+    return pd.DataFrame(
+        {
+            "latent": rows["latent"],
+            "name": [label(row) for row in rows.itertuples()],
+            "A, %": rows["frequency_a"].map(lambda share: f"{100 * share:.1f}"),
+            "B, %": rows["frequency_b"].map(lambda share: f"{100 * share:.1f}"),
+            "B less A, points": frequency,
+            "q": rows["q"].map("{:.1g}".format),
+            "such as": rows["examples_b" if which == "B" else "examples_a"],
+        }
+    )
