@@ -415,12 +415,13 @@ class Run:
         if stage == "head":
             return code_digest(Run.features, Run.head, *[Inputs.backbone_head] * (self.profile.head == "backbone"))
         if stage == "sae":  # of the variants, the one that is trained
-            made_by = Run.features, Run._trained, variants.model(self.profile.sae)
+            made_by = Run.features, Run._trained, Run._training, variants.model(self.profile.sae)
             made_by += (Run._head_of_normalized,) * self._chooses_by_head
             return code_digest(*made_by, without=((variants, "REGISTRY"), (dictionaries, "METHODS")))
         if stage == "caps":
             return code_digest(Run.features, Run.caps)
-        return code_digest(Run.features, Run.observations, Run.detectors, Run.table if stage == "table" else Run.scores)
+        scores = Run.features, Run.observations, Run.detectors, Run.scores_of_seeds, Run._bundles, Run.seeds
+        return code_digest(*scores, *[Run.table] * (stage == "table"))
 
     def _recipe(self, stage: str, names: Iterable[str] | None = None) -> tuple[dict, dict[str, str]]:
         """Return a stage's own settings and the digests of what it is made from."""

@@ -67,6 +67,7 @@ def test_notebooks_hold_no_outputs_and_keep_to_the_house_rules(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_what_a_notebook_calls_exists(path):
     modules = "figures|tidy|galleries|plan|publish|detectors|comparisons|comparison_figures|tuning"
+    modules += "|profile_claims|profile_data|sweeps"
     for module, name in set(re.findall(rf"\b({modules})\.([a-z_A-Z]+)", _code(path))):
         assert hasattr(importlib.import_module(f"capsae.{module}"), name), f"{module}.{name}"
 
