@@ -51,7 +51,7 @@ chapters = [notebook for notebook in plan.MAIN if notebook not in plan.ABLATIONS
 others = dict.fromkeys(page.notebook for page in PAGES.values() if page.notebook not in plan.MAIN)
 jobs = sum((batches(stale(*chapters, profile=profile), 4) for profile in plan.BOOK_PROFILES), [])
 jobs += batches(stale(*others), 3)
-jobs += sum((batches(stale(notebook), 10) for notebook in plan.ABLATIONS), [])
+jobs += sum((batches(stale(notebook), 16) for notebook in plan.ABLATIONS), [])
 
 for number, names in enumerate(jobs):
 

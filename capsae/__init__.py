@@ -27,6 +27,7 @@ _PUBLIC = {
     "evaluate": "evaluate",
     "load_features": "pipeline",
     "load_profile": "profiles",
+    "observe_module": "hooks",
     "train_sae": "sae",
     "train_saes": "sae",
 }

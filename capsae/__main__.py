@@ -255,7 +255,8 @@ def _parser() -> argparse.ArgumentParser:
         "compare all scores on features, logits and labels of your own, from any framework",
         parents=(common,),
     )
-    command.add_argument("arrays", metavar="FILE", help=".safetensors, .npz, or a folder of .npy; --layout lists keys")
+    kinds = ".safetensors, .npz, .csv, .parquet, or a folder of .npy or .csv; --layout lists keys"
+    command.add_argument("arrays", metavar="FILE", help=kinds)
     command.add_argument("--layout", action=_PrintLayout, nargs=0, help="print the arrays that FILE holds, and stop")
     command.add_argument("--out", metavar="TABLE.csv", help="write the table, TABLE.compared.csv and TABLE.json")
     command.add_argument("--method", action="append", metavar="NAME", help="only this detector; may repeat")

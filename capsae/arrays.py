@@ -30,6 +30,7 @@ __all__ = ["LAYOUT", "Arrays", "Evaluation", "arrays_from", "default_sae", "eval
 
 VAL_FRACTION = 0.1
 MAX_DEAD = 0.01  # with more dead latents the profiles miss what those would have said
+OVERFITTED = 3  # a held-out FVU so many times that of the training rows is told
 _PROBE_CELLS = 5e8  # rows x columns x classes up to which a logistic probe takes about a minute on two cores
 
 
@@ -284,20 +285,22 @@ def _with_logits(arrays: Arrays, sets: dict, seed: int, notes: list[str]) -> tup
 
 def _check_accuracy(source: str, train, n_classes: int) -> str:
     """Refuse logits that know nothing of the labels: a head that was written transposed, labels in another order."""
-    accuracy = float((train.logits.argmax(axis=1) == train.labels).mean())
-    largest = np.bincount(train.labels).max() / len(train)
-    if accuracy <= largest * (1.5 if n_classes > 2 else 1):
+    hit = train.logits.argmax(axis=1) == train.labels
+    accuracy = float(hit.mean())
+    counts = np.maximum(np.bincount(train.labels, minlength=n_classes), 1)
+    balanced = float((np.bincount(train.labels, hit, n_classes) / counts).mean())  # a large class counts once
+    if balanced <= (1.5 if n_classes > 2 else 1) / n_classes:
         raise ValueError(
-            f"{source}: the logits are right on {accuracy:.1%} of the training rows; always naming the largest class "
-            f"would be right on {largest:.1%}. Is it the right head, are its rows in the order of the labels, were "
-            "arrays contiguous when they were written (np.ascontiguousarray)?"
+            f"{source}: the logits are right on {accuracy:.1%} of the training rows, and on {balanced:.1%} of a class "
+            f"in the mean; always naming one class would be right on {1 / n_classes:.1%}. Is it the right head, are "
+            "its rows in the order of the labels, were arrays contiguous when they were written (np.ascontiguousarray)?"
         )
     return f"accuracy on train: {accuracy:.1%}"
 
 
 def discriminant_head(cls: np.ndarray, labels: np.ndarray, n_classes: int, shrink: float = 1e-2) -> LinearHead:
     """Linear discriminant analysis: class means and one covariance in a single pass, for what is too large for a
-    logistic probe. ``shrink`` of the mean variance is added to the covariance's diagonal.
+    logistic probe. ``shrink`` of each column's variance is added to the covariance's diagonal.
     """
     counts = np.bincount(labels, minlength=n_classes)
     centre = cls.mean(axis=0, dtype=np.float64)
@@ -308,7 +311,8 @@ def discriminant_head(cls: np.ndarray, labels: np.ndarray, n_classes: int, shrin
         second += x.T @ x
     means /= counts[:, None]
     tied = (second - (means * counts[:, None]).T @ means) / len(cls)
-    tied += shrink * np.trace(tied) / len(tied) * np.eye(len(tied))
+    spread = np.diag(tied)
+    tied = tied + np.diag(np.where(spread > 0, shrink * spread, 1))  # a constant column says nothing
     weight = np.linalg.solve(tied, means.T).T
     bias = np.log(counts / counts.sum()) - (weight * means).sum(axis=1) / 2 - weight @ centre
     return LinearHead(weight.astype(np.float32), bias.astype(np.float32))
@@ -326,6 +330,11 @@ def _sae(sae, settings: Mapping, sets: dict, seed: int, device: str, progress: b
         size = f"M = {config.latents}, k = {config.k}, batch {config.batch_size}, lr {config.peak_lr:g}"
         fvu = f"FVU {at['fvu']:.3f}, held out {at['held_out_fvu']:.3f}, dead {at['dead_fraction']:.1%}"
         notes.append(f"SAE trained: {size}; epoch {at.name} of {config.epochs} kept; {fvu}")
+        if at["held_out_fvu"] > OVERFITTED * at["fvu"] + 0.01:
+            notes.append(
+                "SAE: overfitted, it explains held-out rows much worse than its training rows; more rows, or fewer "
+                "latents (--set sae.latents=), would do"
+            )
         if at["dead_fraction"] > MAX_DEAD:
             notes.append(
                 f"SAE: more than {MAX_DEAD:.0%} of the latents are dead: the features span few directions, or the rate "

@@ -31,7 +31,9 @@ head/weight     (C, d)   head/bias (C,)                  optional: the linear he
 <any>/logits    (N, C)                                   optional, for all sets or none: else the head's, or a probe's
 <any>/pixels    (N, 8)                                   optional: capsae.images.PIXEL_STATISTICS, for the controls
 <any>/scores/<name>  (N,)                                optional: a score of your own on test and OOD sets, higher =
-                                                         more OOD; it becomes a row of the table"""
+                                                         more OOD; it becomes a row of the table
+A table (.csv, .parquet) has a column a feature, a column "set" (train, test, near/<set> ...) and "label"; logits/<c>
+and scores/<name> as above. In a folder, train.csv, test.csv, far/<set>.csv say the set by their names."""
 
 _KEY = re.compile(
     r"(?P<set>train|val|test|(?:near|far|shifted)/[A-Za-z0-9_.-]+)/"

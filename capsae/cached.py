@@ -2,7 +2,7 @@
 
 >>> sae, history = cached(capsae.train_sae)(train.cls, experiment.sae, held_out=val.cls)  # doctest: +SKIP
 
-The key is the content of the arguments and of the code of the function's module, so that another argument or another
+The key is the content of the arguments and of the code that the function reaches, so that another argument or another
 formula makes another call.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .caps import ClassActivationProfiles
+from .code import digest as code_digest
 from .pipeline import Run
 from .sae import SparseCodes, TopKSAE
 from .store import Store
@@ -52,12 +53,20 @@ def cached(function: Callable, store: Store | str | Path | None = None) -> Calla
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
         inputs = {name: content(value) for name, value in bound.arguments.items()}
-        config, modules = {"function": function.__qualname__}, (function.__module__,)
+        config, stage = {"function": function.__qualname__}, f"call-{function.__name__}"
         return store.get_or_make(
-            f"call-{function.__name__}", config, inputs, modules, lambda: function(*args, **kwargs), _save, _load
+            stage, config, inputs, _code(function), lambda: function(*args, **kwargs), _save, _load
         )
 
     return call
+
+
+def _code(function: Callable) -> str:
+    """The digest of all the code that a function reaches; of a reader's own function, of its text."""
+    try:
+        return code_digest(function)
+    except ValueError:
+        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
 
 
 def content(value: Any) -> str:

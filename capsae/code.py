@@ -36,7 +36,6 @@ _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
 _IMPORTS = (ast.Import, ast.ImportFrom)
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
-_INERT = re.compile(r"(object|ABC|Protocol|Generic|NamedTuple|TypedDict|\w*(Enum|Error|Exception|Warning))$")
 _STORING = {"append", "add", "setdefault", "update", "insert", "extend"}
 
 
@@ -236,8 +235,7 @@ class _Unit:
         """Whether a class has a base that is not ours, which may call any of its methods."""
         for base in getattr(self.node, "bases", ()):
             ours = _Reader(self.module, base).used
-            inert = _INERT.match(ast.unparse(base).partition("[")[0].rpartition(".")[2])
-            if any(unit.open for unit in ours) or not (ours or inert):
+            if not ours or any(unit.open for unit in ours):
                 return True
         return False
 

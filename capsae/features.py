@@ -239,9 +239,13 @@ def _decode(source: ImageSource, backbone: Backbone, rows, out, statistics, part
     for i, row in enumerate(rows[part], start=part.start):
         try:
             image, statistics[i] = source.measured(int(row))
-            out[i] = backbone.prepare(image)
         except BadImage as error:
             bad.append((i, error))
+            continue
+        try:
+            out[i] = backbone.prepare(image)
+        except ValueError as error:  # a side that would be less than a pixel
+            bad.append((i, BadImage(str(source.ids[int(row)]), f"{image.width} x {image.height} pixels: {error}")))
     return bad
 
 
@@ -309,7 +313,7 @@ def _shard_path(out_dir: Path, number: int) -> Path:
 
 
 def _key(source: ImageSource, backbone: Backbone, shard_size: int, dtype, logits: bool) -> str:
-    parts = [EXTRACTOR, source.digest(), backbone.digest, shard_size, str(dtype), logits, PIXEL_STATISTICS]
+    parts = [EXTRACTOR, "timm", source.digest(), backbone.digest, shard_size, str(dtype), logits, PIXEL_STATISTICS]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

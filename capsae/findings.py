@@ -360,8 +360,8 @@ class Chapter:
     >>> chapter.findings(numbers)                                    # doctest: +SKIP
     """
 
-    def __init__(self, notebook: str, run) -> None:
-        self.notebook, self.run = notebook, run
+    def __init__(self, notebook: str, run, experiment: str | None = None) -> None:
+        self.notebook, self.run, self.experiment = notebook, run, experiment or run.profile.name
         self.captions = beside(notebook).get("captions", {})
 
     def show(self, function, data: pd.DataFrame, name: str, **options) -> None:
@@ -388,5 +388,4 @@ class Chapter:
         typed = [told for text in markdown(self.notebook) if (told := sentences(text))]
         shown = set().union(*typed) if part is None else typed[part - 1]
         rows = [row for row in judge(of_notebook(self.notebook), numbers) if row["key"] in shown]
-        experiment = self.run if isinstance(self.run, str) else self.run.profile.name
-        display(HTML(box(rows, experiment, _csv_link(numbers.frame(), CSV), f"findings-{part or 'all'}")))
+        display(HTML(box(rows, self.experiment, _csv_link(numbers.frame(), CSV), f"findings-{part or 'all'}")))

@@ -1,4 +1,4 @@
-"""Pages of the book that are made from data by templates: claims, detectors, parity, RPD, speed, dictionaries."""
+"""Pages made from data by templates: start, claims, detectors, parity, RPD, speed, dictionaries."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from .findings import MISSING, Finding, Numbers, judge, of_page, render, text
+from .findings import FAILS, HOLDS, MISSING, UNDECIDED, Finding, Numbers, judge, of_page, render, text
 from .plan import BOOK_PROFILES, read_notebook, root
 from .publish import path_of, template_digest
 from .speed_page import speed_page
 
 NOT_RUN, SHOWN = "not run here yet", "shown, not judged"
+STANDING = ("epd", "rpd", "epd_untrained", "mdspp", "vim", "msp")  # columns of the start page
 RESULTS = Path("benchmarks/results")
 SELECTION = Path("benchmarks/results/rpd_selection.csv")
 PARITY = Path("benchmarks/results/parity.json")
@@ -24,12 +25,13 @@ _HEADING = "<!-- Made by `python -m capsae.build pages`; edit {source} and make 
 
 
 def write_pages() -> list[Path]:
-    """Write the pages of claims, detectors, parity, RPD, speed and dictionaries into book/; return their paths."""
+    """Write the start page and those of claims, detectors, parity, RPD, speed, dictionaries; return their paths."""
     from .zoo.page import dictionaries_page
 
     book = root() / "book"
     made = {
-        "claims.md": claims_page(read_claims(book / "claims.yml"), published),
+        "intro.md": intro_page(claims := read_claims(book / "claims.yml"), published),
+        "claims.md": claims_page(claims, published),
         "detectors.md": detectors_page(),
         "parity.md": parity_page(root() / PARITY),
         "rpd.md": rpd_page(root() / SELECTION),
@@ -95,6 +97,22 @@ def claims_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers],
     note = claims["numbers_note"].strip()
     given = {"claims": list(told.values()), "experiments": list(experiments), "broken": broken, "numbers": rows}
     return _page("claims.md", **given, runs=runs, note=note)
+
+
+def intro_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers], experiments=BOOK_PROFILES) -> str:
+    """The Markdown of intro.md: where EPD stands on each experiment, and how many claims of the paper hold there."""
+    standing, tallies = [], []
+    tested = {name: of for name, of in claims["claims"].items() if of.get("family") == "paper"}
+    for experiment in experiments:
+        recorded = numbers_of(f"{experiment}/04_score_ood")
+        cells = [text(recorded[key]) if (key := f"{name}_fpr95_ood_pos") in recorded else "–" for name in STANDING]
+        rank = f"{recorded['epd_rank'].value:g} of {recorded['detectors'].value:g}" if "epd_rank" in recorded else "–"
+        standing.append({"experiment": experiment, "rank": rank, "cells": cells})
+        marks = list(_marks(tested, lambda page, of=experiment: numbers_of(f"{of}/{page}")).values())
+        tallies.append(
+            {"experiment": experiment, "counts": [marks.count(m) for m in (HOLDS, UNDECIDED, FAILS, MISSING)]}
+        )
+    return _page("intro.md", standing=standing, tallies=tallies, of=len(tested))
 
 
 def _broken(recorded: Numbers) -> bool:

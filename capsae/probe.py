@@ -47,7 +47,7 @@ def fit_linear_probe(
         empty = np.flatnonzero(counts == 0)[:10].tolist()
         raise ValueError(f"a probe needs at least 2 classes and a row of each; classes without rows: {empty}")
     mean, std = cls.mean(axis=0, dtype=np.float64), cls.std(axis=0, dtype=np.float64)
-    std = np.where(std > 1e-6 * max(std.max(), 1e-30), std, 1.0)
+    std = np.where(std > 1e-6 * np.maximum(np.abs(mean), 1e-30), std, 1.0)  # constant up to rounding is constant
     x = ((cls - mean) / std).astype(np.float32)
 
     best = strengths[0]

@@ -35,6 +35,7 @@ from .profile_parts import (
     path_fields,
 )
 from .sae.config import SAEConfig
+from .sae.model import model as sae_model
 
 FOLDER = Path(__file__).with_name("profiles")
 _NO_HTML = r"^([^<]|<[^A-Za-z/!?])*<?$"  # pages show it
@@ -83,6 +84,12 @@ class Profile(Part):
         if self.pack and self.head == "backbone":
             raise ValueError('head = "backbone": a pack holds no backbone head; use head = "probe" or pack = "none"')
         return self
+
+    @field_validator("sae")
+    @classmethod
+    def _known_variant(cls, value):
+        sae_model(value)
+        return value
 
     @property
     def ood_sets(self) -> list[str]:

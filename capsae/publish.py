@@ -90,7 +90,8 @@ def page_inputs(page: Page) -> dict[str, str]:
         "features": run.digest("features")[:20],
         "code": notebook_digest(cells, without=(Run._code,))[:20],  # it names artefacts, it makes none
     }
-    for file in page.reads:
+    findings = f"notebooks/{page.notebook}.findings.yml"
+    for file in (*page.reads, *([findings] if (root() / findings).is_file() else [])):
         inputs[f"file {file}"] = hashlib.sha256((root() / file).read_bytes()).hexdigest()[:20]
     return inputs | {f"page {name}": page_digest(pages()[name]) for name in page.after}
 

@@ -68,6 +68,7 @@ def test_published_runs_are_clean(path):
 def test_claims_and_detectors_pages_are_in_step_with_their_sources():
     claims = pages.read_claims(BOOK / "claims.yml")
     assert (BOOK / "claims.md").read_text() == pages.claims_page(claims, pages.published), "run capsae.build pages"
+    assert (BOOK / "intro.md").read_text() == pages.intro_page(claims, pages.published), "run capsae.build pages"
     assert (BOOK / "detectors.md").read_text() == pages.detectors_page(), "run python -m capsae.build pages"
     assert (BOOK / "rpd.md").read_text() == pages.rpd_page(publish.root() / pages.SELECTION)
 
@@ -128,6 +129,22 @@ def test_what_is_not_measured_or_not_judged_says_so():
     broken = pages.claims_page(_claims(), _recorded(-3, 0.01, [("pixel_wins", 2)]), ["digits"])
     assert "On some OOD sets of digits a control that reads pixel statistics" in broken
     assert "On some OOD sets" not in pages.claims_page(_claims(), _recorded(-3, 0.01, [("pixel_wins", 0)]), ["digits"])
+
+
+def test_the_start_page_says_where_epd_stands_and_how_many_claims_hold():
+    claims = _claims()
+    claims["claims"]["two"] = claims["claims"]["one"] | {"sentence": "Again.", "test": "a > 0"}
+    claims["claims"]["three"] = claims["claims"]["one"] | {"family": "controls"}
+    numbers = Numbers()
+    numbers.add("a", -3, -5, -1, 0.001)
+    numbers.add("epd rank", 15)
+    numbers.add("detectors", 43)
+    numbers.add("epd fpr95_ood_pos", 0.115, 0.1, 0.13, unit="%")
+    text = pages.intro_page(claims, lambda page: numbers, ["digits"])
+    assert "| digits | 15 of 43 | 11.5 (10.0 to 13.0) % | – | – | – | – | – |" in text
+    assert "Of the 2 claims" in text and "| digits | 1 | 0 | 1 | 0 |" in text
+    nothing = pages.intro_page(claims, lambda page: Numbers(), ["digits"])
+    assert "| digits | – | – |" in nothing and "| digits | 0 | 0 | 0 | 2 |" in nothing
 
 
 def test_a_number_that_nobody_ran_says_so_and_one_that_was_run_is_compared():

@@ -48,9 +48,14 @@ def test_another_argument_is_another_call(x, tmp_path):
 
 def test_another_formula_is_another_call(x, tmp_path, monkeypatch):
     cached(doubled, tmp_path)(x)
-    monkeypatch.setattr("capsae.store.source_digest", lambda modules: "other code")
+    monkeypatch.setattr(module, "_code", lambda function: "other code")
     cached(doubled, tmp_path)(x)
     assert calls == [2, 2]
+
+
+def test_the_code_is_all_that_the_function_reaches_or_its_own_text():
+    assert module._code(capsae.train_sae) == module.code_digest(capsae.train_sae)
+    assert module._code(doubled) != module._code(_odd)
 
 
 def test_training_by_a_kept_call_is_training(tmp_path):

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-import json
 import shutil
+import subprocess
+import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import capsae
 from capsae import code, plan
+from capsae.inputs import Inputs
 from capsae.pipeline import Run
 
 # A small package: a road of three modules, a registry, a lazy front door, a class, a data file.
@@ -237,22 +240,35 @@ def test_an_unknown_entry_and_a_star_import_are_refused(tmp_path):
         write(tmp_path, SMALL | {"road.py": "from .maths import *\n"})
 
 
+def test_a_digest_is_the_same_in_another_process(tmp_path):
+    sources = write(tmp_path, SMALL)
+    text = f"""
+from pathlib import Path
+from capsae import code
+sources = code.Sources({{"small": Path({str(tmp_path)!r}) / "small"}})
+print(sources.digest(sources.units("small.road:score")))"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == sources.digest(sources.units("small.road:score"))
+
+
 # --- this package
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of capsae to edit: its sources after `old` is replaced by `new` in a file."""
+    """The sources of a copy of capsae, after `old` is replaced by `new` in files."""
     folder = tmp_path_factory.mktemp("copy") / "capsae"
     shutil.copytree(Path(capsae.__file__).parent, folder, ignore=shutil.ignore_patterns("packs", "*.pyc", "profiles"))
 
-    def edited(file, old, new):
-        path = folder / file
-        text = path.read_text()
-        assert text.count(old) >= 1
-        path.write_text(text.replace(old, new, 1))
+    @cache
+    def edited(*edits):
+        texts = {folder / file: (folder / file).read_text() for file, _, _ in edits}
+        for file, old, new in edits:
+            assert old in texts[folder / file]
+            (folder / file).write_text(texts[folder / file].replace(old, new, 1))
         sources = code.Sources({"capsae": folder})
-        path.write_text(text)
+        for path, text in texts.items():
+            path.write_text(text)
         return sources
 
     return edited
@@ -266,23 +282,20 @@ def _page(sources, notebook):
 
 
 def test_a_change_of_auroc_makes_the_causal_page_stale(copy):
-    now = copy("metrics.py", "def auroc(", "def auroc(")
-    other = copy("metrics.py", "def auroc(", "def auroc(shift=0, *")
+    now, other = copy(), copy(("metrics.py", "def auroc(", "def auroc(shift=0, *"))
     assert _page(now, "12_causal") != _page(other, "12_causal")
     assert _page(now, "02_train_sae") == _page(other, "02_train_sae")
 
 
 def test_progress_and_extraction_make_no_artefact_stale(copy):
-    now = copy("sae/progress.py", "EVERY = 0.5", "EVERY = 0.5")
     shown, extracted = ("sae/progress.py", "EVERY = 0.5", "EVERY = 5"), ("features.py", "MAX_BAD = 0.01", "MAX_BAD = 1")
-    for other in (copy(*shown), copy(*extracted)):
-        for of in (Run._trained, Run.table, Run.features):
-            assert now.digest(now.units(of)) == other.digest(other.units(of))
+    now, other = copy(), copy(shown, extracted)
+    for of in (Run._trained, Inputs._extracted):
+        assert now.digest(now.units(of)) == other.digest(other.units(of))
 
 
 def test_every_detector_counts_for_a_table_and_only_its_own_variant_for_an_sae(copy):
-    now = copy("detectors/logits.py", "class MSP", "class MSP")
-    other = copy("detectors/logits.py", "class MSP", "class MSP(Detector):\n    x = 1\n\n\nclass Gone")
+    now, other = copy(), copy(("detectors/logits.py", "class MSP(Detector):", "class MSP(Detector):\n    x = 1"))
     assert now.digest(now.units(Run.detectors)) != other.digest(other.units(Run.detectors))
     assert {"TopKSAE", "train_saes", "JumpReLU"} <= {u.name for u in now.reached(now.units(Run._trained))}
     from capsae.sae import dictionaries, variants
@@ -290,19 +303,3 @@ def test_every_detector_counts_for_a_table_and_only_its_own_variant_for_an_sae(c
     names = [(variants, "REGISTRY"), (dictionaries, "METHODS")]
     shut = [unit for name in names for unit in now.units(name)]
     assert "JumpReLU" not in {unit.name for unit in now.reached(now.units(Run._trained), shut)}
-
-
-def test_a_digest_is_the_same_in_another_process():
-    import subprocess
-    import sys
-
-    text = "from capsae import code\nfrom capsae.pipeline import Run\nprint(code.digest(Run.table))"
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == code.digest(Run.table)
-
-
-def test_notebooks_of_all_pages_can_be_followed():
-    for notebook in sorted({page.notebook for page in plan.pages().values()}):
-        cells = json.loads((plan.root() / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
-        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-        assert len(code.notebook_digest(text)) == 64

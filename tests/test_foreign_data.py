@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import struct
 import time
 import unicodedata
 from dataclasses import replace
@@ -20,13 +21,15 @@ from PIL import Image
 
 import capsae.features
 from capsae import detectors, image_files
-from capsae.arrays import arrays_from
+from capsae.arrays import arrays_from, discriminant_head, evaluate_arrays
 from capsae.asarray import as_labels, as_numpy
+from capsae.backbone import Backbone, BackboneSpec
 from capsae.caps import ClassActivationProfiles
 from capsae.data import by_name, open_source
 from capsae.detectors import Observations
 from capsae.evaluate import evaluate
 from capsae.featureset import FeatureSet, LinearHead
+from capsae.images import BadImage
 from capsae.pipeline import Run
 from capsae.probe import fit_linear_probe
 from capsae.sae import SAEConfig, TopKSAE, train_sae
@@ -542,3 +545,211 @@ def test_masked_values_are_no_values():
         Observations(masked)
     with pytest.raises(ValueError, match="holds nan"):
         as_labels(np.ma.masked_array([0, 1], mask=[0, 1]))
+
+
+# --- the model's own preprocessing
+
+FAMILIES = (
+    "deit_tiny_patch16_224.fb_in1k",
+    "vit_base_patch16_clip_224.openai",
+    "vit_small_patch14_dinov2.lvd142m",
+    "vit_base_patch16_siglip_224.webli",  # squash
+    "beit_base_patch16_224.in22k_ft_in22k_in1k",
+    "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k",  # squash
+    "convnext_tiny.fb_in1k",
+    "swin_tiny_patch4_window7_224.ms_in1k",
+    "resnet50.a1_in1k",
+    "efficientnet_b0.ra_in1k",
+    "mobilenetv4_conv_small.e2400_r224_in1k",
+    "vit_base_patch16_224.orig_in21k",
+    "an example with a border",
+)
+SHAPES = {"portrait": (61, 97), "landscape": (150, 71), "square": (64, 64), "own": (32, 32), "tiny": (3, 2)}
+SHAPES |= {"thin": (900, 9)}
+
+
+class _Pixels(torch.nn.Module):
+    """A network whose feature is what it is shown."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.pretrained_cfg = config
+
+    def forward_features(self, x):
+        return x
+
+    def forward_head(self, x, pre_logits=False):
+        return x.flatten(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preparation_is_timms_own(family):
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    border = "border" in family
+    config = {"crop_mode": "border", "crop_pct": 0.9, "mean": (0.1, 0.5, 0.9)} if border else {}
+    config = config or timm.get_pretrained_cfg(family).to_dict()
+    net = _Pixels(config)
+    backbone = Backbone(net, BackboneSpec(family, pooling="avg", image_size=32))
+    theirs = create_transform(**resolve_model_data_config(net) | {"input_size": (3, 32, 32)})
+    for width, height in list(SHAPES.values())[: -1 if border else None]:  # a thin one would be less than a pixel
+        pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        ours = backbone.forward(torch.from_numpy(backbone.prepare(image)[None].copy()))[0]
+        if height == 9 and backbone.crop_mode == "center":  # its ends are cut off before it is enlarged
+            theirs_of = image.crop((450 - 144, 0, 450 + 144, 9))
+        else:
+            theirs_of = image
+        torch.testing.assert_close(ours, theirs(theirs_of).reshape(1, -1), atol=1e-5, rtol=0)
+    assert ("crop_mode" in backbone.describe()) == (backbone.crop_mode != "center")
+
+
+def test_a_line_of_pixels_is_no_memory_bomb(tmp_path):
+    import tracemalloc
+
+    backbone = Backbone(_Pixels({"crop_pct": 1.0}), BackboneSpec("pixels", pooling="avg", image_size=32))
+    tracemalloc.start()
+    assert backbone.prepare(Image.new("RGB", (2_000_000, 1))).shape == (32, 32, 3)
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+    border = Backbone(_Pixels({"crop_mode": "border"}), BackboneSpec("pixels", pooling="avg", image_size=32))
+    Image.new("RGB", (4000, 1)).save(tmp_path / "line.png")
+    drawn("ant", 1).save(tmp_path / "a.png")
+    found = capsae.features.extract(tmp_path, border, tmp_path / "out", max_bad=0.5, progress=False)
+    assert len(found) + len(found.meta["bad_images"]) == 2 and "a.png" in found.ids
+
+
+@pytest.mark.parametrize("model", ["deit_tiny_distilled_patch16_224", "pit_ti_distilled_224"])
+def test_the_feature_of_a_distilled_model_is_its_first_token(model):
+    import timm
+
+    torch.manual_seed(0)
+    net = timm.create_model(model).eval()
+    backbone = Backbone(net, BackboneSpec(model))
+    image = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        cls, logits = backbone.forward(image)
+        x = (image.permute(0, 3, 1, 2) / 255 - _column(backbone.mean)) / _column(backbone.std)
+        tokens = net.forward_features(x)
+        torch.testing.assert_close(cls, tokens[:, 0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, net.forward_head(tokens), atol=1e-4, rtol=1e-4)
+
+
+def _column(values):
+    return torch.tensor(values).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_images_stand_as_a_viewer_shows_them(kind, orientation, tmp_path):
+    upright = Image.new("RGB", (24, 16), "black")
+    upright.paste((250, 250, 250), (0, 0, 12, 8))  # the upper left quarter is white
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # how a camera that was held so stores it
+    stored = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"x.{kind.lower()}", kind, exif=exif)
+    image = np.asarray(open_source(tmp_path).image(0))
+    assert image.shape == (16, 24, 3) and image[3, 3].min() > 200 and image[12, 20].max() < 60
+    if kind not in ("TIFF", "AVIF"):  # which Pillow turns by itself
+        as_stored = open_source({"kind": "folder", "path": str(tmp_path), "exif": False})
+        assert as_stored.image(0).size == stored.size
+        assert as_stored.digest() != open_source(tmp_path).digest()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int16, np.float32])
+@pytest.mark.parametrize("largest", [200, 60_000, 2**31 - 1])
+def test_a_tiff_of_unknown_scale_is_bad_and_not_black(dtype, largest, tmp_path):
+    if dtype == np.int16 and largest > 2**15:
+        return
+    tifffile = _tiff(np.linspace(0, largest, 64).reshape(8, 8).astype(dtype))
+    (tmp_path / "x.tif").write_bytes(tifffile)
+    with pytest.raises(BadImage, match="scale is unknown|not an image"):
+        open_source(tmp_path).image(0)
+
+
+def _tiff(values: np.ndarray) -> bytes:
+    """The least that a grey TIFF needs."""
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    tags = [(256, 8), (257, 8), (258, values.itemsize * 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 8)]
+    tags += [(279, values.nbytes), (339, kind)]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + values.nbytes)
+    return head + values.tobytes() + struct.pack("<H", len(tags)) + directory + b"\0" * 4
+
+
+def test_sixteen_bits_are_still_taken(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    Image.fromarray(ramp).save(tmp_path / "b.tif")
+    (tmp_path / "c.pgm").write_bytes(b"P5 8 8 65535\n" + ramp.astype(">u2").tobytes())
+    source = open_source(tmp_path)
+    for i in range(3):
+        assert np.array_equal(np.asarray(source.image(i))[..., 0], ramp >> 8), source.ids[i]
+
+
+# --- scales
+
+
+def gaussian(n, seed, shift=0.0, d=12):
+    rng = np.random.default_rng([seed, 1])
+    labels = np.arange(n) % 3
+    mix = np.random.default_rng(5).normal(size=(d, d))
+    return (np.random.default_rng(7).normal(size=(3, d))[labels] * 3 + rng.normal(size=(n, d)) + shift) @ mix, labels
+
+
+UNITS = {"1e6": 10.0 ** np.array([6, *[0] * 11]), "1e-6": 10.0 ** np.array([-6, *[0] * 11])}
+UNITS["all kinds"] = 10.0 ** np.linspace(-7, 7, 12)
+
+
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("name", ["mds", "rmds", "neco"])
+def test_a_columns_unit_does_not_matter(name, units):
+    (train, labels), (test, _), (ood, _) = gaussian(300, 0), gaussian(60, 1), gaussian(60, 2, shift=2.0)
+    found = []
+    for scale in (1.0, UNITS[units]):
+        logits = train[:, :3]
+        given = {"logits": logits, "labels": labels}
+        detector = detectors.create(name).fit(Observations((train * scale).astype(np.float32), **given))
+        others = [Observations((x * scale).astype(np.float32), logits=x[:, :3]) for x in (test, ood)]
+        found.append(np.concatenate([detector.score(other) for other in others]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_heads_are_fitted_whatever_the_units(units):
+    train, labels = gaussian(300, 0)
+    scaled = (train * UNITS[units]).astype(np.float32)
+    for fit in (fit_linear_probe, discriminant_head):
+        plain, other = fit(train.astype(np.float32), labels, 3), fit(scaled, labels, 3)
+        right = [float((head.logits(x).argmax(1) == labels).mean()) for head, x in ((plain, train), (other, scaled))]
+        assert right[0] > 0.95 and abs(right[1] - right[0]) < 0.01
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+@pytest.mark.parametrize("name", ["blocks", "faiss"])
+def test_the_neighbour_is_the_nearest_whatever_the_offset(name, offset):
+    if name == "faiss":
+        pytest.importorskip("faiss")
+    (train, labels), (test, _) = gaussian(300, 0), gaussian(80, 1)
+    train, test = (x + offset for x in (train, test))
+    found = detectors.create("knn", k=7, backend=name).fit(Observations(train, labels=labels)).score(Observations(test))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test)]
+    exact = np.sort(((unit[1][:, None] - unit[0]) ** 2).sum(-1), axis=1)[:, 6]
+    np.testing.assert_allclose(found, exact, rtol=1e-4)
+
+
+def test_a_right_head_is_right_where_one_class_holds_most_rows():
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 80 + [1] * 20 + [2] * 20)
+    centres = 6 * np.eye(3, 5)
+    raw = {"train/features": centres[labels] + rng.normal(size=(120, 5)) / 3, "train/labels": labels}
+    raw |= {"test/features": centres[labels] + rng.normal(size=(120, 5)) / 3, "test/labels": labels}
+    raw |= {"far/x/features": rng.normal(size=(30, 5)), "head/weight": centres, "head/bias": np.zeros(3)}
+    found = evaluate_arrays(arrays_from(raw), ["msp"], n_boot=0, progress=False)
+    assert "accuracy on train: 100.0%" in found.notes
+    for weight, bias in ((np.roll(centres, 1, axis=0), np.zeros(3)), (np.zeros((3, 5)), np.array([1.0, 0, 0]))):
+        with pytest.raises(ValueError, match="Is it the right head"):
+            given = raw | {"head/weight": weight, "head/bias": bias}
+            evaluate_arrays(arrays_from(given), ["msp"], n_boot=0, progress=False)

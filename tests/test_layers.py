@@ -1,15 +1,16 @@
-"""Where profiles form and OOD separates along the depth: tables, sentences, figures, published pages."""
+"""Where profiles form and OOD separates along the depth: tables, numbers of the findings, figures."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from capsae import display, plan, publish
-from capsae.analyses import layers, layers_figures, layers_seeds, layers_told
+from capsae import display, findings, plan, publish
+from capsae.analyses import layers, layers_figures, layers_study
 from capsae.caps import ClassActivationProfiles
 from capsae.evaluate import evaluate
 from capsae.featureset import FeatureSet
@@ -142,19 +143,10 @@ def _along(accuracies, stabilities, betweens=(0.9, 0.5, 0.2, 0.1)):
     return _measures(values)
 
 
-def test_where_profiles_form_in_words():
-    told = layers_told.forming(_along((0.2, 0.75, 0.8, 0.8), (0.99, 0.98, 0.99, 1.0)))
-    assert told[0].startswith("Accuracy at the network's end: a linear probe 80.0 %")
-    assert "reached by a linear probe at block 2 of 3, by the nearest profile at block 2 of 3" in told[1]
-    assert "stability is at least 90 % of its value at the end at block 1 already (0.99, at the end 1.00)," in told[2]
-    assert "is 0.90 (at the end 0.10); less the cosine between classes it reaches 90 % of its value at the end (0.90) at no block (at most 88 %)" in told[2]  # fmt: skip  # noqa: E501
-    assert told[3].startswith("Latents that never fire: at most 90 % (block01/cls), 10 % at the end. The recipe was")
-    alive = layers_told.forming(_along((0.2, 0.75, 0.8, 0.8), (0.99, 0.98, 0.99, 1.0), (0.1, 0.1, 0.1, 0.1)))
-    assert alive[3] == "Latents that never fire: at most 10 % (block01/cls), 10 % at the end."
-    told = layers_told.forming(_along((0.75, 0.5, 0.8, 0.8), (0.3, 0.95, 0.99, 1.0)))
-    assert "at block 1 of 3 (below it again at block 2)" in told[1]
-    assert told[2].startswith("CLS token: stability reaches 90 % of its value at the end (1.00) at block 2 of 3;")
-    assert layers_told.first_depth(pd.Series({"block01/cls": 0.1, FINAL: 1.0}), "cls") is None
+def test_the_first_depth_is_that_from_which_a_share_of_the_end_is_reached():
+    values = layers_study.over_seeds(_along((0.2, 0.75, 0.8, 0.8), (0.99, 0.98, 0.99, 1.0)), "cap_accuracy")
+    assert layers_study.first_depth(values, "cls") == 2
+    assert layers_study.first_depth(pd.Series({"block01/cls": 0.1, FINAL: 1.0}), "cls") is None
 
 
 def _against(**cells):
@@ -168,65 +160,30 @@ def _scored(site, value, seed=0, method="epd", group="near"):
     return at | dict.fromkeys(("value", "lo", "hi"), value)
 
 
-def test_the_best_site_in_words_both_ways():
+def test_the_best_site_counts_where_every_seed_agrees():
     table = pd.DataFrame([_scored(site, value, seed) for seed in (0, 1) for site, value in (("block01/cls", 0.9), (FINAL, 0.8))])  # fmt: skip  # noqa: E501
     both = pd.DataFrame([_against(), _against(seed=1, value=0.01, p_holm=0.02)])
-    row = layers_told.best_sites(table, both).iloc[0].to_dict()
-    assert layers_told.best_text(row) == (
-        "EPD, class by the final head, near OOD: the best site is block01/cls with mean AUROC 90.0 %, clearly better "
-        "than the end (80.0 %): +1.0 points (+1.0 to +3.0 uncorrected) in the least favourable of 2 seeds, p = 0.020 "
-        "(Holm)."
-    )
+    row = layers_study.best_sites(table, both).iloc[0]
+    assert (row["site"], row["verdict"], row["difference"], row["p_holm"]) == ("block01/cls", "better", 0.01, 0.02)
     one = pd.DataFrame([_against(), _against(seed=1, p_holm=0.3, verdict="undecided")])
-    row = layers_told.best_sites(table, one).iloc[0].to_dict()
-    assert "not clearly better than the end" in layers_told.best_text(row) and row["p_holm"] == 0.3
+    row = layers_study.best_sites(table, one).iloc[0]
+    assert row["verdict"] == "undecided" and row["p_holm"] == 0.3
     table["value"] = table["value"].replace(0.9, 0.8)
-    row = layers_told.best_sites(table, both).iloc[0].to_dict()
-    assert layers_told.best_text(row).endswith("no site is above the network's end in mean AUROC (80.0 %).")
+    assert layers_study.best_sites(table, both).iloc[0]["verdict"] == "end"
     falling = pd.DataFrame([_against(metric="fpr95_ood_pos")])
     table = pd.DataFrame([_scored("block01/cls", 0.3) | {"metric": "fpr95_ood_pos"}, _scored(FINAL, 0.2) | {"metric": "fpr95_ood_pos"}])  # fmt: skip  # noqa: E501
-    assert layers_told.best_sites(table, falling, "fpr95_ood_pos").iloc[0]["site"] == FINAL, "lower is better"
+    assert layers_study.best_sites(table, falling, "fpr95_ood_pos").iloc[0]["site"] == FINAL, "lower is better"
 
 
-def test_the_choice_on_id_rows_in_words():
-    measures = _along((0.2, 0.9, 0.8, 0.8), (1, 1, 1, 1))
+def test_the_choice_on_id_rows():
     scored = [_scored(site, 0.8, method=m, group="all") for m in ("epd", "rpd") for site in ("block02/cls", FINAL)]
-    table = pd.concat([measures, pd.DataFrame(scored)], ignore_index=True)
     at = {"site": "block02/cls", "group": "all"}
     against = pd.DataFrame([_against(**at), _against(**at, method="rpd", verdict="worse", value=-0.02)])
-    told = layers_told.choice_text(table, layers_told.chosen_rows(table, against))
-    assert "the pick is block02/cls (90.0 %, at the end 80.0 %)" in told
-    assert "EPD there is better than EPD at the end" in told and "RPD (ours) there is worse than RPD (ours)" in told
-    end = _along((0.2, 0.8, 0.8, 0.8), (1, 1, 1, 1))
-    table = pd.concat([end, pd.DataFrame(scored)], ignore_index=True)
-    assert layers_told.choice_text(table, layers_told.chosen_rows(table, against)).endswith("nothing changes.")
-
-
-def test_a_choice_that_does_not_differ_is_said_so():
-    measures = _along((0.2, 0.9, 0.8, 0.8), (1, 1, 1, 1))
-    scored = [_scored(site, 0.8, group="all") for site in ("block02/cls", FINAL)]
-    table = pd.concat([measures, pd.DataFrame(scored)], ignore_index=True)
-    against = pd.DataFrame([_against(site="block02/cls", group="all", verdict="undecided")])
-    told = layers_told.choice_text(table, layers_told.chosen_rows(table, against))
-    assert "EPD there is not significantly different from EPD at the end" in told
-
-
-def test_what_epd_borrows_and_what_stands_beside_it():
-    sites = ("block01/cls", "block02/cls", "block03/cls", FINAL)
-    for head, own in ((0.9, 0.7), (0.7, 0.9)):
-        rows = [_scored(site, value, method=method, group="all") for site in sites
-                for method, value in (("epd", head), ("epd_site", own), ("mds++", 0.8), ("knn", 0.6))]  # fmt: skip
-        told, ahead = layers_told.borrowed_text(pd.DataFrame(rows)), int(head > own)
-        part = f"{100 * head:.1f} and {100 * own:.1f} % in block {{}} (the head's class ahead at {ahead} of 1 sites)"
-        assert ", ".join(part.format(block) for block in (1, 2, 3)) in told
-        assert told.endswith("read at the end.") == (head > own)
-        beside = layers_told.beside_text(pd.DataFrame(rows))
-        assert f"Of 4 sites, EPD (class by the final head) has the higher mean AUROC over all sets at {4 * (head > 0.8)} against MDS++ and at 4 against KNN" in beside  # fmt: skip  # noqa: E501
-    many = [f"block{n:02d}/{kind}" for n in range(1, 13) for kind in ("cls", "attn")]
-    rows = [_scored(site, 0.8 if n < 10 else 0.6, method=m, group="all") for m in ("epd", "epd_site")
-            for n, site in enumerate([*many, FINAL])]  # fmt: skip
-    told = layers_told.borrowed_text(pd.DataFrame(rows))
-    assert "80.0 and 80.0 % in blocks 1 to 4 (the head's class ahead at 0 of 8 sites), 65.0 and 65.0 % in blocks 5 to 8" in told  # fmt: skip  # noqa: E501
+    table = pd.concat([_along((0.2, 0.9, 0.8, 0.8), (1, 1, 1, 1)), pd.DataFrame(scored)], ignore_index=True)
+    assert layers_study.id_choice(table) == "block02/cls"
+    assert layers_study.chosen_rows(table, against)["verdict"].tolist() == ["better", "worse"]
+    end = pd.concat([_along((0.2, 0.8, 0.8, 0.8), (1, 1, 1, 1)), pd.DataFrame(scored)], ignore_index=True)
+    assert layers_study.id_choice(end) == FINAL, "the latest of equals"
 
 
 def _curve(values: dict, method="epd", group="far", half=0.01):
@@ -234,66 +191,49 @@ def _curve(values: dict, method="epd", group="far", half=0.01):
     return [row | {"lo": row["value"] - half, "hi": row["value"] + half} for row in rows]
 
 
-def test_the_spread_of_seeds_in_words_both_ways():
+def test_the_spread_of_seeds():
     rows = pd.DataFrame(_curve({"block01/cls": (0.70, 0.80), "block02/cls": (0.81, 0.81), FINAL: (0.90, 0.92)}))
-    found = layers_seeds.spread(rows).set_index("site")
+    found = layers_study.spread(rows).set_index("site")
     assert found.loc["block01/cls", "seed_half"] == pytest.approx(1.96 * 10 / 2**0.5)
     assert found["outside"].tolist() == [1, 0, 1] and found["image_half"].tolist() == pytest.approx([1, 1, 1])
-    told = layers_seeds.spread_text(rows)
-    assert told.startswith("EPD, far OOD: 2 SAEs that differ by their seed alone lie 2.0 points of mean AUROC apart")
-    assert "over 3 sites, 10.0 at block01/cls. The seed moves the score more than the images do (1.96 standard" in told
-    assert told.endswith("in 67 % of the pairs.")
-    told = layers_seeds.spread_text(rows.assign(lo=rows["value"] - 0.2, hi=rows["value"] + 0.2))
-    assert "moves the score no more than the images do" in told and told.endswith("in 0 % of the pairs.")
     with pytest.raises(ValueError, match="has one seed"):
-        layers_seeds.spread(rows[rows["seed"] == 0])
+        layers_study.spread(rows[rows["seed"] == 0])
 
 
-def test_what_lies_below_chance_in_words_both_ways():
-    rows = _curve({"block01/cls": (0.4, 0.5), "block02/cls": (0.6, 0.45), FINAL: (0.9, 0.9)})
-    rows += _curve({"block01/cls": (0.46,), FINAL: (0.9,)}, "mds++") + _curve({FINAL: (0.9,)}, "knn")
-    told = layers_seeds.chance_text(pd.DataFrame(rows), methods=("epd", "mds++", "knn"))
-    assert told == (
-        "Mean AUROC below chance (50 %), far OOD: EPD, class by the final head: block01/cls (45.0 %, 1 of 2 seeds); "
-        "MDS++ on the site's features: block01/cls (46.0 %); KNN on the site's features: no site."
-    )
-
-
-def test_a_fall_along_the_depth_in_words_both_ways():
+def test_a_fall_along_the_depth():
     dip = {"block01/cls": (0.8, 0.7), "block02/cls": (0.6, 0.4), "block03/cls": (0.9, 0.9), FINAL: (0.5, 0.5)}
-    flat = {site: (0.8,) for site in dip}
-    beside = _curve(flat, "mds++") + _curve(flat | {"block03/cls": (0.75,)}, "knn")
-    told = layers_seeds.fall_text(pd.DataFrame(_curve(dip) + beside))
-    assert "falls by 25.0 points from block01/cls to block02/cls (seeds: +20.0 to +30.0)" in told
-    assert told.endswith("MDS++ 0.0, KNN 5.0 (block01/cls to block03/cls) points, less than half of it.")
-    told = layers_seeds.fall_text(pd.DataFrame(_curve(dip) + _curve(flat, "mds++") + _curve({s: v[:1] for s, v in dip.items()}, "knn")))  # fmt: skip  # noqa: E501
-    assert told.endswith("KNN 20.0 (block01/cls to block02/cls) points.")
+    fall = layers_study.falls(pd.DataFrame(_curve(dip)), "epd")
+    assert (fall["of"], fall["to"]) == ("block01/cls", "block02/cls")
+    assert [fall[key] for key in ("points", "low", "high")] == pytest.approx([25, 20, 30])
     rising = {"block01/cls": (0.5, 0.6), "block02/cls": (0.6, 0.7), "block01/attn": (0.9, 0.9), FINAL: (0.5, 0.5)}
-    told = layers_seeds.fall_text(pd.DataFrame(_curve(rising) + beside))
-    assert told.startswith("EPD's mean AUROC, far OOD, falls at no block.")
-
-
-def test_the_number_of_tests_in_words():
-    one = [_against(), _against(seed=1), _against(site="block02/cls", p=0.04, p_holm=0.04),
-           _against(site="block02/cls", seed=1, verdict="undecided", p=0.5, p_holm=0.5)]  # fmt: skip
-    told = layers_seeds.families_text(pd.DataFrame(one))
-    assert told.startswith("4 tests in 2 families of 2 sites")
-    assert "3 tests say better (2 if Holm ran over all tests at once); of 2 combinations of site, score, group" in told
-    assert "1 are better in every seed. The best of 2 sites is picked on the very rows" in told
-
-
-def test_the_answer_in_words_both_ways():
-    dip = _curve({"block01/cls": (0.8, 0.7), "block02/cls": (0.6, 0.4), FINAL: (0.5, 0.5)})
-    flat = [row for m in ("mds++", "knn") for row in _curve({"block01/cls": (0.8,), FINAL: (0.8,)}, m)]
-    table = pd.concat([_along((0.2, 0.75, 0.8, 0.8), (1, 1, 1, 1)), pd.DataFrame(dip + flat)], ignore_index=True)
-    both = [_against(), _against(seed=1), _against(group="far"), _against(group="far", seed=1, verdict="undecided")]
-    told = layers_seeds.answer(table, pd.DataFrame(both))
-    assert told[0].startswith("Along the CLS token, the nearest profile reaches 90 % of its accuracy at the end at")
-    assert told[0].endswith("at block 2 of 3.")
-    assert told[1].endswith("near OOD block01/cls; far OOD none (of 1).")
-    assert told[2].endswith("from block01/cls to block02/cls (seeds: +20.0 to +30.0).") and len(told) == 3
-    over = layers_seeds.over_end(pd.DataFrame([_against(value=0.01), _against(seed=1, value=0.03)])).iloc[0]
+    assert layers_study.falls(pd.DataFrame(_curve(rising)), "epd")["points"] == 0
+    over = layers_study.over_end(pd.DataFrame([_against(value=0.01), _against(seed=1, value=0.03)])).iloc[0]
     assert [over["value"], over["lo"], over["hi"]] == pytest.approx([0.02, 0.01, 0.03])
+
+
+def test_numbers_of_the_findings_are_those_of_the_tables(tables):
+    table, against = tables
+    found = SimpleNamespace(table=table, against=against, chosen=layers_study.chosen_rows(table, against))
+    numbers = layers_study.numbers(found)
+    assert numbers["sites"].value == 5 and numbers["blocks"].value == 2
+    assert numbers["tests"].value == len(against)
+    assert numbers["tests_better"].value == (against["verdict"] == "better").sum()
+    epd = table[(table["method"] == "epd") & (table["metric"] == "auroc") & (table["set"] == "mean")]
+    low = epd[epd["group"] == "far"].groupby("site")["value"].mean() < 0.5
+    assert numbers["below_chance_epd_far"].value == low.sum()
+    accuracy = layers_study.over_seeds(table, "cap_accuracy")
+    share = accuracy[["block01/cls", "block02/cls"]].max() / accuracy[FINAL]
+    assert numbers["share_cap_accuracy_cls"].value == pytest.approx(100 * share, abs=0.06)
+    assert ("block_cap_accuracy_cls" in numbers) == (share >= 0.9)
+
+
+@pytest.mark.parametrize("profile", PUBLISHED)
+def test_the_findings_of_the_committed_tables_are_measured(profile):
+    table, against, _ = layers.read(profile)
+    found = SimpleNamespace(table=table, against=against, chosen=layers_study.chosen_rows(table, against))
+    rows = findings.judge(findings.of_notebook("14_layers"), layers_study.numbers(found))
+    assert findings.MISSING not in {row["mark"] for row in rows}
+    assert sum(row["mark"] == findings.HOLDS for row in rows) >= len(rows) / 2
 
 
 def test_the_end_must_be_the_profiles():
@@ -327,10 +267,10 @@ def test_other_vectors_at_the_end_stop_the_table(monkeypatch):
 
 def test_figures_are_drawn_in_both_themes(tables):
     table, against = tables
-    rows = layers_seeds.over_end(against)
+    rows = layers_study.over_end(against)
     for function, data in [
-        (layers_figures.forming, layers_told.measured(table)),
-        (layers_figures.separation, layers_told.means(table, "auroc")),
+        (layers_figures.forming, layers_study.measured(table)),
+        (layers_figures.separation, layers_study.means(table, "auroc")),
         (layers_figures.against_end, rows[rows["group"] != "all"]),
     ]:
         for theme in ("light", "dark"):
@@ -338,9 +278,9 @@ def test_figures_are_drawn_in_both_themes(tables):
                 figure = function(data)
                 assert figure.get_size_inches()[0] <= display.WIDE and len(display.render_png(figure)) > 1000
                 assert figure.legends and all(ax.get_title() for ax in figure.axes)
-    shown = layers_told.sites_shown(table)
+    shown = layers_study.sites_shown(table)
     assert shown["site"].tolist() == list(dict.fromkeys(table["site"])) and "–" in shown.iloc[0, 2]
-    assert len(layers_told.best_shown([layers_told.best_sites(table, against, m) for m in layers.METRICS])) == 18
+    assert len(layers_study.best_shown([layers_study.best_sites(table, against, m) for m in layers.METRICS])) == 18
 
 
 def test_tables_are_written_and_read_back(tables, tmp_path, monkeypatch):
@@ -359,11 +299,9 @@ def test_tables_are_written_and_read_back(tables, tmp_path, monkeypatch):
     table, against, made = layers.read("small")
     pd.testing.assert_frame_equal(table, tables[0].reset_index(drop=True), rtol=1e-4, check_dtype=False)
     assert against["verdict"].tolist() == tables[1]["verdict"].tolist() and made["end_against_profile"] == seen["end"]
-    assert "lie at most 0.027 % of their length" in layers_seeds.made_text(made)
-    assert "bit for bit" in layers_seeds.made_text(made | {"end_against_profile": {"test": 0.0}})
-    line, digest = layers_seeds.source_line(made), layers_seeds._sha256("small", "table")
+    line, digest = layers_study.source_line(made), layers_study._sha256("small", "table")
     assert "weights abc000000000" in line and digest[:12] in line and "pack" not in line
-    shown = layers_seeds.made_rows(made).set_index("item")["value"]
+    shown = layers_study.made_rows(made).set_index("item")["value"]
     assert shown["sha256, small.csv"] == digest and shown["SAE, seeds"] == "0, 1"
     assert shown["vectors of all sites, test"] == "1" * 20
     assert layers.outdated("small") is None
@@ -389,51 +327,11 @@ def test_the_committed_tables_are_of_todays_code(profile):
     assert "/work" not in json.dumps(made) and "/home" not in json.dumps(made)
 
 
-@pytest.mark.parametrize("profile", PUBLISHED)
-def test_what_a_published_page_says_holds_against_the_tables(profile):
-    page = f"{profile}/14_layers"
-    if not publish.path_of(page).is_file():
-        pytest.skip("this page is not executed yet")
-    found, (table, against, made) = publish.results(page), layers.read(profile)
-    text = publish.path_of(page).read_text(encoding="utf-8")
-    for sentence in [*(s for key in ("answer", "formed", "told", "verdicts") for s in found[key]), found["picked"]]:
-        assert json.dumps(sentence, ensure_ascii=False)[1:-1] in text
-    # by hand, without the functions that made the sentences
-    last = max(int(site[5:7]) for site in table["site"].unique() if site != FINAL)
-    at = table[(table["metric"] == "cap_accuracy")].groupby("site")["value"].mean()
-    reached = [n for n in range(1, last + 1) if at[f"block{n:02d}/cls"] >= 0.9 * at[FINAL]]
-    assert f"by the nearest profile at block {reached[0]} of {last}" in found["formed"][1]
-    epd = table[(table["method"] == "epd") & (table["metric"] == "auroc") & (table["set"] == "mean")]
-    epd = epd[epd["group"] == "far"].pivot(index="site", columns="seed", values="value")
-    apart = 100 * (epd[0] - epd[1]).abs()
-    assert f"lie {apart.median():.1f} points of mean AUROC apart" in found["told"][1] and len(made["seeds"]) == 2
-    assert f"{apart.max():.1f} at {apart.idxmax()}." in found["told"][1]
-    low, head = epd.mean(axis=1), found["told"][4].split("; ")[0]
-    assert all((f"{site} (" in head) == (value < 0.5) for site, value in low.items())
-    better = against[against["verdict"] == "better"]
-    assert f"{len(against)} tests in {len(against) // (len(epd) - 1)} families" in found["families"]
-    assert f"{len(better)} tests say better" in found["families"] and found["families"] in text
-    # under each figure stands what made it: the committed table, not the profile's pack
-    outputs = [out for cell in json.loads(text)["cells"] for out in cell.get("outputs", ())]
-    shown = ["".join(out.get("data", {}).get("text/html", "")) for out in outputs]
-    for html in [html for html in shown if "capsae-provenance" in html and 'id="table-provenance"' not in html]:
-        assert layers_seeds.source_line(made) in html and "embedded pack" not in html
-    for row in found["best"]:
-        keys = (table["method"] == row["method"]) & (table["metric"] == "auroc") & (table["set"] == "mean")
-        means = table[keys & (table["group"] == row["group"])].groupby("site")["value"].mean()
-        assert row["value"] == pytest.approx(means.max(), abs=1e-6) and row["end"] == pytest.approx(means[FINAL])
-        assert (row["site"] == FINAL) == (row["verdict"] == "end") == bool(means[FINAL] >= means.max())
-        if row["verdict"] == "better":
-            tests = against[(against["site"] == row["site"]) & (against["method"] == row["method"])
-                            & (against["group"] == row["group"]) & (against["metric"] == "auroc")]  # fmt: skip
-            assert (tests["p_holm"] < 0.05).all() and (tests["value"] > 0).all()
-
-
 def test_the_published_end_is_near_the_pages_of_the_whole_recipe():
     """Fewer epochs must not make another story of the end: EPD there is within the seeds and intervals of page 04."""
     if "imagenet20" not in PUBLISHED:
         pytest.skip("the table is not made yet")
     table, _, _ = layers.read("imagenet20")
     cell = publish.results("imagenet20/04_score_ood")["means"]["epd"]["auroc"]
-    ours = layers_told.over_seeds(table, "auroc", "epd", "all")[FINAL]
+    ours = layers_study.over_seeds(table, "auroc", "epd", "all")[FINAL]
     assert abs(ours - cell["value"]) < 0.03

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from capsae.analyses import ontology, wordnet
+from capsae import findings
+from capsae.analyses import mantel, ontology, wordnet
 from capsae.analyses import ontology_figures as drawn
 from capsae.analyses import ontology_study as study
 from capsae.display import style
 from capsae.packs import load_pack
 from capsae.plan import ANALYSES
-from capsae.publish import path_of, results
+from capsae.publish import path_of
 from capsae.sae import SparseCodes
 
 PER_CLASS = 12
@@ -77,9 +78,8 @@ def test_where_nothing_is_planted_the_best_of_many_is_what_permutations_give(tre
     assert p > 0.05 and abs(nothing.by_class.mean() - nothing.null["by_class"].mean()) < 0.15
     assert nothing.choice.f1.mean() > nothing.by_class.mean() + 0.1  # the search flatters itself on its own rows
     summary, _ = ontology.measured({study.SAE: [nothing]})
-    synsets = ontology.by_synset({study.SAE: [nothing]}, tree)
-    assert "it is no more than chance" in study.chance_text(summary, synsets)
-    assert "0 of 9 synsets stand out" in study.chance_text(summary, synsets)
+    assert summary.query("by == 'classes' and measure == 'mean F1'")["p"].iloc[0] > 0.05
+    assert not (ontology.by_synset({study.SAE: [nothing]}, tree)["q"] < 0.05).any()
 
 
 def test_every_class_is_a_control_that_knows_nothing_and_large_synsets_are_not_asked_for(tree, planted, nothing):
@@ -98,21 +98,12 @@ def test_every_class_is_a_control_that_knows_nothing_and_large_synsets_are_not_a
     weights = len(planted.replicates["by_class"])
     every = ontology.every_class(np.repeat(np.arange(20), PER_CLASS), members, weights)
     judged = {study.SAE: [planted], study.RANDOM: [nothing], study.EVERY: [every]}
-    synsets = ontology.by_synset(judged, tree)
     summary, kept = ontology.measured(judged)
     pairs = [(study.SAE, study.RANDOM), (study.SAE, study.EVERY), (study.RANDOM, study.EVERY)]
     gaps = ontology.differences(kept, summary, pairs)
     row = summary[(summary["method"] == study.EVERY) & (summary["by"] == "classes")].set_index("measure")["value"]
     assert row["mean F1"] == pytest.approx(every.by_class[every.asked].mean()) and row[ontology.ABOVE] == 0
     assert summary[summary["method"] == study.EVERY]["p"].isna().all()
-    assert study.beaten(synsets, "images") == (11, 11) and study.beaten(synsets, "unseen classes") == (6, 6)
-    assert study.beaten(synsets, "images", study.EVERY, study.SAE) == (0, 11)
-    told = study.against_text(summary, gaps, synsets, "images")
-    assert "is better than every class" in told and told.endswith(
-        "beats every class on 9 of 9 synsets (4 of 4 of at least 4 classes; 2 of 2 left out as too large)."
-    )
-    told = study.against_text(summary, gaps, synsets, "unseen classes")
-    assert "4 synsets are too few for a verdict" in told and "better" not in told
     above = gaps[(gaps["measure"] == ontology.ABOVE) & (gaps["by"] == "classes")].set_index(["dictionary", "other"])
     raw = (planted.by_class - planted.null["by_class"].mean(axis=0))[planted.asked].mean()
     assert above.loc[(study.SAE, study.EVERY), "value"] == pytest.approx(raw)
@@ -236,94 +227,47 @@ def test_the_tree_in_a_list(tree):
     assert ontology.trivial_f1(np.array([[True], [True], [False], [False]]))[0] == pytest.approx(2 * 2 / 6)
 
 
-# --- sentences and figures
+# --- numbers of the findings, and figures
 
 
 PART = "SAE, 8 latents"
 
 
-def _summary(p=0.001, permutations=999):
-    cells = {"lo": 0.6, "hi": 0.8, "least": 0.65, "largest": 0.75, "draws": 3}
-    cells |= {"null": 0.4, "null_lo": 0.3, "null_hi": 0.5, "p": p, "permutations": permutations}
-    values = {study.SAE: 0.7, study.RANDOM: 0.5, study.EVERY: 0.3}
-    return pd.DataFrame(
-        [
-            cells | {"method": method, "by": by, "measure": measure, "value": value - 0.4 * (measure == ontology.ABOVE)}
-            for method, value in values.items()
-            for by in ("images", "unseen classes", "classes")
-            for measure in ("mean F1", ontology.ABOVE)
-        ]
-    )
-
-
-def _gaps(every, random, part="worse", synsets=9):
-    of = {"by": "images", "measure": "mean F1", "value": 0.1, "lo": 0.0, "hi": 0.2, "synsets": synsets}
-    pairs = ((study.SAE, study.EVERY, every), (study.SAE, study.RANDOM, random), (PART, study.CLS, part))
-    return pd.DataFrame([of | {"dictionary": own, "other": other, "verdict": word} for own, other, word in pairs])
-
-
-def _synsets():
-    own = pd.DataFrame({"method": study.SAE, "synset": list("abc"), "images": [0.5, 0.2, 0.9], "q": [0.01, 0.2, 0.04]})
-    own = own.assign(members=[2, 5, 3], asked=True)
-    return pd.concat([own, own.assign(method=study.EVERY, images=[0.5, 0.3, 0.4])])
-
-
-def test_sentences_in_every_direction():
-    told = study.against_text(_summary(), _gaps("better", "worse"), _synsets(), "images")
-    assert "mean F1 of 0.70 over 3 synsets, calling every class a member 0.30, random dictionaries 0.50" in told
-    assert "the SAE is better than every class (+0.10, +0.00 to +0.20) and worse than random dictionaries" in told
-    assert told.endswith("beats every class on 1 of 3 synsets (0 of 1 of at least 4 classes).")
-    told = study.against_text(_summary(), _gaps("worse", "undecided"), _synsets(), "images")
-    assert "worse than every class" in told and "not told from random dictionaries" in told
-    told = study.against_text(_summary(), _gaps(study.NONE, study.NONE), _synsets(), "images")
-    assert "too few for a verdict, the SAE differs by +0.10, +0.00 to +0.20 from every class" in told
-    for word, wanted in (("better", "better than"), ("worse", "worse than"), ("undecided", "not told from")):
-        told = study.equal_text(_gaps("better", "better", word))
-        assert told.startswith("8 latents of the SAE, as many") and f"are {wanted} these by images (+0.10" in told
-    assert "without a verdict on 4 synsets by images" in study.equal_text(_gaps("better", "better", study.NONE, 4))
-    told = study.chance_text(_summary(), _synsets())
-    assert "it is more than chance (p ≤ 0.001), and 2 of 3 synsets" in told and "(999 times, first draw)" in told
-    assert told.endswith("chance: SAE 0.30, random dictionary 0.10.")
-    assert "(p ≤ 0.005)" in study.chance_text(_summary(0.005, 199), _synsets())
-    assert "no more than chance (p = 0.200)" in study.chance_text(_summary(0.2), _synsets())
-
-
-def _agreement(beyond=(0.001, 0.2), gain=(0.1, 0.05, 0.15), split=0.5):
-    row = {"of": study.SAE, "distance": "cosine", "method": "spearman", "permutations": 999, "r": 0.5, "split_r": split}
-    row |= {"within": 0.2, "within_lo": 0.1, "within_hi": 0.3, "within_p": 0.002}
-    row |= {"beyond": 0.3, "beyond_lo": beyond[1], "beyond_hi": 0.4, "beyond_p": beyond[0], "over": "Euclidean"}
-    means = [
-        row | {"of": study.MEANS, "distance": kind, "within": r} for kind, r in (("Euclidean", 0.3), ("cosine", 0.2))
-    ]
-    return pd.DataFrame([row | dict(zip(("gain", "gain_lo", "gain_hi"), gain, strict=True)), *means])
-
-
-def _inside(*clear):
-    rows = []
-    for i, is_clear in enumerate(clear):
-        row = {"family": f"kind {i}", "of": study.SAE, "distance": "cosine", "permutations": 999}
-        rows.append(row | {"r": 0.4, "lo": 0.1 if is_clear else -0.1, "p": 0.001 if is_clear is not None else 0.3})
-        rows.append(row | {"of": study.MEANS, "distance": "Euclidean", "r": 0.35, "lo": 0, "p": 0.01})
-    return pd.DataFrame(rows)
-
-
-def test_sentences_on_distances_in_every_direction():
-    told = study.mantel_text(_agreement(), _inside(True, False, None), "x")
-    assert 'r = 0.50, but "one is an animal, the other not" alone has r = 0.50, no less; given that split' in told
-    assert "r is 0.20 (0.10 to 0.30, p = 0.002) beside 0.30 of class means (Euclidean)" in told
-    assert "for kind 0s only: kind 0s 0.40 (p ≤ 0.001), kind 1s 0.40 (p ≤ 0.001), kind 2s 0.40 (p = 0.300)." in told
-    told = study.mantel_text(_agreement(split=0.3), _inside(True, True), "x")
-    assert "alone has r = 0.30; given" in told and "for each: " in told
-    assert "for none: " in study.mantel_text(_agreement(), _inside(False, None), "x")
-    told = study.beyond_text(_agreement(), _inside(True))
-    assert "profiles add to what" in told and " better than the best" in told and "kind 0s 0.35 (Euclidean)." in told
-    assert "add nothing clear" in study.beyond_text(_agreement(beyond=(0.001, -0.1)), _inside(True))
-    told = study.beyond_text(_agreement(beyond=(0.4, 0.1), gain=(-0.1, -0.2, -0.05)), _inside(True))
-    assert "add nothing clear" in told and "the tree worse than the best of the means, Euclidean" in told
-    assert "neither clearly better nor worse" in study.beyond_text(_agreement(gain=(0.1, -0.1, 0.3)), _inside(True))
-    for lo, hi, told in ((0.1, 0.3, "helps"), (-0.3, -0.1, "hurts"), (-0.1, 0.1, "makes no clear difference")):
-        gains = pd.DataFrame([{"distance": "cosine", "method": "spearman", "value": (lo + hi) / 2, "lo": lo, "hi": hi}])
-        assert study.training_text(gains).startswith(f"Training {told}: ")
+def test_numbers_of_the_findings_are_those_of_the_tables(tree, planted, nothing):
+    labels = np.repeat(np.arange(20), PER_CLASS)
+    every = ontology.every_class(labels, _members(tree), len(planted.replicates["by_class"]))
+    judged = {
+        study.SAE: [planted],
+        study.CLS: [nothing],
+        study.RANDOM: [nothing],
+        PART: [nothing],
+        study.EVERY: [every],
+    }
+    summary, kept = ontology.measured(judged)
+    pairs = [(study.SAE, study.RANDOM), (study.SAE, study.EVERY), (PART, study.CLS)]
+    path, split = tree.path_distance(), mantel.split_distance(tree.members(study.ANIMAL))
+    rng = np.random.default_rng(0)
+    distances = {(study.SAE, "cosine"): path / 30.0}
+    for name, kind in ((study.RANDOM, "cosine"), (study.MEANS, "Euclidean")):
+        noise = rng.random(path.shape)
+        distances[name, kind] = (noise + noise.T) * (1 - np.eye(len(path)))
+    data = SimpleNamespace(
+        tree=tree, synsets=ontology.by_synset(judged, tree), summary=summary, distances=distances,
+        differences=ontology.differences(kept, summary, pairs),
+        agreement=mantel.agreement(path, distances, study.MEANS, split, n=99),
+        inside=mantel.inside(path, distances, study.families(tree), "spearman", n=99),
+        gains=mantel.gains(path, distances, study.SAE, study.RANDOM),
+    )  # fmt: skip
+    numbers = study.numbers(data)
+    assert {name for one in findings.of_notebook("10_ontology") for name in one.names} <= set(numbers)
+    assert (numbers["won_images"].value, numbers["synsets_images"].value) == (9, 9)
+    assert numbers["f1_sae_images"].value == 1 and numbers["r"].value == 1
+    row = data.differences.query("dictionary == @PART and by == 'images' and measure == 'mean F1'").iloc[0]
+    assert numbers["equal_number_less_cls_coordinates_images"].value == pytest.approx(row["value"], abs=0.001)
+    marks = {row["key"]: row["mark"] for row in findings.judge(findings.of_notebook("10_ontology"), numbers)}
+    assert marks["sae-random"] == marks["sae-every"] == marks["within-split"] == findings.HOLDS
+    assert marks["one-split"] == findings.FAILS and marks["unseen"] == findings.UNDECIDED
+    assert study.paths(data)["panel"].nunique() == 3
 
 
 def test_families_are_of_eight_classes_or_more(tree):
@@ -376,34 +320,15 @@ def test_figures_are_drawn_in_both_themes(tree, planted, nothing):
 
 
 @pytest.mark.parametrize("profile", ANALYSES["10_ontology"])
-def test_the_pages_sentences_are_those_of_their_tables(profile):
-    page = path_of(f"{profile}/10_ontology")
-    told = results(f"{profile}/10_ontology")
-    tables = {
-        name: pd.read_csv(page.parent / "data" / "10_ontology" / f"{name}.csv")
-        for name in ("summary", "differences", "synsets", "mantel", "inside", "training")
-    }
-    summary, gaps, synsets = (tables[name] for name in ("summary", "differences", "synsets"))
-    agreement, inside = tables["mantel"], tables["inside"]
-    against = [study.against_text(summary, gaps, synsets, by) for by in dict.fromkeys(summary["by"])]
-    assert told["against"] == against and against[0].startswith("By images")
-    assert told["chance"] == study.chance_text(summary, synsets)
-    of_paths = study.mantel_text(agreement, inside, profile)
-    assert told["answer"] == [against[0], study.equal_text(gaps), of_paths]
-    assert told["mantel"] == [of_paths, study.beyond_text(agreement, inside), study.training_text(tables["training"])]
-    shown = "".join("".join(cell["source"]) for cell in json.loads(page.read_text(encoding="utf-8"))["cells"])
-    assert "**Limits" in shown or "## Limits" in shown
+def test_the_tables_of_a_published_page_agree_with_each_other(profile):
+    folder = path_of(f"{profile}/10_ontology").parent / "data" / "10_ontology"
+    summary, gaps, synsets = (pd.read_csv(folder / f"{name}.csv") for name in ("summary", "differences", "synsets"))
     large, synsets = synsets[~synsets["asked"]], synsets[synsets["asked"]]
-    own = synsets[synsets["method"] == study.SAE]
-    assert (
-        len(own) == told["synsets"]
-        and large["q"].isna().all()
-        and large["images"].notna().all()
-        and {study.EVERY, study.RANDOM, study.CLS} < set(synsets["method"])
-    )
+    assert large["q"].isna().all() and large["images"].notna().all()
+    assert {study.EVERY, study.RANDOM, study.CLS} < set(synsets["method"])
     for by, column in (("classes", "f1"), ("images", "images"), ("unseen classes", "unseen")):
         for method in (study.SAE, study.EVERY):
             mean = synsets[synsets["method"] == method][column].mean()
             row = summary[(summary["method"] == method) & (summary["by"] == by) & (summary["measure"] == "mean F1")]
             assert row["value"].iloc[0] == pytest.approx(mean, abs=1e-4)
-    assert (gaps[gaps["synsets"] < ontology.FEWEST]["verdict"] == study.NONE).all()
+    assert (gaps[gaps["synsets"] < ontology.FEWEST]["verdict"] == "too few synsets").all()

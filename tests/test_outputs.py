@@ -16,6 +16,7 @@ import pytest
 import small_profile
 from PIL import Image
 
+import capsae.cli_images
 import capsae.features
 import capsae.scoring
 from capsae.__main__ import main
@@ -295,7 +296,7 @@ def test_a_trained_folder_scores_without_profile_images_and_store(extracted, pro
     folder = str(tmp_path / "sae")
     for _ in range(2):  # again over its own
         assert main(["train", "-p", profile, "--out", folder, "-q"]) == 0
-    assert sorted(os.listdir(folder)) == sorted(capsae.commands.TRAINED)
+    assert sorted(os.listdir(folder)) == sorted(capsae.cli_images.TRAINED)
     assert main(["score", "-p", profile, str(images), "-q", "--out", str(tmp_path / "a.csv")]) == 0
     monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "elsewhere"))
     monkeypatch.setattr("capsae.profiles.load_profile", lambda *_: pytest.fail("no profile is needed"))

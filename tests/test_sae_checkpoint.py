@@ -17,8 +17,9 @@ import torch
 from capsae.featureset import read_tensors, write_tensors
 from capsae.sae import SAEConfig, select, train_sae, train_saes
 from capsae.sae.checkpoint import fingerprint
+from capsae.sae.cpu_step import CompiledStep
 from capsae.sae.rows import Rows
-from capsae.sae.steps import Step
+from capsae.sae.steps import PlainStep
 
 needs_numba = pytest.mark.skipif(select.compiled() is None, reason="numba is not installed")
 KINDS = [False, pytest.param(True, marks=needs_numba)]
@@ -85,10 +86,10 @@ def config(**options) -> SAEConfig:
 
 def stop_after(monkeypatch, n: int, configs, checkpoint, x=None, **options) -> None:
     """Train until step n, and stop there as if killed."""
-    count, original = iter(range(n)), Step.together
+    count = iter(range(n))
 
-    def together(steps):
-        take = original(steps)
+    def together(kind, steps):
+        take = originals[kind](steps)
 
         def counted(batches, lrs):
             if next(count, None) is None:
@@ -97,10 +98,18 @@ def stop_after(monkeypatch, n: int, configs, checkpoint, x=None, **options) -> N
 
         return counted
 
+    originals = {kind: kind.together for kind in (PlainStep, CompiledStep)}
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(Step, "together", together)
+        for kind in originals:
+            patched.setattr(kind, "together", classmethod(together))
         options = {"progress": False, "checkpoint": checkpoint, "checkpoint_seconds": 0} | options
         train_saes(rows() if x is None else x, configs, "cpu", **options)
+
+
+def count_steps(monkeypatch, steps: list) -> None:
+    for kind in (PlainStep, CompiledStep):
+        counted = kind.update_average
+        monkeypatch.setattr(kind, "update_average", lambda s, f=counted: steps.append(1) or f(s))
 
 
 def same(trained, other) -> None:
@@ -118,7 +127,7 @@ def test_it_goes_on_from_any_step(monkeypatch, tmp_path, n, compiled):
     assert whole[0][1].dead_fraction.max() > 0  # AuxK and its dead set take part
     stop_after(monkeypatch, n, configs, tmp_path, **options)
     steps = []
-    monkeypatch.setattr(Step, "update_average", lambda s, f=Step.update_average: steps.append(1) or f(s))
+    count_steps(monkeypatch, steps)
     again = train_saes(rows(), configs, "cpu", progress=False, checkpoint=tmp_path, **options)
     same(whole, again)
     assert len(steps) == 2 * max(0, 50 - n) + 30  # none is made twice
@@ -130,7 +139,7 @@ def test_finished_parts_are_not_trained_again(monkeypatch, tmp_path):
     stop_after(monkeypatch, 60, configs, tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["training-1.safetensors", "training.safetensors"]
     steps = []
-    monkeypatch.setattr(Step, "update_average", lambda s, f=Step.update_average: steps.append(1) or f(s))
+    count_steps(monkeypatch, steps)
     again = train_saes(rows(), configs, "cpu", progress=False, checkpoint=tmp_path)
     assert len(steps) == 20
     monkeypatch.undo()

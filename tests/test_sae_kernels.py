@@ -477,11 +477,10 @@ def test_a_step_that_cannot_be_recorded_runs_kernel_by_kernel(monkeypatch, caplo
 
 
 @inside
-@pytest.mark.parametrize("failures", [1, 2])
 @pytest.mark.parametrize("count", [1, 2])
-def test_want_of_memory_puts_a_recording_off(monkeypatch, caplog, faked, count, failures):
+def test_want_of_memory_ends_the_recordings(monkeypatch, caplog, faked, count):
     def forward(self, n):
-        if faked.count("begin") > faked.count("end") and faked.count("begin") <= failures:
+        if faked.count("begin") > faked.count("end"):
             raise torch.cuda.OutOfMemoryError("no room")
 
     monkeypatch.setattr(TritonStep, "forward", forward)
@@ -489,9 +488,8 @@ def test_want_of_memory_puts_a_recording_off(monkeypatch, caplog, faked, count, 
     for _ in range(10):
         take()
     assert [step.steps for step in made] == [10] * count
-    assert faked.count("begin") == faked.count("empty") == 2 and faked.count("replay") == (5 if failures == 1 else 0)
-    assert all(step.use_graphs == (failures == 1) for step in made)
-    assert ("kernel by kernel" in caplog.text) == (failures == 2)
+    assert faked.count("begin") == faked.count("empty") == 1 and not faked.count("replay")
+    assert not any(step.use_graphs for step in made) and "kernel by kernel" in caplog.text
 
 
 @inside

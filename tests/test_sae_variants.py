@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from capsae import sae as zoo
 from capsae.featureset import LinearHead
 from capsae.sae import SAEConfig, TopKSAE, measures, train_sae, variants
+from capsae.sae.model import model
 from capsae.sae.pursuit import matching_pursuit
 from capsae.sae.variants_rows import head_gradient
 
@@ -169,13 +170,15 @@ def test_each_option_changes_something(name):
 
 def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="variant is 'top_q'; one of topk, relu"):
-        SAEConfig(8, 2, variant="top_q")
+        model(SAEConfig(8, 2, variant="top_q"))
     with pytest.raises(ValueError, match="'jumprelu' has no option 'l1'; it has bandwidth, weight"):
-        SAEConfig(8, 2, variant="jumprelu", options={"l1": 1})
+        model(SAEConfig(8, 2, variant="jumprelu", options={"l1": 1}))
     with pytest.raises(ValueError, match="'topk' has no option 'l1'; it has none"):
-        SAEConfig(8, 2, options={"l1": 1})
+        model(SAEConfig(8, 2, options={"l1": 1}))
     with pytest.raises(TypeError, match="option 'weight' of 'jumprelu' is 'big'"):
-        SAEConfig(8, 2, variant="jumprelu", options={"weight": "big"})
+        model(SAEConfig(8, 2, variant="jumprelu", options={"weight": "big"}))
+    with pytest.raises(ValueError, match="variant is 'top_q'"):
+        train_sae(planted(100, 0)[0], SAEConfig(8, 2, variant="top_q"), progress=False)
     x = planted(100, 0)[0]
     with pytest.raises(ValueError, match="'gsae' needs head"):
         train_sae(x, config("gsae"), progress=False)

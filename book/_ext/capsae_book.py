@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -24,8 +25,15 @@ def copy_data(app, exception) -> None:
         shutil.copyfile(file, target)
 
 
+def write_in_parallel(app, env) -> None:
+    """Let several processes write the pages, most of the time; Jupyter Book has no option for it. Reading is over by
+    now: some extensions would refuse to do that in parallel."""
+    app.parallel = 1 + len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
 def setup(app) -> dict:
     app.add_config_value("comments_config", {}, "html")  # Jupyter Book sets it even where sphinx_comments is left out
     app.connect("config-inited", use_repository_buttons)
+    app.connect("env-updated", write_in_parallel)
     app.connect("build-finished", copy_data)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

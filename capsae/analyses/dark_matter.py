@@ -8,7 +8,7 @@ After Engels, Smith and Tegmark, "Decomposing the dark matter of sparse autoenco
 on language models. Ours [r]: errors of the rows that the SAE was trained on are smaller than those of others, so each
 regression is fitted in three ways (:data:`FITS`), and the part e_lin is the second of them. Every share so found is a
 lower bound of what is linear: of finitely many rows a map predicts less than of many. Scores on the parts are in
-:mod:`capsae.analyses.dark_matter_scores`, sentences in :mod:`capsae.analyses.dark_matter_words`.
+:mod:`capsae.analyses.dark_matter_scores`, tables and numbers in :mod:`.dark_matter_study`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..figures import BLUE, GREEN, GREY, ORANGE, RED, _figure, _text_colour
-from .layers_told import KIND_TITLES, MEASURE_TITLES, METHOD_TITLES
+from .layers_study import KIND_TITLES, MEASURE_TITLES, METHOD_TITLES
 
 _STYLE = {"cls": (BLUE, "o", "-"), "attn": (ORANGE, "s", "--"), "patches": (GREEN, "^", "-.")}
 _GROUP = {"near": "near OOD", "far": "far OOD", "all": "all OOD sets"}
@@ -90,7 +90,7 @@ _VERDICTS = {"better": (BLUE, "o"), "undecided": (GREY, "D"), "worse": (RED, "s"
 
 
 def against_end(data: pd.DataFrame, metric: str = "AUROC") -> Figure:
-    """Every site less the network's end, near beside far. Columns as :func:`.layers_told.over_end` gives them."""
+    """Every site less the network's end, near beside far. Columns as :func:`.layers_study.over_end` gives them."""
     sites = list(dict.fromkeys(data["site"]))
     figure, axes = _figure(7, 1.3 + 0.19 * len(sites), 1, 2, sharey=True, sharex=True)
     place = {site: i for i, site in enumerate(sites)}

@@ -1,7 +1,7 @@
 """Baselines that measure a distance in feature space: to class means, or to training rows.
 
-Covariances are float64 and divided by N; Mahalanobis distances are Euclidean after whitening by ``eigh``, with
-null directions cut (:data:`capsae.detectors.maths.RCOND`).
+Covariances are float64 and divided by N; Mahalanobis distances are Euclidean after whitening by ``eigh`` of
+standardised columns, with null directions cut (:data:`capsae.detectors.maths.RCOND`).
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ class RMDSPlusPlus(_Mahalanobis):
 class KNN(Detector):
     """Squared Euclidean distance to the k-th nearest training feature, all of unit length.
 
-    The neighbour is found by exact search in float32, its distance is float64. The square is OpenOOD's; pytorch-ood
-    takes the root. ``backend="faiss"`` searches with faiss (exactly, too) where that is installed.
+    The neighbour is found by exact search in float32 about the training mean, where rounding does the least harm, its
+    distance is float64. The square is OpenOOD's; pytorch-ood takes the root. ``backend="faiss"`` searches
+    with faiss (exactly, too) where that is installed.
     """
 
     title: ClassVar[str] = "KNN"
@@ -112,7 +113,8 @@ class KNN(Detector):
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         if not 1 <= self.k <= len(obs):
             raise ValueError(f"k is {self.k}, but there are {len(obs)} training rows: use k in 1..{len(obs)}")
-        self._bank = np.concatenate([block.unit.astype(np.float32) for block in obs.blocks()])
+        self._centre = mean_row(obs, lambda block: block.unit)
+        self._bank = np.concatenate([self._about_the_centre(block, bank=True) for block in obs.blocks()])
         self._cls = obs.cls  # for the exact distance to the one neighbour that counts
         if self.backend == "faiss":
             import faiss
@@ -121,8 +123,14 @@ class KNN(Detector):
             self._index.add(self._bank)
         return self
 
+    def _about_the_centre(self, obs: Observations, bank: bool = False) -> np.ndarray:
+        """Rows (n, d + 1) float32 whose inner product with a bank row is largest where the distance is smallest."""
+        x = obs.unit - self._centre
+        last = -np.einsum("nd,nd->n", x, x) / 2 if bank else np.ones(len(x))
+        return np.concatenate([x, last[:, None]], axis=1).astype(np.float32)
+
     def _score(self, obs: Observations) -> np.ndarray:
-        unit = obs.unit.astype(np.float32)
+        unit = self._about_the_centre(obs)
         if self.backend == "faiss":
             found = self._index.search(unit, self.k)[1]
         else:

@@ -10,7 +10,7 @@ from scipy.sparse import csr_matrix
 
 from .observations import Observations
 
-RCOND = 1e-10  # directions under this share of the largest eigenvalue are cut: a pseudo-inverse
+RCOND = 1e-10  # directions of standardised columns under this share of the largest eigenvalue are cut
 _PRODUCTS = 2**24  # inner products held at a time: 64 MiB
 _BANK = 65_536
 
@@ -69,12 +69,17 @@ def covariance(obs: Observations, features: Features, centres: np.ndarray, label
 
 
 def whitening(covariance: np.ndarray) -> np.ndarray:
-    """Matrix (d, r) that makes a covariance (d, d) the identity, on its r non-null directions."""
-    values, vectors = np.linalg.eigh(covariance)
+    """Matrix (d, r) that makes a covariance (d, d) the identity, on its r non-null directions.
+
+    Columns are standardised first: what is null is a matter of their correlations, not of their units.
+    """
+    std = np.sqrt(np.diag(covariance))
+    std = np.where(std > 0, std, 1)
+    values, vectors = np.linalg.eigh(covariance / np.outer(std, std))
     keep = (values > RCOND * values[-1]) & (values > 0)
     if not keep.any():
         raise ValueError("all training features of a class are equal: a Mahalanobis distance needs some spread")
-    return vectors[:, keep] / np.sqrt(values[keep])
+    return vectors[:, keep] / np.sqrt(values[keep]) / std[:, None]
 
 
 def largest_products(queries: np.ndarray, bank: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

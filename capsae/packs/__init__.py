@@ -98,7 +98,11 @@ def make_pack(
     """
     import shutil
 
+    from .. import backbone as backbone_code
+    from .. import data, images
+    from .. import sources as sources_code
     from ..backbone import load_backbone
+    from ..code import digest as code_digest
     from ..data import ImageSource, open_source
     from ..features import EXTRACTOR, extract
 
@@ -139,7 +143,7 @@ def make_pack(
         "dtype": {"products": options["dtype"], "stored": stored},
         "extractor": EXTRACTOR,
         "pixel_statistics": list(PIXEL_STATISTICS),
-        "code": _code_digest(),
+        "code": code_digest(backbone_code, data, images, sources_code),
         "versions": versions,
         "made": datetime.date.today().isoformat(),
         "bytes": total,
@@ -252,11 +256,3 @@ def _file(folder: Path, set_name: str) -> Path:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _code_digest() -> str:
-    """SHA-256 over the source of the modules that turn an image into features."""
-    sha = hashlib.sha256()
-    for module in ("images.py", "data.py", "sources.py", "backbone.py", "features.py"):
-        sha.update((PACKS.parent / module).read_bytes())
-    return sha.hexdigest()

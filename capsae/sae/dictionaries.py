@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from . import io
 from .config import _OPTIONS, _need_int
-from .model import SparseCoder, check_rows
+from .model import SparseCoder, check_rows, directions
 from .pursuit import kmeans, matching_pursuit, nearest, nonnegative_fit, omp
 from .select import topk
 
@@ -290,8 +290,7 @@ class RandomDictionary(Dictionary):
     source = "our control"
 
     def _learn(self, u):
-        dice = torch.Generator().manual_seed(self.config.seed)
-        atoms = F.normalize(torch.randn(self.config.latents, u.shape[1], generator=dice), dim=1).to(u.device)
+        atoms = directions(self.config.latents, u.shape[1], np.random.PCG64(self.config.seed)).to(u.device)
         self._keep(decoder=atoms, gain=torch.ones(1, device=u.device))
         over = under = torch.zeros((), dtype=torch.float64, device=u.device)
         for block in self._sample(u).split(512):

@@ -6,16 +6,14 @@ at each epoch's `read`, and the learning rate lies in device memory. So a step i
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import logging
 import os
-import statistics
 from collections.abc import Callable
 
 import torch
 
+from .gpu_graph import capture_streams, current, record
 from .steps import BETAS, Step
 
 log = logging.getLogger(__name__)
@@ -23,8 +21,7 @@ log = logging.getLogger(__name__)
 TERMS = ("decode", "weights")  # computed by gathers, or by dense products
 SMALLEST_CHUNK = 256
 WARM_UP = 2  # steps that run before one is recorded: they compile the kernels
-MOST_SHORTAGES = 2  # recordings that may fail for want of memory before none is tried again
-CHOICES: dict = {}  # dense or not, by device and shape: all trainings of a process choose alike
+SPARSE_FROM = 120  # latents per k above which gathers beat dense products, by an estimate of both
 DEAD_SIZES = 16  # the list of dead latents is padded to a multiple of latents / DEAD_SIZES
 
 
@@ -45,15 +42,13 @@ class TritonStep(Step):
     """The same for a GPU: gradients stay in registers or cache, one launch a step.
 
     With bf16 products, gathers read bf16 copies as well (of the decoder, x - b and the residual); sums, parameters and
-    Adam are float32. The weights of two runs are equal bit for bit where `dense` is: it follows from a measurement on
-    the first batch, is part of `state`, and can be fixed by ``CAPSAE_GPU_DENSE`` ("decode,weights", "weights", "none").
+    Adam are float32. The weights of two runs are equal bit for bit where `dense` is: it follows from the
+    settings, is part of `state`, and can be set by ``CAPSAE_GPU_DENSE`` ("decode,weights", "weights", "none").
 
     Attributes
     ----------
     dense : frozenset of {"decode", "weights"} or None
         Terms that are dense products rather than gathers; None before the first batch.
-    costs : dict of str to float
-        Milliseconds of each alternative, as measured.
     chunk : int
         Rows whose pre-activations exist at a time: as many as stay in the GPU's cache.
     """
@@ -72,9 +67,9 @@ class TritonStep(Step):
         self.rates = torch.zeros(2, device=self.device)  # lr and second moment, both corrected for the moments' start
         self.aux = torch.zeros(1, device=self.device)  # AuxK's loss
         self.chunk, self.heavy = rows_in_cache(self.device, self.m * self.copies[0].element_size()), None
-        self.dense, self.costs = wished_dense(), {}
+        self.dense = wished_dense()
         self.graphs, self.seen, self.pool = {}, {}, None
-        self.use_graphs, self.shortages = self.device.type == "cuda", 0
+        self.use_graphs = self.device.type == "cuda"
         self.streams = capture_streams(self.device, 1)
         self.find_dead()
 
@@ -115,7 +110,7 @@ class TritonStep(Step):
     def make_room(self, x: torch.Tensor) -> None:
         """A Batch of at least these rows, and a Dead where AuxK has work."""
         if self.dense is None:
-            self.dense, self.costs = choose_dense(self, x)
+            self.dense = choose_dense(self)
         if self.batch is None or self.batch.n < len(x):
             self.forget()
             self.batch = self.new_batch(len(x), self.dense)
@@ -266,7 +261,7 @@ class TritonStep(Step):
             copy.copy_(parameter.detach())
 
     def notes(self) -> dict:
-        return {"dense": ", ".join(sorted(self.dense or ())) or "none", "costs": self.costs, "chunk": self.chunk}
+        return {"dense": ", ".join(sorted(self.dense or ())) or "none", "chunk": self.chunk}
 
     @torch.no_grad()
     def squared_error(self, x: torch.Tensor) -> float:
@@ -336,135 +331,10 @@ class StepGroup:
         return True
 
 
-def current(device: torch.device):
-    """Triton launches on the current GPU, wherever the tensors are: make it theirs."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def capture_streams(device: torch.device, n_steps: int) -> list:
-    """The stream that a recording begins and ends on, then one for each of several steps; kept, as is their memory."""
-    if device.type != "cuda":
-        return []
-    return [torch.cuda.Stream(device) for _ in range(1 if n_steps == 1 else n_steps + 1)]
-
-
-def record(steps: list[TritonStep], sizes: list[int], pool, streams: list) -> torch.cuda.CUDAGraph | None:
-    """The steps as one graph, side by side. Recording runs nothing, so the training is as it was; None: it failed.
-
-    Then the steps record no more, except that a first want of memory may pass: they warm up and try once again.
-    """
-    graph, device, (outer, *inner) = torch.cuda.CUDAGraph(), steps[0].device, streams
-    collecting = gc.isenabled()
-    gc.disable()  # what it would free meanwhile could spoil the recording
-    try:
-        torch.cuda.empty_cache()  # a graph's pool takes nothing of what is cached outside it
-        outer.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(outer):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            side_by_side(steps, sizes, outer, inner, graph.capture_end)
-        torch.cuda.current_stream(device).wait_stream(outer)
-    except RuntimeError as error:
-        give_up(steps, error)
-        torch.cuda.synchronize(device)
-        return None
-    finally:
-        if collecting:
-            gc.enable()
-    return graph
-
-
-def side_by_side(steps: list[TritonStep], sizes: list[int], outer, inner: list, end: Callable[[], None]) -> None:
-    """Each step's kernels on a stream of its own, all between what came before on `outer` and the end of recording."""
-
-    def run() -> None:
-        for stream in inner:
-            stream.wait_stream(outer)
-        for step, n, stream in zip(steps, sizes, inner or [outer], strict=True):
-            with torch.cuda.stream(stream):
-                step.forward(n)
-                step.update(n)
-
-    def join() -> None:
-        for stream in inner:
-            outer.wait_stream(stream)
-
-    # All three, whatever becomes of the first: with streams unjoined, or without an end, torch's allocator would go on
-    # as if it were recording. What fails later follows from what failed first.
-    errors = []
-    for call in (run, join, end):
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-    if errors:
-        raise errors.pop(0)  # kept in the list, it would keep its frames and their tensors
-
-
-def give_up(steps: list[TritonStep], error: RuntimeError) -> None:
-    """After a failed recording: no more of them, or, for want of memory, not before another warm-up."""
-    short = isinstance(error, torch.cuda.OutOfMemoryError)
-    for step in steps:
-        step.gradients = None  # they lie in the pool of what was not recorded
-        step.seen, step.shortages = {}, step.shortages + short
-        step.use_graphs = short and step.shortages < MOST_SHORTAGES
-    if all(step.use_graphs for step in steps):
-        log.info("no memory to record the step as a CUDA graph yet (%s): trying again later", error)
-    else:
-        log.warning("the step could not be recorded as a CUDA graph (%s): it runs kernel by kernel, more slowly", error)
-
-
-def choose_dense(step: TritonStep, x: torch.Tensor) -> tuple[frozenset, dict[str, float]]:
-    """Time both ways of each term on a first batch (on a GPU; elsewhere gathers), without changing anything."""
-    if step.device.type != "cuda":
-        return frozenset(), {}
-    n, costs, scratch = len(x), {}, torch.zeros_like(step.fired)
-    key = torch.cuda.get_device_name(step.device), n, step.d, step.m, step.config.k, step.half
-    if key in CHOICES:
-        return CHOICES[key]
-    step.rates.fill_(1.0)
-    spin(200_000_000)  # until the clocks are up
-    for name, dense in (("gathers", frozenset()), ("products", frozenset(TERMS))):
-        try:
-            batch = step.new_batch(n, dense)
-            torch.sub(x, step.sae.pre_bias, out=batch.centred[:n])
-            batch.select(n, step.copies[0], step.copies[2])
-            costs[f"decode by {name}"] = milliseconds(
-                lambda batch=batch: batch.decode(n, step.copies[1], scratch, step.scale(n))
-            )
-            costs[f"weights by {name}"] = milliseconds(
-                lambda batch=batch: batch.update(n, step.weights(), None, step.scale(n), step.rates, write=False)
-            )
-        except torch.cuda.OutOfMemoryError:
-            if not dense:
-                raise
-        batch = None  # before the next one is made
-    absent = float("inf")
-    chosen = frozenset(t for t in TERMS if costs.get(f"{t} by products", absent) < costs[f"{t} by gathers"])
-    text = ", ".join(f"{name} {ms:.3f} ms" for name, ms in costs.items())
-    log.info("GPU step for %d rows: %s; dense: %s", n, text, ", ".join(sorted(chosen)) or "none")
-    CHOICES[key] = chosen, costs
-    return chosen, costs
-
-
-def milliseconds(call: Callable[[], None], repeats: int = 7) -> float:
-    """Median time of a call on the current device, after two that do not count."""
-    times = []
-    for turn in range(repeats + 2):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        spin(2_000_000)  # the host runs ahead meanwhile: the gaps between its launches do not count
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        if turn > 1:
-            times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def spin(cycles: int) -> None:
-    """Keep the current device busy (a private function of torch: where it is missing, do nothing)."""
-    if hasattr(torch.cuda, "_sleep"):
-        torch.cuda._sleep(cycles)
+def choose_dense(step: TritonStep) -> frozenset:
+    """Terms by dense products: on a GPU, where latents are few beside k."""
+    few = step.m <= SPARSE_FROM * step.config.k
+    return frozenset(TERMS) if step.device.type == "cuda" and few else frozenset()
 
 
 def wished_dense() -> frozenset | None:

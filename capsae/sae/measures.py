@@ -93,19 +93,6 @@ def head_accuracy(sae, x, labels, head) -> dict[str, float]:
     return {"accuracy": right / n, "reconstructed": again / n, "kept": float(kept), "agreement": same / n}
 
 
-def input_gamma(x) -> float:
-    """gamma = |mu| / |sigma| of rows x (N, d): mean over spread; large gamma predicts dead latents (arXiv 2605.31518).
-
-    Give it ``sae.normalize(x)``: what the encoder sees. sigma is the std of each column, divided by N.
-    """
-    total = sum(_numpy(x[i : i + ROWS]).sum(0, dtype=np.float64) for i in range(0, len(x), ROWS))
-    mean = total / len(x)
-    squares = sum(((_numpy(x[i : i + ROWS]) - mean) ** 2).sum(dtype=np.float64) for i in range(0, len(x), ROWS))
-    if squares <= 0:
-        raise ValueError(f"x has {len(x)} rows that are all equal: sigma is 0 and gamma undefined")
-    return float(np.linalg.norm(mean) / np.sqrt(squares / len(x)))
-
-
 # --- how often latents fire
 
 
@@ -123,29 +110,6 @@ def density(codes) -> np.ndarray:
 def dead_fraction(codes) -> float:
     """Share of the latents that fire in no row."""
     return float((density(codes) == 0).mean())
-
-
-def density_histogram(codes, bins: int = 20) -> pd.DataFrame:
-    """Latents by log10 of their density: columns log10_from, log10_to, latents. The dead are the row -inf, -inf.
-
-    Edges run evenly from 1/N (one row) to 1; the last bin holds 1 itself.
-    """
-    if bins < 1 or len(codes) < 2:
-        raise ValueError(f"bins is {bins} and codes have {len(codes)} rows; at least 1 and 2 would do")
-    shares = density(codes)
-    edges = np.linspace(-np.log10(len(codes)), 0, bins + 1)
-    alive = np.log10(shares[shares > 0])
-    counts = np.histogram(np.clip(alive, edges[0], edges[-1]), edges)[0]
-    dead = {"log10_from": -np.inf, "log10_to": -np.inf, "latents": int((shares == 0).sum())}
-    return pd.DataFrame(
-        [
-            dead,
-            *(
-                {"log10_from": a, "log10_to": b, "latents": int(n)}
-                for a, b, n in zip(edges, edges[1:], counts, strict=False)
-            ),
-        ]
-    )
 
 
 # --- what latents stand for

@@ -265,8 +265,8 @@ class TopKSAE(SparseCoder):
         """Random unit rows, encoder = decoder^T (or random as well): where training starts, and a control."""
         sae, dice = cls(d, config), np.random.PCG64(config.seed)
         with torch.no_grad():
-            sae.decoder.copy_(_directions(config.latents, d, dice))
-            sae.encoder.copy_(_directions(config.latents, d, dice) if config.init == "random" else sae.decoder)
+            sae.decoder.copy_(directions(config.latents, d, dice))
+            sae.encoder.copy_(directions(config.latents, d, dice) if config.init == "random" else sae.decoder)
         return sae
 
     def preactivations(self, x: torch.Tensor) -> torch.Tensor:
@@ -302,7 +302,7 @@ class TopKSAE(SparseCoder):
         return sae.to(device)
 
 
-def _directions(n: int, d: int, dice: np.random.PCG64) -> torch.Tensor:
+def directions(n: int, d: int, dice: np.random.PCG64) -> torch.Tensor:
     """Random unit rows (n, d): of sums of four uniform numbers, so nearly normal.
 
     From the bits of PCG64, whose stream numpy guarantees, in integers: no library's logarithm or sum has a part in it,
