@@ -64,6 +64,7 @@ def observe(
     source = ImageSource("images", nothing, ids, (), lambda row: images[row], np.arange(len(ids)))
     backbone = load_weights(run, checkpoint)
     options = {"device": run.device, "progress": run.progress and len(ids) > 64, "logits": False, "max_bad": 1.0}
+    options |= run.inputs.extraction
     with tempfile.TemporaryDirectory(prefix="capsae-") as work:
         features = extract(source, backbone, work, **options)
     rows = {name: row for row, name in enumerate(features.ids.tolist())}
