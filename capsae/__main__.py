@@ -210,6 +210,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="FOLDER", help="of a re-made pack (default: packs/<name> here)")
     command.add_argument("--pixels", action="store_true", help="keep a pack's features, measure its images anew")
     command.add_argument("--train-backbone", action="store_true", help="digits: first train its ViT, from pixels")
+    command.add_argument("--batch-size", type=int, metavar="N", help="images a forward pass (default: 128)")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of products; give later commands --set backbone.dtype=..."
+    )
 
     command = add("train", "train the SAE, make the class activation profiles, write both to a folder")
     command.add_argument("name", nargs="?", help="a profile's name or .toml file (as --profile)")

@@ -51,7 +51,13 @@ def extract(options) -> int:
     from . import distributed
 
     distributed.start()  # under torchrun, the ranks share the images
+    if options.dtype:
+        options.set.append(f"backbone.dtype={options.dtype}")
     run = run_of(options)
+    if options.batch_size is not None:
+        if options.batch_size < 1:
+            raise ValueError(f"--batch-size {options.batch_size}: 1 or more images would do")
+        run.inputs.extraction["batch_size"] = options.batch_size
     profile, first = run.profile, distributed.rank() == 0
     if profile.pack:
         with distributed.alone():  # a pack is small
@@ -94,7 +100,7 @@ def _extract_pack(run, options) -> int:
         sys.stdout.write(f"{out}: {', '.join(names)}: features as in {profile.pack!r}, pixel statistics new\n")
         return 0
     notes = f"made by `capsae extract {profile.name}`"
-    settings = {"device": options.device, "progress": not options.quiet}
+    settings = {"device": options.device, "progress": not options.quiet} | run.inputs.extraction
     settings["stored"] = pack_info(profile.pack).get("dtype", {}).get("stored", "float16")
     make_pack(profile.name, sources, backbone, out, notes=notes, **settings)
     sys.stdout.write(f"{out}: {', '.join(names)}\nuse it with --set pack={out}\n")

@@ -56,6 +56,7 @@ MAX_BAD = 0.01
 _TASK = (
     16  # images per decoding task: few enough to spread a batch over the threads, enough that the queue costs nothing
 )
+_SECONDS = 60.0  # after which the rows of a shard so far are written: what a kill costs at most
 _AHEAD = 3  # batches decoded ahead of the forward pass
 
 
@@ -105,8 +106,8 @@ def extract(
     backbone : str, mapping, BackboneSpec or Backbone
         What :func:`capsae.backbone.load_backbone` takes.
     out_dir : path
-        Gets ``shard-00000.safetensors`` and so on. Run again after a kill: finished shards are kept, shards of
-        another source, backbone or setting are replaced.
+        Gets ``shard-00000.safetensors`` and so on. Run again after a kill: finished shards are kept, one that was begun
+        goes on (its rows are written once a minute), shards of another source, backbone or setting are replaced.
     batch_size, shard_size : int
         Images per forward pass and per shard.
     device : str
@@ -157,34 +158,43 @@ def extract(
     n_shards = -(-len(source) // shard_size)
     rank, n_ranks = distributed.rank(), distributed.world_size()
     # Rank 0 tidies up and says what is there before any rank writes: all must leave out the same shards.
-    done = distributed.broadcast(_tidied(out_dir, n_shards, key) if rank == 0 else None)
+    there = distributed.broadcast(_tidied(out_dir, n_shards, key) if rank == 0 else None)
+    sizes = [min(shard_size, len(source) - i * shard_size) for i in range(n_shards)]
+    done = [i for i, info in there.items() if info["n_rows"] == sizes[i]]
+    begun = {i: info["n_rows"] for i, info in there.items() if i not in done}
     own = [i for i in range(n_shards) if i not in done][rank::n_ranks]
-    bad: list[dict] = [each for i in sorted(done) for each in done[i]["bad_images"]]
+    bad: list[dict] = [each for i in sorted(there) for each in there[i]["bad_images"]]
     if done:
         log.info("%s: %d of %d shards are finished already", source.name, len(done), n_shards)
 
     started = time.perf_counter()
     with (
-        _bar(source, done, own, shard_size, progress) as bar,
+        _bar(source, there, own, sizes, progress) as bar,
         ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
     ):
-        shard = _Shard.empty()
-        batches = _batches(source, backbone, own, shard_size, batch_size, pool, device)
+        shard, written = _Shard(None), started
+        starts = [range(i * shard_size + begun.get(i, 0), i * shard_size + sizes[i], batch_size) for i in own]
+        batches = _batches(source, backbone, dict(zip(own, starts, strict=True)), pool, device)
         try:
             for batch, found, cls, scores in _forward(batches, backbone, device, dtype, logits):
                 if batch.shard != shard.number:
                     shard.write(out_dir, key)
-                    shard = _Shard.empty(batch.shard)
+                    shard, written = _Shard(batch.shard), time.perf_counter()
+                    if batch.shard in begun:
+                        shard.resume(out_dir, there[batch.shard])
                 shard.add(source, batch, found, cls, scores)
                 bad += [{"id": each.id, "why": each.why} for _, each in found]
                 if len(bad) > max_bad * len(source):
                     raise BadImagesError(source.name, bad, len(source), max_bad)
                 bar.update(len(batch.rows))
+                if time.perf_counter() - written > _SECONDS:
+                    shard.write(out_dir, key)
+                    written = time.perf_counter()
             shard.write(out_dir, key)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     distributed.barrier()
-    bad = [each for i in range(n_shards) for each in _needed(out_dir, i, key)["bad_images"]]
+    bad = [each for i in range(n_shards) for each in _needed(out_dir, i, key, sizes[i])["bad_images"]]
     if len(bad) > max_bad * len(source):
         raise BadImagesError(source.name, bad, len(source), max_bad)
     for each in bad if rank == 0 else ():
@@ -215,14 +225,14 @@ def extract(
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def _batches(source, backbone: Backbone, shards, shard_size, batch_size, pool, device) -> Iterator[_Batch]:
-    """Batches in order, decoding up to ``_AHEAD`` of them beyond the one that is handed out."""
+def _batches(source, backbone: Backbone, shards: dict[int, range], pool, device) -> Iterator[_Batch]:
+    """Batches in order, decoding up to ``_AHEAD`` of them beyond the one that is handed out; ``shards`` gives each
+    shard's rows as range(first, end, batch size)."""
     waiting: deque[_Batch] = deque()
     pinned = device.type == "cuda"
-    for shard in shards:
-        stop = min(len(source), (shard + 1) * shard_size)
-        for start in range(shard * shard_size, stop, batch_size):
-            rows = np.arange(start, min(stop, start + batch_size))
+    for shard, starts in shards.items():
+        for start in starts:
+            rows = np.arange(start, min(starts.stop, start + starts.step))
             pixels = torch.zeros(len(rows), backbone.size, backbone.size, 3, dtype=torch.uint8, pin_memory=pinned)
             view, statistics = pixels.numpy(), np.zeros((len(rows), len(PIXEL_STATISTICS)), np.float32)
             parts = [slice(i, i + _TASK) for i in range(0, len(rows), _TASK)]
@@ -250,8 +260,8 @@ def _decode(source: ImageSource, backbone: Backbone, rows, out, statistics, part
 
 
 def _forward(batches: Iterator[_Batch], backbone: Backbone, device, dtype, logits: bool):
-    """Yield (batch, bad, cls, logits) one batch late, so that an accelerator computes the next while this one is
-    fetched."""
+    """Yield (batch, bad, cls, logits); from an accelerator one batch late, so that it computes the next while this one
+    is fetched."""
     previous = None
     for batch in batches:
         found = [each for task in batch.tasks for each in task.result()]
@@ -260,6 +270,9 @@ def _forward(batches: Iterator[_Batch], backbone: Backbone, device, dtype, logit
         if previous is not None:
             yield _fetch(*previous)
         previous = (batch, found, out)
+        if device.type == "cpu":
+            yield _fetch(*previous)
+            previous = None
     if previous is not None:
         yield _fetch(*previous)
 
@@ -282,9 +295,11 @@ class _Shard:
         self.logits: list[np.ndarray] = []
         self.pixels: list[np.ndarray] = []
 
-    @classmethod
-    def empty(cls, number: int | None = None) -> _Shard:
-        return cls(number)
+    def resume(self, out_dir: Path, info: dict) -> None:
+        """Take what a killed run has written of this shard."""
+        self.n_rows, self.bad = info["n_rows"], list(info["bad_images"])
+        for key in ("rows", "cls", "pixels", *(("logits",) if info["logits"] else ())):
+            getattr(self, key).append(_read(out_dir, self.number, key))
 
     def add(self, source, batch: _Batch, found, cls, logits) -> None:
         good = np.ones(len(batch.rows), dtype=bool)
@@ -303,9 +318,8 @@ class _Shard:
         tensors = {key: np.concatenate(getattr(self, key)) for key in ("rows", "cls", "pixels")}
         if self.logits:
             tensors["logits"] = np.concatenate(self.logits)
-        write_tensors(
-            _shard_path(out_dir, self.number), tensors, {"key": key, "n_rows": self.n_rows, "bad_images": self.bad}
-        )
+        info = {"key": key, "n_rows": self.n_rows, "bad_images": self.bad, "logits": bool(self.logits)}
+        write_tensors(_shard_path(out_dir, self.number), tensors, info)
 
 
 def _shard_path(out_dir: Path, number: int) -> Path:
@@ -317,7 +331,7 @@ def _key(source: ImageSource, backbone: Backbone, shard_size: int, dtype, logits
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _finished(out_dir: Path, number: int, key: str) -> dict | None:
+def _found(out_dir: Path, number: int, key: str) -> dict | None:
     """Info of a shard that this very run would make, else None. A rename puts only whole files there; the header
     alone is read."""
     from safetensors import SafetensorError, safe_open
@@ -330,10 +344,10 @@ def _finished(out_dir: Path, number: int, key: str) -> dict | None:
     return info if info.get("key") == key else None
 
 
-def _needed(out_dir: Path, number: int, key: str) -> dict:
-    """Info of a shard that must be there."""
-    info = _finished(out_dir, number, key)
-    if info is None:
+def _needed(out_dir: Path, number: int, key: str, n_rows: int = 0) -> dict:
+    """Info of a shard that must be there, whole."""
+    info = _found(out_dir, number, key)
+    if info is None or info["n_rows"] < n_rows:
         raise FileNotFoundError(
             f"{_shard_path(out_dir, number)} is not there, or not whole; a folder that all ranks share would do"
         )
@@ -341,11 +355,11 @@ def _needed(out_dir: Path, number: int, key: str) -> dict:
 
 
 def _tidied(out_dir: Path, n_shards: int, key: str) -> dict[int, dict]:
-    """Remove what a killed run or a longer source left behind; the infos of the finished shards, by number."""
+    """Remove what a killed run or a longer source left behind; the infos of the other shards, by number."""
     for path in [*out_dir.glob("shard-*.safetensors.*.tmp"), *out_dir.glob("shard-*.safetensors")]:
         if path.suffix == ".tmp" or int(path.name[6:11]) >= n_shards:
             path.unlink(missing_ok=True)
-    return {i: info for i in range(n_shards) if (info := _finished(out_dir, i, key)) is not None}
+    return {i: info for i in range(n_shards) if (info := _found(out_dir, i, key)) is not None}
 
 
 def _collect(out_dir: Path, n_shards: int, source: ImageSource, name: str, meta: dict, logits: bool) -> FeatureSet:
@@ -382,13 +396,13 @@ def _read(out_dir: Path, number: int, key: str) -> np.ndarray:
 # --- small things ---------------------------------------------------------------------------------
 
 
-def _bar(source: ImageSource, done: dict[int, dict], own: list[int], shard_size: int, progress: bool):
+def _bar(source: ImageSource, there: dict[int, dict], own: list[int], sizes: list[int], progress: bool):
     from tqdm.auto import tqdm
 
-    name, total, initial = source.name, len(source), sum(info["n_rows"] for info in done.values())
+    name, total, initial = source.name, len(source), sum(info["n_rows"] for info in there.values())
     label = Path(name).parent.name + "/" + Path(name).name if os.sep in name else name
     if distributed.world_size() > 1:
-        total, initial = sum(min(shard_size, len(source) - i * shard_size) for i in own), 0
+        total, initial = sum(sizes[i] for i in own), sum(there[i]["n_rows"] for i in own if i in there)
         label += f", rank {distributed.rank()} of {distributed.world_size()}"
         progress = progress and distributed.rank() == 0
     return tqdm(

@@ -44,6 +44,8 @@ class Inputs:
     def __init__(self, profile: Profile, store: Store, device: str, progress: bool, who: dict[str, Any]):
         self.profile, self.store, self.device, self.progress, self.who = profile, store, device, progress, who
         self.holdout = profile.val if isinstance(profile.val, Holdout) else None
+        # Further options of capsae.features.extract, such as batch_size.
+        self.extraction = {"dtype": profile.backbone.dtype} if profile.backbone.dtype else {}
         self._parts: dict[str, FeatureSet] = {}
         self._sources: dict[str, Any] = {}
         if profile.pack:
@@ -99,7 +101,7 @@ class Inputs:
 
     def backbone_settings(self, checkpoint: str | Path | None = None) -> dict[str, Any]:
         """Return what ``capsae.backbone.load_backbone`` takes, with the weights of ``checkpoint`` if it is given."""
-        settings = self.profile.backbone.model_dump(exclude_none=True)
+        settings = self.profile.backbone.model_dump(exclude_none=True, exclude={"dtype"})
         if checkpoint is not None:
             settings["checkpoint"] = str(checkpoint)
         elif "checkpoint" in settings:
@@ -175,7 +177,8 @@ class Inputs:
             source, backbone = self.source(set_name), self.backbone_settings() | self._own_crop(set_name)
             if backbone.get("checkpoint") or backbone.get("pretrained"):
                 backbone = load_weights(backbone)
-            return extract(source, backbone, shards, device=self.device, name=set_name, progress=self.progress)
+            given = {"device": self.device, "name": set_name, "progress": self.progress}
+            return extract(source, backbone, shards, **given, **self.extraction)
 
         return self.store.get_or_make(
             "features",
@@ -208,7 +211,8 @@ class Inputs:
             embedded = is_embedded(self.profile.seed, self._trained_on())
             trained = artefact_digest("backbone", *self._recipe_digits_vit())
             inputs["weights"] = file_record(WEIGHTS)["sha256"] if embedded else trained
-        settings = backbone.model_dump(mode="json", exclude={"checkpoint"}) | self._own_crop(set_name)
+        left_out = {"checkpoint"} if backbone.dtype else {"checkpoint", "dtype"}
+        settings = backbone.model_dump(mode="json", exclude=left_out) | self._own_crop(set_name)
         return {"backbone": settings, "set": set_name, "extractor": EXTRACTOR}, inputs
 
     def _own_crop(self, set_name: str) -> dict[str, float]:

@@ -30,6 +30,7 @@ class Backbone(Part):
     interpolation: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on CUDA, else float32
 
 
 class _Source(Part):

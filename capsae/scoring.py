@@ -267,15 +267,19 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def extract_images(images: Sequence, backbone, device: str = "auto", progress: bool = False) -> FeatureSet:
-    """Features of images (paths, bytes, PIL images, arrays) that belong to no data set; no class, no logits."""
+def extract_images(images: Sequence, backbone, device: str = "auto", progress: bool = False, **options) -> FeatureSet:
+    """Features of images (paths, bytes, PIL images, arrays) that belong to no data set; no class, no logits.
+
+    ``options``: further ones of :func:`capsae.features.extract`.
+    """
     from .features import extract
 
     ids = np.array([_name(i, image) for i, image in enumerate(images)], dtype=str)
     nothing = np.full(len(ids), -1)
     source = ImageSource("images", nothing, ids, (), lambda row: _readable(images[row]), np.arange(len(ids)))
+    options |= {"device": device, "progress": progress, "logits": False, "max_bad": 1.0}
     with tempfile.TemporaryDirectory(prefix="capsae-") as work:
-        return extract(source, backbone, work, device=device, progress=progress, logits=False, max_bad=1.0)
+        return extract(source, backbone, work, **options)
 
 
 def observe(
@@ -288,7 +292,8 @@ def observe(
     observations of the readable images (None if there is none), ``{file: row}``, ``[{"id", "why"}]`` of the others
     """
     progress = run.progress and len(images) > 64
-    features = extract_images(images, load_weights(run, checkpoint), run.device, progress)
+    backbone = load_weights(run, checkpoint)
+    features = extract_images(images, backbone, run.device, progress, **run.inputs.extraction)
     rows = {name: row for row, name in enumerate(features.ids.tolist())}
     if not len(features):
         return None, rows, features.meta["bad_images"]

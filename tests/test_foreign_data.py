@@ -21,6 +21,7 @@ from PIL import Image
 
 import capsae.features
 from capsae import detectors, image_files
+from capsae.__main__ import main
 from capsae.arrays import arrays_from, discriminant_head, evaluate_arrays
 from capsae.asarray import as_labels, as_numpy
 from capsae.backbone import Backbone, BackboneSpec
@@ -753,3 +754,58 @@ def test_a_right_head_is_right_where_one_class_holds_most_rows():
         with pytest.raises(ValueError, match="Is it the right head"):
             given = raw | {"head/weight": weight, "head/bias": bias}
             evaluate_arrays(arrays_from(given), ["msp"], n_boot=0, progress=False)
+
+
+# --- extraction on a slow machine
+
+
+def test_a_killed_shard_goes_on_where_it_was_written(tmp_path, monkeypatch):
+    from capsae import features as module
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "x").mkdir()
+    for row in range(10):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "x" / f"{row}.png")
+    (tmp_path / "x" / "1.png").write_bytes(b"")
+    backbone = Backbone(_Pixels({"crop_pct": 1.0}), BackboneSpec("pixels", pooling="avg", image_size=8))
+    source, seen = open_source(tmp_path / "x"), []
+    given = {"batch_size": 2, "workers": 1, "progress": False, "max_bad": 0.5}
+    whole = module.extract(source, backbone, tmp_path / "whole", **given)
+    monkeypatch.setattr(module, "_SECONDS", 0.0)
+    forward = backbone.forward
+
+    def killed(batch, logits=True):
+        seen.append(len(batch))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return forward(batch, logits)
+
+    monkeypatch.setattr(backbone, "forward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        module.extract(source, backbone, tmp_path / "out", **given)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["shard-00000.safetensors"]
+    resumed = module.extract(source, backbone, tmp_path / "out", **given)
+    assert sum(seen) == 8 + 4, "three batches of two images were not made again"
+    assert resumed.digest() == whole.digest() and resumed.meta["bad_images"] == whole.meta["bad_images"]
+    assert len(resumed) == 9 and resumed.meta["resumed_shards"] == 0
+
+
+def test_dtype_and_batch_size_of_an_extraction(experiment, monkeypatch, tmp_path):
+    seen = {}
+    run = experiment()
+    extract = capsae.features.extract
+    monkeypatch.setattr(capsae.features, "extract", lambda *a, **given: seen.update(given) or extract(*a, **given))
+    monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "home"))
+    plain = run.inputs.digest("train")
+    command = ["extract", str(tmp_path / "own.toml"), "-q", *_set(run)]
+    assert main([*command, "--batch-size", "7", "--dtype", "bfloat16"]) == 0
+    assert (seen["batch_size"], seen["dtype"]) == (7, "bfloat16")
+    other = Run(run.profile, {"backbone.dtype": "bfloat16"}, tmp_path / "home", device="cpu")
+    assert other.inputs.digest("train") != plain, "features of another precision are others"
+    assert main([*command, "--batch-size", "0"]) == 2
+
+
+def _set(run):
+    paths = {"train": run.profile.train, "test": run.profile.test}
+    paths |= {f"ood.{key}": source for key, source in run.profile.ood.items()}
+    return [text for key, source in paths.items() for text in ("--set", f"{key}.path={source.path}")]
