@@ -13,7 +13,7 @@ from capsae.sae import select
 
 pytestmark = pytest.mark.skipif(select.compiled() is None, reason="no numba, or a CPU without fused multiply-add")
 
-# Of the weights, codes and reconstructions, in the order of TRAINED. They change with the recipe, never with the machine.
+# Of weights, codes and reconstructions. It changes with the recipe, never with the machine.
 EXPECTED = "fe5826ff4a47bf0e65b6b1b48ddcea0f"
 SCRIPT = """if True:
     import hashlib, sys
