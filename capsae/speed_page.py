@@ -225,8 +225,10 @@ def _training(found: dict) -> list[str]:
             rows.append((row["trainer"], *cells))
         halves = {row["trainer"]: row["rate"] for row in found.get("products", []) if shape_text(row) == shape}
         if halves:
-            share = halves["capsae-float32"] / halves["capsae"]
-            rows.append(("capsae, float32 products", f"{share:.2f} of capsae's", "", "", "", ""))
+            for products in ("float32", "bf16"):  # "capsae" was bf16 until November 2026, and is portable float32 now
+                if (rate := halves.get(f"capsae-{products}")) is not None:
+                    text = f"{rate / halves['capsae']:.2f} of capsae's"
+                    rows.append((f"capsae, {products} products", text, "", "", "", ""))
         lines += [f"**{shape}** (load {_load(row.get('load'))})", "", *_table(heads, rows)]
     for name, reason in found.get("missing", {}).items():
         lines += [f"{name} was left out: {reason}.", ""]
