@@ -256,7 +256,7 @@ def sparsify(x: torch.Tensor, config: SAEConfig, optimizer: str) -> Trained:
 
 TRAINERS: dict[str, Trainer] = {
     "capsae": ours,
-    "capsae-float32": lambda x, config: ours(x, replace(config, products="float32")),
+    "capsae-bf16": lambda x, config: ours(x, replace(config, products="bf16")),  # the others multiply float32
     "plain": plain,
     "overcomplete": overcomplete,
     "sae-lens": sae_lens,

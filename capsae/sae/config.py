@@ -48,7 +48,8 @@ class SAEConfig:
         order of the rows is random, so the first ones are a random choice, another one in each step.
     aux_scale : {"input", "residual"}
         What AuxK's loss is divided by: the variance of the input, as the loss is, or the mean square of the batch's
-        residual, as Gao et al. do, which makes it stronger by 1 / FVU.
+        residual, as Gao et al. do, which makes it stronger by 1 / FVU. On imagenet20 (three seeds) held-out FVU .2068
+        and .2062, standard deviation .001, dead .0009 and 0: no difference in quality, so the simpler one is default.
     dead_after_epochs : float
         A latent is dead when it has not fired for so many passes over the data, looked at after each epoch.
     warmup, decay : float

@@ -137,6 +137,8 @@ def train_saes(
         raise ValueError("keep='best' chooses the epoch by held-out FVU: give held_out, or keep='last'")
     if sharded and (shares := [c.aux_rows for c in configs if c.aux_rows < 1]):
         raise ValueError(f"aux_rows is {shares[0]}: sharded training, whose batches lie on several ranks, knows only 1")
+    if sharded and any(c.aux_scale != "input" for c in configs):
+        raise ValueError("aux_scale is 'residual': sharded training, whose batches lie on several ranks, knows 'input'")
     x = checked(x, sharded, at_least=2, name="x")
     if held_out is not None:
         held_out = checked(held_out, sharded, at_least=2, name="held_out", d=x.shape[1])
@@ -158,6 +160,8 @@ def train_saes(
             saving = path, checkpoint_seconds, len(parts) > 1
             try:
                 own_kind = kind if own[0].variant == "topk" else VariantStep
+                if own_kind is TritonStep and any(c.aux_scale != "input" for c in own):
+                    own_kind = PlainStep  # the kernels know the input's scale alone
                 trained = _train_together(x, own, device, held_out, keep, own_kind, bar, sharded, *saving, head)
             except torch.cuda.OutOfMemoryError as error:
                 n_held_out = 0 if held_out is None else len(held_out)

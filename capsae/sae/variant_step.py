@@ -18,13 +18,14 @@ class VariantStep(PlainStep):
         if not sae.may_halve:
             self.products = "float32"
         sae.half = self.products == "bf16"
+        self.idle = self.idle.new_zeros(sae.n_latents)  # signed codes have two latents a row
 
     def __call__(self, x: torch.Tensor, lr: float) -> None:
         sae = self.sae
         forward = sae.forward_loss(x, self.steps)
         loss, squared_error = forward.loss, forward.residual.detach().square().sum()
         if sae.auxk and len(self.dead) and self.config.aux_alpha:
-            rows = (sae.encoder[self.dead], sae.encoder_bias[self.dead], sae.rows()[self.dead])
+            rows = [t[self.dead] for t in sae.revivable()]
             loss = loss + self.auxk(x - sae.pre_bias, forward.residual, *rows)
         self.adam.zero_grad()
         (loss / (len(x) * self.variance)).backward()

@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Forward(NamedTuple):
-    """What a variant's training step needs: rows fired per latent (M,), x - x_hat (B, d), the summed loss."""
+    """What a variant's training step needs: rows fired per latent of the code, x - x_hat (B, d), the summed loss."""
 
     fired: torch.Tensor
     residual: torch.Tensor
@@ -104,6 +104,10 @@ class Variant(TopKSAE):
     def rows(self) -> torch.Tensor:
         """Decoder rows (M, d) as the loss sees them."""
         return self.decoder
+
+    def revivable(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Encoder, bias and decoder by latent of the codes, as AuxK sees them."""
+        return self.encoder, self.encoder_bias, self.rows()
 
     def after_step(self, x: torch.Tensor, forward: Forward, done: int) -> None:
         """After the optimiser's step: thresholds, coefficients, constraints."""

@@ -185,7 +185,11 @@ class AbsTopK(Variant):
     def forward_loss(self, x, done):
         a = self.activate(x)
         residual = x - self.pre_bias - a @ self.decoder
-        return Forward((a != 0).sum(0), residual, residual.square().sum())
+        return Forward(torch.cat([(a > 0).sum(0), (a < 0).sum(0)]), residual, residual.square().sum())
+
+    def revivable(self):
+        """Both ends of each row: the end that does not fire is revived whether or not the other one does."""
+        return tuple(torch.cat([t, -t]) for t in super().revivable())
 
 
 @register("vl_sae")
