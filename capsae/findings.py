@@ -338,17 +338,18 @@ def index_page() -> str:
     chapters = []
     for notebook in sorted({page.notebook for page in pages().values()}):
         found = of_notebook(notebook)
-        of = [page for page in pages().values() if page.notebook == notebook and "/" not in page.name.partition("/")[2]]
-        rows = [
-            {**row, "experiment": page.profile, "page": page.name}
+        of = {page.profile: page.name for page in pages().values() if page.name == f"{page.profile}/{notebook}"}
+        marked = {
+            (row["key"], name): row
+            for name in of
             for one in found
-            for page in of
-            for row in judge(found, of_page(f"{page.profile}/{one.page or notebook}"))
+            for row in judge([two for two in found if two.page == one.page], of_page(f"{name}/{one.page or notebook}"))
             if row["key"] == one.key
-        ]
-        if rows:
+        }
+        rows = [{"sentence": one.sentence, "cells": [marked[one.key, name] for name in of]} for one in found]
+        if rows and of:
             title = markdown(notebook)[0].partition("\n")[0].strip("# ")
-            chapters.append({"title": title, "rows": rows})
+            chapters.append({"title": title, "pages": of, "rows": rows})
     return render("findings_index.md", chapters=chapters)
 
 

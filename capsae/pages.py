@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from .findings import FAILS, HOLDS, MISSING, UNDECIDED, Finding, Numbers, judge, of_page, render, text
+from .findings import FAILS, HOLDS, MISSING, UNDECIDED, Finding, Numbers, index_page, judge, of_page, render, text
 from .plan import BOOK_PROFILES, read_notebook, root
 from .publish import path_of, template_digest
 from .speed_page import speed_page
@@ -32,6 +32,7 @@ def write_pages() -> list[Path]:
     made = {
         "intro.md": intro_page(claims := read_claims(book / "claims.yml"), published),
         "claims.md": claims_page(claims, published),
+        "findings.md": index_page(),
         "detectors.md": detectors_page(),
         "parity.md": parity_page(root() / PARITY),
         "rpd.md": rpd_page(root() / SELECTION),

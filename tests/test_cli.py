@@ -352,7 +352,7 @@ def test_the_store_is_listed_and_cleaned_of_what_no_settings_use(capsae_, tmp_pa
     keep("caps", "imagenet20", *run._recipe("caps"), run._code("caps"))
     keep("caps", "imagenet20")
     keep("table", "imagenet20", {"detectors": {"gone": {}}})
-    keep("caps", "my-own.toml")
+    keep("caps", "my-own.toml", {"b": 2})
     keep("zoo-fit", "imagenet20")
     status, out, _ = capsae_("store", "list")
     assert status == 0 and "5 artefacts, 0.0 MB" in out

@@ -54,6 +54,21 @@ def test_the_running_environment_is_the_pinned_one():
     assert found == {name: pins()[canonicalize_name(name)] for name in found}
 
 
+def test_the_version_is_one():
+    import capsae
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert capsae.__version__ == project["version"] == citation["version"]
+    done = subprocess.run([sys.executable, "-m", "capsae", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == f"capsae {project['version']}\n"
+
+
+def test_commits_are_checked_by_the_ruff_that_is_pinned():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [one["rev"] for one in hooks] == [f"v{pins()['ruff']}"]
+
+
 def test_import_is_light():
     heavy = ["timm", "torchvision", "datasets", "pydantic", "matplotlib", "papermill", "jupyter_book", "numba", "torch"]
     code = f"import capsae, sys; print([m for m in {heavy} if m in sys.modules])"

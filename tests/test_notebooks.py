@@ -146,3 +146,13 @@ def test_a_wrong_value_stops_a_notebook_before_its_work(tmp_path, monkeypatch):
             cwd=tmp_path, kernel_name="python3", progress_bar=False,
         )  # fmt: skip
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem >= "09"], ids=lambda p: p.stem)
+def test_the_visible_cells_are_the_method_and_a_hidden_one_is_one_line(path):
+    for cell in _cells(path):
+        lines = "".join(cell["source"]).splitlines()
+        if "hide-input" in cell["metadata"].get("tags", []):
+            assert len(lines) == 1, lines
+        else:
+            assert max(map(len, lines)) <= 100 and "figures" not in "".join(lines), lines

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from capsae.files import replacing
 from capsae.store import Store, UnreadableArtefact, artefact_digest, check_files, default_root
 
 CODE = "digest of the code"
@@ -233,6 +234,16 @@ def test_a_file_system_without_locks_or_fsync_is_used_all_the_same(tmp_path, mon
     monkeypatch.setattr(os, "fsync", no_fsync)
     store = Store(tmp_path)
     assert len(get(store)) == 1000 and len(get(store, make=never)) == 1000
+
+
+def test_a_file_system_without_modes_is_used_all_the_same(tmp_path, monkeypatch):
+    def no_modes(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", no_modes)
+    with replacing(tmp_path / "a.txt") as path:
+        path.write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_lock_that_cannot_be_had_for_another_reason_is_told(tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_a_run_measures_all_and_goes_on_where_it_stood(profile, home, monkeypatc
 
     for name in ("fit_rows", "normalised_head"):
         monkeypatch.setattr(tasks, name, never)
-    monkeypatch.setattr(measure, "measure", never)
+    monkeypatch.setattr(measure, "reconstruction", never)
     again, grid_again, _ = runner.run_zoo(profile, **given)
     pd.testing.assert_frame_equal(table, again)
     pd.testing.assert_frame_equal(grid, grid_again)

@@ -31,6 +31,7 @@ from ..featureset import FeatureSet
 from ..metrics import HIGHER_IS_BETTER, Thresholds
 from ..sites import FINAL, KINDS
 from ..stats import FPR95, bootstrap, bootstrap_p, delong_difference, exact_interval, holm, interval, placements
+from . import probes
 
 SEEDS = (0, 1)
 EPOCHS_SHARE = 0.4  # of the profile's own: the same for every site, a third of the time, nearly the same FVU
@@ -126,14 +127,7 @@ def measure_site(sets: Mapping[str, FeatureSet], n_classes: int, config, core_fr
 
 def nearest_cap(codes, caps: ClassActivationProfiles) -> np.ndarray:
     """The class (N,) whose profile has the largest cosine with a code; the first where a code is zero."""
-    codes = codes.numpy()
-    length = np.linalg.norm(caps.mean, axis=1, keepdims=True)
-    unit = caps.mean / np.where(length > 0, length, 1)
-    found = np.empty(len(codes), np.int64)
-    for start in range(0, len(codes), 4096):
-        part = slice(start, start + 4096)
-        found[part] = np.einsum("nk,cnk->nc", codes.values[part], unit[:, codes.indices[part]]).argmax(1)
-    return found
+    return probes.nearest_cap(codes, caps.mean).argmax(1)
 
 
 def between_classes(caps: ClassActivationProfiles) -> float:
