@@ -24,6 +24,7 @@ import torch
 from . import distributed
 from .backbone import Backbone, BackboneSpec, available_cores, load_backbone, pick_device, pick_dtype
 from .data import ImageSource, open_source
+from .extraction_report import bar_of, device_name, versions
 from .featureset import FeatureSet, LinearHead, write_tensors
 from .images import PIXEL_STATISTICS, BadImage
 from .packs import load_pack, make_pack, pack_sets
@@ -169,7 +170,7 @@ def extract(
 
     started = time.perf_counter()
     with (
-        _bar(source, there, own, sizes, progress) as bar,
+        bar_of(source, there, own, sizes, progress) as bar,
         ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
     ):
         shard, written = _Shard(None), started
@@ -209,13 +210,13 @@ def extract(
         "excluded": source.excluded,
         "left_out": len(source.left_out),
         "n_images": len(source),
-        "device": _device_name(device),
+        "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": round(time.perf_counter() - started, 3),
         "resumed_shards": len(done),
         "ranks": n_ranks,
         "extractor": EXTRACTOR,
-        "versions": _versions(),
+        "versions": versions(),
     }
     features = _collect(out_dir, n_shards, source, name or source.name, distributed.broadcast(meta), logits)
     distributed.barrier()  # whoever removes the shards must not do so before all have read them
@@ -391,37 +392,3 @@ def _read(out_dir: Path, number: int, key: str) -> np.ndarray:
 
     with safe_open(_shard_path(out_dir, number), framework="numpy") as file:
         return file.get_tensor(key)
-
-
-# --- small things ---------------------------------------------------------------------------------
-
-
-def _bar(source: ImageSource, there: dict[int, dict], own: list[int], sizes: list[int], progress: bool):
-    from tqdm.auto import tqdm
-
-    name, total, initial = source.name, len(source), sum(info["n_rows"] for info in there.values())
-    label = Path(name).parent.name + "/" + Path(name).name if os.sep in name else name
-    if distributed.world_size() > 1:
-        total, initial = sum(sizes[i] for i in own), sum(there[i]["n_rows"] for i in own if i in there)
-        label += f", rank {distributed.rank()} of {distributed.world_size()}"
-        progress = progress and distributed.rank() == 0
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=f"features {label}",
-        unit="images",
-        disable=not progress,
-        mininterval=0.5,
-        smoothing=0.05,
-    )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict:
-    import PIL
-    import timm
-
-    return {"torch": torch.__version__, "timm": timm.__version__, "pillow": PIL.__version__, "numpy": np.__version__}
