@@ -1,6 +1,6 @@
 # Executes the notebooks whose published pages are not fresh.  snakemake --cores 2   (or: make reproduce)
 #
-# What is fresh follows from digests stored in the pages themselves (capsae.publish.why_stale), not from file times, so a
+# What is fresh follows from digests stored in the pages themselves (companion.publish.publish.why_stale), not from file times, so a
 # fresh clone runs nothing that is up to date. A page is moved to book/runs only after its notebook succeeded; the files under
 # build/ are mere marks, so Snakemake never deletes a page. A dry run tells why each page would be executed:
 #     snakemake -n
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, workflow.basedir)
-from capsae import plan, publish
+from companion.publish import plan, publish
 
 PAGES = plan.pages()
 STALE = {name: why for name, page in PAGES.items() if (why := publish.why_stale(page))}
@@ -66,7 +66,7 @@ for number, names in enumerate(jobs):
         message: "; ".join(f"{name}: {STALE.get(name, 'asked for by name')}" for name in names)
         priority: len(jobs) - number
         shell:
-            "{sys.executable} -m capsae.build run {params.pages}"
+            "{sys.executable} -m companion.build run {params.pages}"
 
 
 for name in [name for names in jobs if len(names) > 1 for name in names]:

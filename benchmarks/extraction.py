@@ -29,9 +29,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from capsae.backbone import Backbone, available_cores, load_backbone, pick_device, pick_dtype
-from capsae.data import ImageSource, open_source
-from capsae.features import extract
+from capsae.data.open import open_source
+from capsae.data.sources import ImageSource
+from capsae.device import available_cores, pick_device, pick_dtype
+from capsae.features.backbone import Backbone, load_backbone
+from capsae.features.extract import extract
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,7 +25,7 @@ import torch
 from benchmarks.parity import _linear, _po, _tensor, _weights
 from benchmarks.sae_training import machine
 from capsae import Observations, detectors
-from capsae.featureset import LinearHead
+from capsae.features.featureset import LinearHead
 
 D, CLASSES, TRAIN, TEST = 768, 1000, 50_000, 50_000
 

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.closed_forms import CLOSED_FORMS
 from capsae import Observations, detectors
-from capsae.featureset import LinearHead
+from capsae.features.featureset import LinearHead
 
 OUT = Path("benchmarks/results/parity.json")
 BAR = 1e-5

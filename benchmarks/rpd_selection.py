@@ -26,8 +26,8 @@ import pandas as pd
 from scipy.special import entr, softmax
 
 import capsae
+from capsae.features.probe import fit_linear_probe
 from capsae.metrics import auroc, fpr95_id_pos, fpr95_ood_pos
-from capsae.probe import fit_linear_probe
 
 FOLDS = 4
 TEMPERATURES, EPSILONS, WEIGHTS = (0, 1, 2, 4), (0.01, 0.03, 0.1), (0, 0.5, 1)

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from benchmarks import sae_peers
 from benchmarks.sae_training import machine
 from capsae.sae import SAEConfig, TopKSAE, train_saes
-from capsae.sae.gpu_step import TERMS, TritonStep, available
+from capsae.sae.kernels.gpu_step import TERMS, TritonStep, available
 from capsae.sae.steps import PlainStep
 
 PARTS = ("check", "floor", "terms", "paper", "wide", "seeds", "peers")
@@ -122,7 +122,7 @@ def check(shape: Shape, device: torch.device, steps: int) -> list[dict]:
 
 
 def check_selection(shape: Shape, device: torch.device) -> None:
-    from capsae.sae import kernels
+    from capsae.sae.kernels import triton as kernels
 
     for dtype in (torch.bfloat16, torch.float32):
         z = torch.randn(257 if device.type == "cuda" else 3, shape.latents, device=device).to(dtype)

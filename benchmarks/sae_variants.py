@@ -21,8 +21,9 @@ from statistics import median
 import torch
 
 from benchmarks.sae_training import Shape, features, load, machine
-from capsae.probe import fit_linear_probe
-from capsae.sae import SAEConfig, TopKSAE, train_sae, variants
+from capsae.features.probe import fit_linear_probe
+from capsae.sae import SAEConfig, TopKSAE, train_sae
+from capsae.sae.variants import thresholds as variants
 
 SHAPE = Shape(192, 1920, 32, 256, batches=32, epochs=1, blocks=3)
 ROWS, CLASSES = 8100, 20

@@ -6,27 +6,25 @@ images -> CLS features -> sparse codes -> class activation profiles -> scores; e
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 # Every public name loads on first use, so that `capsae --help` does not wait for torch: {name: its module}.
 _PUBLIC = {
     "ClassActivationProfiles": "caps",
-    "FeatureSet": "features",
-    "LinearHead": "features",
+    "FeatureSet": "features.featureset",
+    "LinearHead": "features.featureset",
     "Observations": "detectors",
-    "Profile": "profiles",
-    "Run": "pipeline",
+    "Profile": "pipeline.experiments",
+    "Run": "pipeline.run",
     "SAEConfig": "sae",
-    "Scorer": "scoring",
+    "Scorer": "pipeline.own_images",
     "SparseCodes": "sae",
     "TopKSAE": "sae",
-    "compare": "evaluate",
+    "compare": "evaluation.evaluate",
     "energy_profile_divergence": "caps",
-    "evaluate": "evaluate",
-    "load_features": "pipeline",
-    "load_profile": "profiles",
+    "evaluate": "evaluation.evaluate",
+    "load_features": "pipeline.run",
+    "load_profile": "pipeline.experiments",
     "observe_module": "hooks",
     "train_sae": "sae",
     "train_saes": "sae",
@@ -34,18 +32,6 @@ _PUBLIC = {
 _MODULES = ("caps", "detectors", "metrics", "sae")
 
 __all__ = [*_PUBLIC, "detectors", "metrics"]
-
-
-class _Package(ModuleType):
-    """The function ``capsae.evaluate`` has the name of its module, which an import of that module must not cover."""
-
-    def __setattr__(self, name: str, value) -> None:
-        if isinstance(value, ModuleType) and _PUBLIC.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def _version() -> str:

@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 
-from . import __version__, commands
+from . import __version__
+from .cli import commands
 
 GUIDE = """\
 Out-of-distribution detection from class activation profiles of sparse autoencoders.
@@ -312,7 +313,7 @@ class _PrintLayout(argparse.Action):
     """Print the layout of ``capsae evaluate``'s file and stop, as --help does."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        from .arrays_io import LAYOUT
+        from .pipeline.arrays_io import LAYOUT
 
         sys.stdout.write(LAYOUT + "\n")
         parser.exit()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .asarray import as_numpy
-from .featureset import read_tensors, write_tensors
+from .data.asarray import as_numpy
+from .features.featureset import read_tensors, write_tensors
 
 SCHEMA = 1
 _ROWS = 65_536  # codes handled at a time: bounds the memory of a pass whatever N is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ LFS = b"version https://git-lfs"  # what a file begins with that git has not fet
 _NOT_HERE = (errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.ENOSYS)  # what network disks answer to chmod and fsync
 _FORMULA = ("=", "+", "-", "@", "\t")  # a spreadsheet computes a cell that begins so
 
-__code_version__ = 1  # how a file is written does not change what is in it: see capsae.code
+__code_version__ = 1  # how a file is written does not change what is in it: see capsae.pipeline.code
 
 
 @contextlib.contextmanager
@@ -218,3 +219,24 @@ def refuse_stub(path: str | os.PathLike) -> None:
         raise ValueError(f"{os.fspath(path)} is empty (0 bytes): was a copy or a download cut off?")
     if start == LFS:
         raise ValueError(f"{os.fspath(path)} is a pointer of git-lfs, not the file: `git lfs pull` would fetch it")
+
+
+def default_root() -> Path:
+    """Return ``$CAPSAE_HOME``, else ``.capsae`` of the project around the current folder, else the user's cache."""
+    if os.environ.get(HOME_ENV):
+        return Path(os.environ[HOME_ENV]).expanduser().absolute()
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / ".capsae").is_dir() or (folder / "capsae" / "caps.py").is_file():
+            return folder / ".capsae"
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "capsae"
+
+
+def file_record(path: Path) -> dict:
+    """Return size and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+HOME_ENV = "CAPSAE_HOME"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .caps import as_numpy
+from .data.asarray import as_numpy
 
 RECALL = 0.95
 METRICS = ("auroc", "fpr95_ood_pos", "fpr95_id_pos", "aupr_in", "aupr_out", "autc")

@@ -23,7 +23,7 @@ _AREAS = ("auroc", "aupr_in", "aupr_out", "autc", "oscr", "auroc_correct")  # as
 def _kernels():
     """The compiled loops, or None where numba is missing or unable: numpy then does the same, thirty times slower."""
     try:
-        from . import bootstrap_kernels
+        from . import bootstrap as bootstrap_kernels
     except (ImportError, RuntimeError):
         return None
     return bootstrap_kernels
@@ -301,8 +301,8 @@ def verdicts(effect, p, families=None, level: float = 0.05, corrected: bool = Fa
 def win_tie_loss(compared: pd.DataFrame) -> pd.DataFrame:
     """Count the OOD sets on which a method is better, undecided, worse.
 
-    ``compared`` as :func:`capsae.evaluate.compare` gives it; its means are left out. Columns: method, other, metric,
-    win, tie, loss.
+    ``compared`` as :func:`capsae.evaluation.evaluate.compare` gives it; its means are left out. Columns: method, other,
+    metric, win, tie, loss.
     """
     sets = compared[compared["set"] != "mean"]
     counted = sets.groupby(["method", "other", "metric"], sort=False)["verdict"].value_counts().unstack(fill_value=0)

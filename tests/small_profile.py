@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from capsae.featureset import FeatureSet
+from capsae.features.featureset import FeatureSet
 
 N_CLASSES, DIM = 4, 16
 SETS = {"train": 40, "test": 20, "near/shifted": 20, "far/noise": 20}

@@ -12,9 +12,10 @@ from safetensors.numpy import save_file
 
 from capsae import detectors, metrics
 from capsae.__main__ import main
-from capsae.arrays import LAYOUT, arrays_from, default_sae, discriminant_head, evaluate_arrays, load_arrays
-from capsae.arrays_report import report
-from capsae.images import PIXEL_STATISTICS
+from capsae.cli.report_arrays import report
+from capsae.data.images import PIXEL_STATISTICS
+from capsae.pipeline.arrays import default_sae, discriminant_head, evaluate_arrays
+from capsae.pipeline.arrays_io import LAYOUT, arrays_from, load_arrays
 
 C, D = 4, 12
 

@@ -11,8 +11,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from capsae import detectors, pages, plan, profile_claims, publish
-from capsae.findings import WORDS, Finding, Numbers, slug
+from capsae import detectors
+from companion.chapters.claims import profile_claims
+from companion.findings import WORDS, Finding, Numbers, slug
+from companion.publish import pages, plan, publish
 
 ROOT = plan.root()
 BOOK = ROOT / "book"
@@ -67,9 +69,9 @@ def test_published_runs_are_clean(path):
 
 def test_claims_and_detectors_pages_are_in_step_with_their_sources():
     claims = pages.read_claims(BOOK / "claims.yml")
-    assert (BOOK / "claims.md").read_text() == pages.claims_page(claims, pages.published), "run capsae.build pages"
-    assert (BOOK / "intro.md").read_text() == pages.intro_page(claims, pages.published), "run capsae.build pages"
-    assert (BOOK / "detectors.md").read_text() == pages.detectors_page(), "run python -m capsae.build pages"
+    assert (BOOK / "claims.md").read_text() == pages.claims_page(claims, pages.published), "run companion.build pages"
+    assert (BOOK / "intro.md").read_text() == pages.intro_page(claims, pages.published), "run companion.build pages"
+    assert (BOOK / "detectors.md").read_text() == pages.detectors_page(), "run python -m companion.build pages"
     assert (BOOK / "rpd.md").read_text() == pages.rpd_page(publish.root() / pages.SELECTION)
 
 

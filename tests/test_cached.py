@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 
 import capsae
-from capsae import cached as module
-from capsae.cached import cached, content
 from capsae.caps import ClassActivationProfiles
+from companion import cached as module
+from companion.cached import cached, content
 
 calls = []
 

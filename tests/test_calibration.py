@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from capsae.analyses import calibration
+from companion.chapters.shift import calibration
 
 
 def _drawn(n=40_000, classes=5, scale=2.0, seed=0):

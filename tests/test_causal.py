@@ -9,10 +9,16 @@ import pandas as pd
 import pytest
 import torch
 
-from capsae import ClassActivationProfiles, SAEConfig, display, findings
-from capsae.analyses import causal, causal_curves, causal_effects, causal_figures, causal_study
-from capsae.featureset import LinearHead
+from capsae import ClassActivationProfiles, SAEConfig
+from capsae.features.featureset import LinearHead
 from capsae.sae.model import SparseCodes, TopKSAE
+from companion import findings
+from companion.chapters.causal import curves as causal_curves
+from companion.chapters.causal import effects as causal_effects
+from companion.chapters.causal import figures as causal_figures
+from companion.chapters.causal import maths as causal
+from companion.chapters.causal import study as causal_study
+from companion.figures import display
 
 C, D, K = 4, 12, 3  # classes, width, active latents
 

@@ -13,13 +13,13 @@ import pytest
 import small_profile
 from PIL import Image
 
-import capsae.features
-import capsae.scoring
+import capsae.features.extract
+import capsae.pipeline.own_images
 from capsae.__main__ import main
-from capsae.featureset import FeatureSet
-from capsae.images import BadImage
-from capsae.profiles import Profile, available, load_profile
-from capsae.scoring import find_images
+from capsae.data.images import BadImage
+from capsae.features.featureset import FeatureSet
+from capsae.pipeline.experiments import Profile, available, load_profile
+from capsae.pipeline.own_images import find_images
 
 SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -139,7 +139,7 @@ def test_missing_weights_are_explained_before_any_training(capsae_, monkeypatch,
     def offline(settings):
         raise FileNotFoundError("no connection. And more.")
 
-    monkeypatch.setattr("capsae.backbone.load_backbone", offline)
+    monkeypatch.setattr("capsae.features.backbone.load_backbone", offline)
     monkeypatch.setattr("capsae.sae.train_sae", lambda *_, **__: pytest.fail("trained"))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     status, _, err = capsae_("score", tmp_path)
@@ -166,7 +166,7 @@ def test_train_writes_a_folder_that_can_be_read_back(capsae_, profile, tmp_path)
 
 def test_extract_makes_a_pack_again_from_the_profiles_images(capsae_, monkeypatch, tmp_path):
     """The real extraction is compared in test_packs; here: the right sources, backbone and folder."""
-    import capsae.packs
+    import capsae.pipeline.packs
 
     made = {}
     sets = {name: small_profile.features(name, 2) for name in ("train", "test", "near/shifted", "far/noise")}
@@ -174,15 +174,15 @@ def test_extract_makes_a_pack_again_from_the_profiles_images(capsae_, monkeypatc
     for name in ("train", "test", "shifted", "noise"):
         for c in range(4):
             draw(tmp_path / name / f"class{c}", "0.png", "1.png")
-    monkeypatch.setattr(capsae.scoring, "load_weights", lambda run: "backbone")
+    monkeypatch.setattr(capsae.pipeline.own_images, "load_weights", lambda run: "backbone")
     monkeypatch.setattr(
-        capsae.packs, "make_pack", lambda name, sources, backbone, out, **_: made.update(out=out, sources=sources)
+        capsae.pipeline.packs, "make_pack", lambda name, sources, backbone, out, **_: made.update(out=out, sources=sources)
     )
     status, out, _ = capsae_("extract", profile, "--out", tmp_path / "new")
     assert status == 0 and made["out"] == tmp_path / "new" and "--set pack=" in out
     assert {name: len(source) for name, source in made["sources"].items()} == dict.fromkeys(sets, 8)
-    monkeypatch.setattr(capsae.scoring, "load_weights", lambda run: pytest.fail("pixels need no backbone"))
-    monkeypatch.setattr(capsae.packs, "add_pixels", lambda name, sources, out: made.update(pixels=sorted(sources)))
+    monkeypatch.setattr(capsae.pipeline.own_images, "load_weights", lambda run: pytest.fail("pixels need no backbone"))
+    monkeypatch.setattr(capsae.pipeline.packs, "add_pixels", lambda name, sources, out: made.update(pixels=sorted(sources)))
     status, out, _ = capsae_("extract", profile, "--pixels", "--out", tmp_path / "new")
     assert status == 0 and made["pixels"] == sorted(sets) and "pixel statistics new" in out
     (tmp_path / "noise").rename(tmp_path / "gone")
@@ -209,8 +209,8 @@ def stubbed(monkeypatch):
         cls = np.array([known[kind].cls[int(at)] for kind, at in stems]).reshape(len(rows), small_profile.DIM)
         return FeatureSet(cls, np.full(len(rows), -1), source.ids[rows], meta={"bad_images": bad})
 
-    monkeypatch.setattr(capsae.features, "extract", extract)
-    monkeypatch.setattr(capsae.scoring, "load_weights", lambda run, checkpoint: None)
+    monkeypatch.setattr(capsae.features.extract, "extract", extract)
+    monkeypatch.setattr(capsae.pipeline.own_images, "load_weights", lambda run, checkpoint: None)
 
 
 def draw(folder: Path, *names: str) -> Path:
@@ -290,7 +290,7 @@ def test_folders_without_images_are_refused(tmp_path):
 
 
 def test_reproduce_asks_for_the_profiles_pages(capsae_, monkeypatch):
-    from capsae import build
+    from companion import build
 
     asked = {}
     monkeypatch.setattr(build, "reproduce", lambda **given: asked.update(given) or 0)
@@ -300,7 +300,7 @@ def test_reproduce_asks_for_the_profiles_pages(capsae_, monkeypatch):
 
 
 def test_a_dry_run_names_each_page_and_why(monkeypatch, capsys):
-    from capsae import build
+    from companion import build
 
     asked = {"a/01": None, "a/02": "changed: drawing"}
     monkeypatch.setattr(build, "pages", lambda: {name: name for name in asked})
@@ -339,7 +339,7 @@ def test_nonsense_is_refused_before_work(capsae_, command, said):
 
 def test_the_store_is_listed_and_cleaned_of_what_no_settings_use(capsae_, tmp_path, monkeypatch):
     from capsae import Run
-    from capsae.store import Store
+    from capsae.pipeline.store import Store
 
     monkeypatch.setenv("CAPSAE_HOME", str(tmp_path))
     store, run = Store(tmp_path), Run("imagenet20", store=tmp_path, progress=False)
@@ -390,7 +390,7 @@ def test_real_photographs_and_textures_are_told_apart(capsae_, tmp_path):
 def test_a_flag_that_means_little_is_called_so():
     import pandas as pd
 
-    from capsae.scoring import doubts
+    from capsae.pipeline.own_images import doubts
 
     tied = pd.DataFrame({"epd": [2.0, 2.0, 1.0], "epd_threshold": 2.0})
     assert [text.split()[0] for text in doubts(tied, ("epd",), 2)] == ["the", "most"]
@@ -405,7 +405,7 @@ def test_help_waits_for_no_library():
 
 def test_a_public_name_is_what_it_was_however_its_module_was_imported():
     code = (
-        "import capsae, capsae.evaluate, capsae.pipeline\nassert capsae.evaluate.__name__ == 'evaluate'\n"
+        "import capsae, capsae.evaluate, capsae.pipeline.run\nassert capsae.evaluation.evaluate.__name__ == 'evaluate'\n"
         "from capsae import evaluate, detectors, TopKSAE\nassert callable(evaluate) and detectors.create('msp')\n"
         "assert set(capsae.__all__) <= set(dir(capsae))\n"
     )

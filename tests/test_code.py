@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import capsae
-from capsae import code, plan
-from capsae.inputs import Inputs
-from capsae.pipeline import Run
+from capsae.pipeline import code
+from capsae.pipeline.inputs import Inputs
+from capsae.pipeline.run import Run
+from companion.publish import plan
 
 # A small package: a road of three modules, a registry, a lazy front door, a class, a data file.
 SMALL = {
@@ -298,7 +299,8 @@ def test_every_detector_counts_for_a_table_and_only_its_own_variant_for_an_sae(c
     now, other = copy(), copy(("detectors/logits.py", "class MSP(Detector):", "class MSP(Detector):\n    x = 1"))
     assert now.digest(now.units(Run.detectors)) != other.digest(other.units(Run.detectors))
     assert {"TopKSAE", "train_saes", "JumpReLU"} <= {u.name for u in now.reached(now.units(Run._trained))}
-    from capsae.sae import dictionaries, variants
+    from capsae.sae.dictionaries import methods as dictionaries
+    from capsae.sae.variants import thresholds as variants
 
     names = [(variants, "REGISTRY"), (dictionaries, "METHODS")]
     shut = [unit for name in names for unit in now.units(name)]

@@ -11,8 +11,9 @@ import pytest
 import small_profile
 
 from capsae.__main__ import main
-from capsae.analyses import compare_report, meaning
-from capsae.pipeline import Run
+from capsae.cli import report_compare as compare_report
+from capsae.pipeline.latents import of_run
+from capsae.pipeline.run import Run
 
 SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
@@ -65,7 +66,7 @@ def test_two_sets_of_a_profile_without_any_image(compare, profile, tmp_path):
 def test_a_set_and_itself_do_not_differ(home, profile):
     run = Run(profile, progress=False)
     one = compare_report.side(run, "test")
-    said = compare_report.report(compare_report.compare_sides(one, one, meaning.of_run(run)), one, one)
+    said = compare_report.report(compare_report.compare_sides(one, one, of_run(run)), one, one)
     assert ") 0 differ: 0 more in B, 0 more in A" in said and "The most certain difference" in said
     assert "unadjusted" not in said
     assert f"Caution: {len(one.ids)} images are in A and in B" in said

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capsae import comparison_figures, comparisons, display, plan, publish
-from capsae.findings import of_page
 from capsae.metrics import HIGHER_IS_BETTER, METRICS
+from companion.figures import comparison_figures, comparisons, display
+from companion.findings import of_page
+from companion.publish import plan, publish
 
 SETS = [f"far/{i}" for i in range(7)]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import fisher_exact, hypergeom
 
-from capsae.analyses import contrast
+from capsae.latents import contrast
 from capsae.sae import SparseCodes
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capsae.backbone import load_backbone
-from capsae.convert import convert_torchvision_vit, load_torchvision_vit
+from capsae.features.backbone import load_backbone
+from capsae.features.convert import convert_torchvision_vit, load_torchvision_vit
 
 
 @pytest.fixture

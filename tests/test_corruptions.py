@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capsae import packs
-from capsae.analyses import corruptions, shift_pack
-from capsae.data import open_source
-from capsae.features import load_backbone, load_pack
-from capsae.pipeline import Run
+from capsae.data.open import open_source
+from capsae.features.backbone import load_backbone
+from capsae.pipeline import packs
+from capsae.pipeline.packs import load_pack
+from capsae.pipeline.run import Run
+from companion.chapters.shift import corruptions
+from companion.chapters.shift import make_pack as shift_pack
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_balanced_rows():
 
 def test_a_pack_of_ones_own_images(tmp_path):
     """The digits with their own small ViT, from the command line; features are those of the corrupted images."""
-    from capsae.tinyvit import train_digits_vit
+    from capsae.features.tinyvit import train_digits_vit
 
     vit = train_digits_vit({"kind": "builtin", "name": "digits/train", "limit": 50}, epochs=1, progress=False)
     path = vit.save(tmp_path / "vit.safetensors")

@@ -9,14 +9,21 @@ import pandas as pd
 import pytest
 import small_profile
 
-from capsae import Observations, SAEConfig, detectors, display, findings, plan, publish
-from capsae.analyses import dark_matter, dark_matter_figures, dark_matter_scores, dark_matter_study
-from capsae.analyses.dark_matter import CrossFit, Ridge, r2, r2_intervals, rescaled
-from capsae.comparisons import HEADLINE
-from capsae.evaluate import compare, evaluate
-from capsae.pipeline import Run
-from capsae.sae import TopKSAE, dictionaries
+from capsae import Observations, SAEConfig, detectors
+from capsae.evaluation.evaluate import compare, evaluate
+from capsae.pipeline.run import Run
+from capsae.sae import TopKSAE
+from capsae.sae.dictionaries import methods as dictionaries
 from capsae.stats import holm
+from companion import findings
+from companion.chapters.dark_matter import figures as dark_matter_figures
+from companion.chapters.dark_matter import maths as dark_matter
+from companion.chapters.dark_matter import scores as dark_matter_scores
+from companion.chapters.dark_matter import study as dark_matter_study
+from companion.chapters.dark_matter.maths import CrossFit, Ridge, r2, r2_intervals, rescaled
+from companion.figures import display
+from companion.figures.comparisons import HEADLINE
+from companion.publish import plan, publish
 
 
 def _rows(n, d=12, seed=0):

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from capsae import images
-from capsae.data import BadImage, open_source
-from capsae.images import decode_image
+from capsae.data import images
+from capsae.data.images import BadImage, decode_image
+from capsae.data.open import open_source
 
 COLOURS = {"blue": (10, 20, 200), "green": (10, 200, 20), "red": (200, 20, 10)}
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capsae import Observations, detectors
+from capsae.data.images import PIXEL_STATISTICS
 from capsae.detectors import observations as module
-from capsae.images import PIXEL_STATISTICS
 from capsae.sae import SAEConfig, TopKSAE
 
 NAMES = detectors.available()

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 import capsae
 from capsae import detectors
-from capsae.images import PIXEL_STATISTICS
+from capsae.data.images import PIXEL_STATISTICS
 from capsae.sae import SAEConfig, TopKSAE
 
 
@@ -140,7 +140,7 @@ def test_every_option_is_exercised():
 
 def test_the_untrained_control_is_the_sae_before_its_first_step(world):
     """Same weights, pre-bias and normalisation as training starts from, for each normalisation."""
-    from capsae.sae.train import start
+    from capsae.sae.rows import start
 
     train, test, _ = world
     for normalize in ("sample", "dataset"):

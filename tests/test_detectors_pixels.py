@@ -8,8 +8,8 @@ import pytest
 
 import capsae
 from capsae import detectors
-from capsae.detectors.pixels import PIXEL_CONTROLS, pixel_controls_verdict
-from capsae.images import PIXEL_STATISTICS
+from capsae.data.images import PIXEL_STATISTICS
+from capsae.detectors.baselines.pixels import PIXEL_CONTROLS, pixel_controls_verdict
 
 
 def observations(n, seed=0, **columns):

@@ -3,7 +3,8 @@ import pytest
 
 import capsae
 from capsae import metrics
-from capsae.evaluate import COLUMNS, COMPARED, compare, scores_table
+from capsae.evaluation.evaluate import compare, scores_table
+from capsae.evaluation.tables import COLUMNS, COMPARED
 
 
 class Column:
@@ -277,8 +278,8 @@ def test_seeds_that_do_not_fit_are_refused(world, seeded):
 
 
 def test_single_seeds_are_shown(world, seeded):
-    from capsae.evaluate import all_scores
-    from capsae.score_tables import seed_values
+    from capsae.evaluation.evaluate import all_scores
+    from capsae.evaluation.tables import seed_values
 
     (id_test, ood), (first, others) = world, seeded
     values = seed_values(all_scores(first, {"test": id_test, **ood}, others), list(ood), ["auroc"])

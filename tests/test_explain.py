@@ -6,8 +6,8 @@ import small_profile
 
 from capsae import ClassActivationProfiles, SparseCodes, energy_profile_divergence
 from capsae.detectors import OURS
-from capsae.explain import describe, explain, explain_epd, explain_slots, plain_name
-from capsae.pipeline import Run
+from capsae.latents.explain import describe, explain, explain_epd, explain_slots, plain_name
+from capsae.pipeline.run import Run
 
 M, K, C = 40, 6, 3
 

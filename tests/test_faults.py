@@ -16,13 +16,14 @@ import pytest
 import small_profile
 from PIL import Image
 
-from capsae import commands
 from capsae.__main__ import main
-from capsae.arrays_io import arrays_from, load_arrays
-from capsae.data import open_source
-from capsae.explain import plain_name
+from capsae.cli import commands
+from capsae.data.open import open_source
 from capsae.files import LFS
-from capsae.profiles import ProfileError, load_profile
+from capsae.latents.explain import plain_name
+from capsae.pipeline.arrays_io import arrays_from, load_arrays
+from capsae.pipeline.experiment_errors import ProfileError
+from capsae.pipeline.experiments import load_profile
 
 POINTER = LFS + b"/spec/v1\noid sha256:4665a5ea423c2713d436b5ee50593a9640e0018c1550b5a0002f74190d6caea8\nsize 12\n"
 

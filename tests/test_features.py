@@ -18,11 +18,13 @@ import ranks
 import torch
 from PIL import Image
 
-from capsae import features as features_module
-from capsae.backbone import Backbone, BackboneSpec, load_backbone
-from capsae.data import ImageSource, open_source
-from capsae.features import BadImagesError, FeatureSet, LinearHead, extract, fit_linear_probe
-from capsae.featureset import write_tensors
+from capsae.data.open import open_source
+from capsae.data.sources import ImageSource
+from capsae.features import extract as features_module
+from capsae.features.backbone import Backbone, BackboneSpec, load_backbone
+from capsae.features.extract import BadImagesError, extract
+from capsae.features.featureset import FeatureSet, LinearHead, write_tensors
+from capsae.features.probe import fit_linear_probe
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +154,8 @@ KILLED = """
     import sys, time
     import numpy as np
     from PIL import Image
-    from capsae.data import open_source
-    from capsae.features import extract
+    from capsae.data.open import open_source
+    from capsae.features.extract import extract
 
     folder, checkpoint, out = sys.argv[1:]
     source = open_source({"kind": "folder", "path": folder})
@@ -197,8 +199,8 @@ RANKS = """
     import json, sys, time
     import torch
     from capsae import distributed
-    from capsae.data import open_source
-    from capsae.features import extract
+    from capsae.data.open import open_source
+    from capsae.features.extract import extract
 
     folder, checkpoint, out, last = sys.argv[1:]
     torch.set_num_threads(1)
@@ -267,10 +269,10 @@ def test_capsae_extract_under_torchrun(checkpoint, pixels, tmp_path):
     code = """if True:
         import sys
         import torch
-        import capsae.features
+        import capsae.features.extract
         from capsae.__main__ import main
         torch.set_num_threads(1)
-        capsae.features.extract.__kwdefaults__["shard_size"] = 16
+        capsae.features.extract.extract.__kwdefaults__["shard_size"] = 16
         sys.exit(main(["extract", sys.argv[1], "--quiet"]))
     """
     said, digests = {}, {}
@@ -541,6 +543,6 @@ def test_probe_refuses_what_it_cannot_fit():
 
 def test_import_stays_light():
     heavy = ("timm", "torchvision", "datasets", "pydantic", "matplotlib")
-    code = f"import sys, capsae.features; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, capsae.features.extract; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
-from capsae import display, figures
+from companion.figures import display, figures
 
 
 def _run(name="imagenet20", pack="imagenet20"):
@@ -179,7 +179,7 @@ def test_every_public_figure_is_tested_here():
     own = {
         name
         for name, value in vars(figures).items()
-        if callable(value) and getattr(value, "__module__", "") == "capsae.figures" and not name.startswith("_")
+        if callable(value) and getattr(value, "__module__", "") == "companion.figures.figures" and not name.startswith("_")
     }
     assert own - {"set_label", "image_grid"} == set(FIGURES)
 

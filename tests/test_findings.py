@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capsae import findings
-from capsae.findings import FAILS, HOLDS, MISSING, UNDECIDED, Numbers, evaluate, judge, load
-from capsae.plan import pages, read_notebook, root
 from capsae.stats import verdicts
+from companion import findings
+from companion.findings import FAILS, HOLDS, MISSING, UNDECIDED, Numbers, evaluate, judge, load
+from companion.publish.plan import pages, read_notebook, root
 
 TYPED = """# A chapter
 
@@ -162,7 +162,7 @@ def test_the_index_lists_every_finding_of_every_chapter():
     for notebook in sorted(path.stem for path in (root() / "notebooks").glob("*.ipynb")):
         for one in findings.of_notebook(notebook):
             assert one.sentence in text
-    assert (root() / "book" / "findings.md").read_text(encoding="utf-8") == text, "run capsae.build pages"
+    assert (root() / "book" / "findings.md").read_text(encoding="utf-8") == text, "run companion.build pages"
 
 
 def test_verdicts_correct_within_families_and_follow_the_sign():

@@ -19,22 +19,24 @@ import small_profile
 import torch
 from PIL import Image
 
-import capsae.features
-from capsae import detectors, image_files
+import capsae.features.extract
+from capsae import detectors
 from capsae.__main__ import main
-from capsae.arrays import arrays_from, discriminant_head, evaluate_arrays
-from capsae.asarray import as_labels, as_numpy
-from capsae.backbone import Backbone, BackboneSpec
 from capsae.caps import ClassActivationProfiles
-from capsae.data import by_name, open_source
+from capsae.data import image_files
+from capsae.data.asarray import as_labels, as_numpy
+from capsae.data.images import BadImage
+from capsae.data.open import by_name, open_source
 from capsae.detectors import Observations
-from capsae.evaluate import evaluate
-from capsae.featureset import FeatureSet, LinearHead
-from capsae.images import BadImage
-from capsae.pipeline import Run
-from capsae.probe import fit_linear_probe
+from capsae.evaluation.evaluate import evaluate
+from capsae.features.backbone import Backbone, BackboneSpec
+from capsae.features.featureset import FeatureSet, LinearHead
+from capsae.features.probe import fit_linear_probe
+from capsae.pipeline.arrays import discriminant_head, evaluate_arrays
+from capsae.pipeline.arrays_io import arrays_from
+from capsae.pipeline.own_images import find_images
+from capsae.pipeline.run import Run
 from capsae.sae import SAEConfig, TopKSAE, train_sae
-from capsae.scoring import find_images
 
 NAMES = ("ant", "bee", "crane", "dög")
 COLOUR = dict(zip(NAMES, ((200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)), strict=True))
@@ -80,7 +82,7 @@ def experiment(tmp_path, monkeypatch):
         rest = {"class_names": source.class_names, "pixels": np.stack([pixels for _, pixels in both])}
         return FeatureSet(cls + 1e-3 * np.arange(16), source.labels, source.ids, name=name, **rest)
 
-    monkeypatch.setattr(capsae.features, "extract", extract)
+    monkeypatch.setattr(capsae.features.extract, "extract", extract)
 
     def make(**sources):
         given = {"train": lambda: folder(tmp_path / "train"), "test": lambda: folder(tmp_path / "test", seed=1)}
@@ -465,7 +467,7 @@ def test_the_number_left_out_goes_with_the_features(tmp_path):
     spec = folder(tmp_path / "x", ("ant",), n=2)
     (tmp_path / "x" / "ant" / "notes.txt").write_text("hello")
     settings = {"model": "vit_tiny_patch16_224", "image_size": 16}
-    found = capsae.features.extract(spec, settings, tmp_path / "out", progress=False)
+    found = capsae.features.extract.extract(spec, settings, tmp_path / "out", progress=False)
     assert found.meta["left_out"] == 1
 
 
@@ -617,7 +619,7 @@ def test_a_line_of_pixels_is_no_memory_bomb(tmp_path):
     border = Backbone(_Pixels({"crop_mode": "border"}), BackboneSpec("pixels", pooling="avg", image_size=32))
     Image.new("RGB", (4000, 1)).save(tmp_path / "line.png")
     drawn("ant", 1).save(tmp_path / "a.png")
-    found = capsae.features.extract(tmp_path, border, tmp_path / "out", max_bad=0.5, progress=False)
+    found = capsae.features.extract.extract(tmp_path, border, tmp_path / "out", max_bad=0.5, progress=False)
     assert len(found) + len(found.meta["bad_images"]) == 2 and "a.png" in found.ids
 
 
@@ -760,7 +762,7 @@ def test_a_right_head_is_right_where_one_class_holds_most_rows():
 
 
 def test_a_killed_shard_goes_on_where_it_was_written(tmp_path, monkeypatch):
-    from capsae import features as module
+    from capsae.features import extract as module
 
     rng = np.random.default_rng(0)
     (tmp_path / "x").mkdir()
@@ -793,8 +795,8 @@ def test_a_killed_shard_goes_on_where_it_was_written(tmp_path, monkeypatch):
 def test_dtype_and_batch_size_of_an_extraction(experiment, monkeypatch, tmp_path):
     seen = {}
     run = experiment()
-    extract = capsae.features.extract
-    monkeypatch.setattr(capsae.features, "extract", lambda *a, **given: seen.update(given) or extract(*a, **given))
+    extract = capsae.features.extract.extract
+    monkeypatch.setattr(capsae.features.extract, "extract", lambda *a, **given: seen.update(given) or extract(*a, **given))
     monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "home"))
     plain = run.inputs.digest("train")
     command = ["extract", str(tmp_path / "own.toml"), "-q", *_set(run)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from capsae import detectors
-from capsae.hooks import observe_module
+from capsae.detectors.hooks import observe_module
 
 
 def network() -> torch.nn.Module:

@@ -9,14 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capsae import display, findings, plan
-from capsae.analyses import layers, layers_figures, layers_study
 from capsae.caps import ClassActivationProfiles
-from capsae.evaluate import evaluate
-from capsae.featureset import FeatureSet
+from capsae.evaluation.evaluate import evaluate
+from capsae.features.featureset import FeatureSet
 from capsae.metrics import auroc, fpr95_ood_pos
 from capsae.sae import SAEConfig, SparseCodes
-from capsae.sites import FINAL
+from companion import findings
+from companion.chapters.layers import figures as layers_figures
+from companion.chapters.layers import maths as layers
+from companion.chapters.layers import study as layers_study
+from companion.chapters.layers.sites import FINAL
+from companion.figures import display
+from companion.publish import plan
 
 CONFIG = SAEConfig(latents=48, k=6, epochs=12, batch_size=64, lr=0.01)
 PUBLISHED = [profile for profile in plan.ANALYSES.get("14_layers", ()) if layers.files(profile)["table"].is_file()]
@@ -247,7 +251,7 @@ def test_the_end_must_be_the_profiles():
 
 def test_other_vectors_at_the_end_stop_the_table(monkeypatch):
     """The right images under another network's weights have the right ids: the vectors tell."""
-    from capsae import sites
+    from companion.chapters.layers import sites
 
     sets = {name: {FINAL: features} for name, features in _sets(2.0).items()}
     monkeypatch.setattr(sites, "run_sites", lambda run, name, *rest, **options: sets[name])
@@ -286,10 +290,10 @@ def test_figures_are_drawn_in_both_themes(tables):
 def test_tables_are_written_and_read_back(tables, tmp_path, monkeypatch):
     import small_profile
 
-    from capsae.pipeline import Run
+    from capsae.pipeline.run import Run
 
     monkeypatch.setattr(plan, "root", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match="python -m capsae.analyses.layers --profile small"):
+    with pytest.raises(FileNotFoundError, match="python -m companion.chapters.layers.maths --profile small"):
         layers.read("small")
     run = Run(small_profile.write(tmp_path / "profile"), store=tmp_path / "store", device="cpu", progress=False)
     sources = type("Source", (), {"digest": lambda self: "0" * 40})()

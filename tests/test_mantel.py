@@ -11,8 +11,8 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.stats import pearsonr, spearmanr
 
 from capsae import ClassActivationProfiles
-from capsae.analyses import mantel
-from capsae.analyses.mantel import Pairs
+from companion.chapters.ontology import mantel
+from companion.chapters.ontology.mantel import Pairs
 
 
 def _distances(n, seed, d=3):

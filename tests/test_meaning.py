@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from capsae.analyses import meaning
 from capsae.caps import ClassActivationProfiles
+from capsae.latents import naming as meaning
 from capsae.sae import SparseCodes
 
 NAMES = ["beagle", "husky", "cat", "truck", "church"]

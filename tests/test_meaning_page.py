@@ -9,8 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capsae import display, findings, plan, publish
-from capsae.analyses import meaning, meaning_figures, meaning_study, meaning_tables, neighbours
+from capsae.latents import naming as meaning
+from companion import findings
+from companion.chapters.meaning import figures as meaning_figures
+from companion.chapters.meaning import neighbours
+from companion.chapters.meaning import study as meaning_study
+from companion.chapters.meaning import tables as meaning_tables
+from companion.figures import display
+from companion.publish import plan, publish
 
 PAGES = [f"{profile}/13_meaning" for profile in plan.ANALYSES["13_meaning"]]
 

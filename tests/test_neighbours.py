@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score, average_precision_score, normalized_mutual_info_score
 
-from capsae.analyses import neighbours
 from capsae.sae import SparseCodes
+from companion.chapters.meaning import neighbours
 
 
 @pytest.fixture(scope="module")

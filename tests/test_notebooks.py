@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from capsae import plan
+from companion.publish import plan
 
 NOTEBOOKS = sorted((plan.root() / "notebooks").glob("*.ipynb"))
 TINY = """\

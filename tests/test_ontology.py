@@ -9,15 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from capsae import findings
-from capsae.analyses import mantel, ontology, wordnet
-from capsae.analyses import ontology_figures as drawn
-from capsae.analyses import ontology_study as study
-from capsae.display import style
-from capsae.packs import load_pack
-from capsae.plan import ANALYSES
-from capsae.publish import path_of
+from capsae.latents import wordnet
+from capsae.pipeline.packs import load_pack
 from capsae.sae import SparseCodes
+from companion import findings
+from companion.chapters.ontology import figures as drawn
+from companion.chapters.ontology import mantel, study
+from companion.chapters.ontology import maths as ontology
+from companion.figures.display import style
+from companion.publish.plan import ANALYSES
+from companion.publish.publish import path_of
 
 PER_CLASS = 12
 

@@ -16,15 +16,15 @@ import pytest
 import small_profile
 from PIL import Image
 
-import capsae.cli_images
-import capsae.features
-import capsae.scoring
+import capsae.cli.images
+import capsae.features.extract
+import capsae.pipeline.own_images
 from capsae.__main__ import main
-from capsae.arrays import Evaluation
-from capsae.featureset import FeatureSet
+from capsae.data.images import BadImage
+from capsae.features.featureset import FeatureSet
 from capsae.files import LFS, Output, beside, check_folder, csv_text, refuse_stub, replacing
-from capsae.images import BadImage
-from capsae.scoring import Scorer
+from capsae.pipeline.arrays import Evaluation
+from capsae.pipeline.own_images import Scorer
 
 HEAD = "path,predicted,"
 
@@ -197,9 +197,9 @@ def extracted(home, monkeypatch):
         cls = known[numbers].reshape(len(rows), small_profile.DIM)
         return FeatureSet(cls, np.full(len(rows), -1), source.ids[rows], meta={"bad_images": bad})
 
-    monkeypatch.setattr(capsae.features, "extract", extract)
-    monkeypatch.setattr(capsae.scoring, "weights_of", lambda settings, checkpoint=None: None)
-    monkeypatch.setattr(capsae.scoring, "BLOCK", {"cpu": 2})
+    monkeypatch.setattr(capsae.features.extract, "extract", extract)
+    monkeypatch.setattr(capsae.pipeline.own_images, "weights_of", lambda settings, checkpoint=None: None)
+    monkeypatch.setattr(capsae.pipeline.own_images, "BLOCK", {"cpu": 2})
     return asked
 
 
@@ -222,7 +222,7 @@ def test_a_stopped_score_keeps_its_rows_and_goes_on(kill, extracted, profile, tm
         ["score", "-p", profile, str(images), "-q", "--set", f"seed={hash(str(kill)) % 97}"],
     )
     assert main([*command, "--out", str(tmp_path / "whole.csv")]) == 0
-    whole, stub = pd.read_csv(tmp_path / "whole.csv"), capsae.features.extract
+    whole, stub = pd.read_csv(tmp_path / "whole.csv"), capsae.features.extract.extract
     for left in (Path(os.environ["CAPSAE_HOME"]) / "scratch").glob("score-*/rows.jsonl"):
         left.unlink()
     extracted.clear()
@@ -232,10 +232,10 @@ def test_a_stopped_score_keeps_its_rows_and_goes_on(kill, extracted, profile, tm
             raise kill
         return stub(source, *given, **options)
 
-    monkeypatch.setattr(capsae.features, "extract", stops)
+    monkeypatch.setattr(capsae.features.extract, "extract", stops)
     assert main([*command, "--out", str(out)]) == (130 if kill is KeyboardInterrupt else 2)
     assert len(pd.read_csv(f"{out}.part")) == 4 and not out.exists()
-    monkeypatch.setattr(capsae.features, "extract", stub)
+    monkeypatch.setattr(capsae.features.extract, "extract", stub)
     with open(next(Path(os.environ["CAPSAE_HOME"]).glob("scratch/score-*/rows.jsonl")), "a") as file:
         file.write('["torn')
     extracted.clear()
@@ -296,10 +296,10 @@ def test_a_trained_folder_scores_without_profile_images_and_store(extracted, pro
     folder = str(tmp_path / "sae")
     for _ in range(2):  # again over its own
         assert main(["train", "-p", profile, "--out", folder, "-q"]) == 0
-    assert sorted(os.listdir(folder)) == sorted(capsae.cli_images.TRAINED)
+    assert sorted(os.listdir(folder)) == sorted(capsae.cli.images.TRAINED)
     assert main(["score", "-p", profile, str(images), "-q", "--out", str(tmp_path / "a.csv")]) == 0
     monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr("capsae.profiles.load_profile", lambda *_: pytest.fail("no profile is needed"))
+    monkeypatch.setattr("capsae.pipeline.experiments.load_profile", lambda *_: pytest.fail("no profile is needed"))
     assert main(["score", "--sae", folder, str(images), "-q", "--out", str(tmp_path / "b.csv")]) == 0
     one, two = pd.read_csv(tmp_path / "a.csv"), pd.read_csv(tmp_path / "b.csv")
     pd.testing.assert_frame_equal(one, two, rtol=1e-9)
@@ -326,8 +326,8 @@ def test_a_scorer_takes_what_a_service_has_at_hand(home, tmp_path, monkeypatch):
         cls = small_profile.features("test", 1).cls[: len(source)]
         return FeatureSet(cls, np.full(len(source), -1), source.ids, meta={"bad_images": []})
 
-    monkeypatch.setattr(capsae.features, "extract", extract)
-    monkeypatch.setattr(capsae.scoring, "weights_of", lambda settings, checkpoint=None: None)
+    monkeypatch.setattr(capsae.features.extract, "extract", extract)
+    monkeypatch.setattr(capsae.pipeline.own_images, "weights_of", lambda settings, checkpoint=None: None)
     assert main(["train", "-p", str(small_profile.write(tmp_path)), "--out", str(tmp_path / "sae"), "-q"]) == 0
     image, file = Image.new("RGB", (8, 4)), io.BytesIO()
     image.save(file, "PNG")

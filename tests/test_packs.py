@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capsae import Observations, detectors, metrics, packs
-from capsae.data import open_source
-from capsae.features import extract, fit_linear_probe, load_backbone, load_pack, make_pack, pack_sets
-from capsae.featureset import FeatureSet
-from capsae.images import PIXEL_STATISTICS
-from capsae.packs import add_pixels
+from capsae import Observations, detectors, metrics
+from capsae.data.images import PIXEL_STATISTICS
+from capsae.data.open import open_source
+from capsae.features.backbone import load_backbone
+from capsae.features.extract import extract
+from capsae.features.featureset import FeatureSet
+from capsae.features.probe import fit_linear_probe
+from capsae.pipeline import packs
+from capsae.pipeline.packs import add_pixels, load_pack, make_pack, pack_sets
 
 SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
@@ -143,7 +146,7 @@ def test_sources_of_the_pack_are_the_files_it_names(name):
 
 
 def test_making_a_pack(tmp_path):
-    from capsae.tinyvit import train_digits_vit
+    from capsae.features.tinyvit import train_digits_vit
 
     vit = train_digits_vit({"kind": "builtin", "name": "digits/train", "limit": 50}, epochs=1, progress=False)
     path = vit.save(tmp_path / "vit.safetensors")

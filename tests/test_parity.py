@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks import ood_scores, parity
 from benchmarks.closed_forms import CLOSED_FORMS
-from capsae import detectors, pages
-from capsae.speed_page import read_results
+from capsae import detectors
+from companion.publish import pages
+from companion.publish.speed_page import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = [name for name in detectors.available() if detectors.info(name)["group"] == "baseline"]
@@ -71,7 +72,7 @@ def test_what_is_published_covers_every_baseline_and_keeps_the_bar():
 
 def test_the_page_is_in_step_with_what_was_measured():
     text = pages.parity_page(ROOT / pages.PARITY)
-    assert (ROOT / "book" / "parity.md").read_text() == text, "run python -m capsae.build pages"
+    assert (ROOT / "book" / "parity.md").read_text() == text, "run python -m companion.build pages"
     assert text.count("pytorch-ood | 0.4.0") == len(parity.PYTORCH_OOD)
 
 

@@ -8,13 +8,14 @@ import pytest
 import small_profile
 
 import capsae
-import capsae.features
-import capsae.packs
-from capsae.detectors.pixels import pixel_controls_verdict
-from capsae.featureset import FeatureSet
-from capsae.pipeline import Run, load_features
-from capsae.profiles import ProfileError, load_profile
-from capsae.splits import check_classes, holdout_mask, stratified_mask
+import capsae.features.extract
+import capsae.pipeline.packs
+from capsae.data.splits import check_classes, holdout_mask, stratified_mask
+from capsae.detectors.baselines.pixels import pixel_controls_verdict
+from capsae.features.featureset import FeatureSet
+from capsae.pipeline.experiment_errors import ProfileError
+from capsae.pipeline.experiments import load_profile
+from capsae.pipeline.run import Run, load_features
 
 METHODS = ["epd", "msp"]
 
@@ -49,7 +50,7 @@ def test_without_pixel_statistics_their_controls_are_left_out_with_the_reason(ru
 
 
 def test_with_pixel_statistics_the_controls_are_in_the_table(tmp_path, store):
-    from capsae.images import PIXEL_STATISTICS
+    from capsae.data.images import PIXEL_STATISTICS
 
     rng = np.random.default_rng(0)
     sets = {name: small_profile.features(name, n) for name, n in small_profile.SETS.items()}
@@ -98,7 +99,7 @@ def test_classes_without_samples_and_labels_out_of_range_are_named():
 def test_train_and_val_part_the_pack_by_class(run):
     one = run()
     train, val = one.features("train"), one.features("val")
-    whole = capsae.packs.load_pack(one.profile.pack, "train")
+    whole = capsae.pipeline.packs.load_pack(one.profile.pack, "train")
     assert len(train) == 4 * 36 and len(val) == 4 * 4
     assert sorted([*train.ids, *val.ids]) == sorted(whole.ids)
     assert np.bincount(val.labels).tolist() == [4] * 4
@@ -137,8 +138,8 @@ def test_a_second_run_trains_nothing(run, monkeypatch):
     first = run()
     expected = first.table(METHODS), first.history, first.caps.mean
     monkeypatch.setattr("capsae.sae.train_sae", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr("capsae.probe.fit_linear_probe", lambda *_, **__: pytest.fail("fitted again"))
-    monkeypatch.setattr("capsae.pipeline.evaluate_scores", lambda *_, **__: pytest.fail("evaluated again"))
+    monkeypatch.setattr("capsae.features.probe.fit_linear_probe", lambda *_, **__: pytest.fail("fitted again"))
+    monkeypatch.setattr("capsae.pipeline.run.evaluate_scores", lambda *_, **__: pytest.fail("evaluated again"))
     second = run()
     assert second.table(METHODS).equals(expected[0])
     assert second.history.equals(expected[1]) and second.history.attrs["best_epoch"] == expected[1].attrs["best_epoch"]
@@ -165,7 +166,7 @@ def test_a_setting_changes_the_digests_of_what_it_reaches(run, override, changed
 
 
 def test_digests_compute_nothing(profile, tmp_path, monkeypatch):
-    monkeypatch.setattr("capsae.packs.load_pack", lambda *_: pytest.fail("read features"))
+    monkeypatch.setattr("capsae.pipeline.packs.load_pack", lambda *_: pytest.fail("read features"))
     run = Run(profile, store=tmp_path)
     assert len(run.digest("table")) == 64 and run.digest("table", METHODS) != run.digest("table")
     assert not list(tmp_path.iterdir())
@@ -362,7 +363,7 @@ def images(tmp_path, monkeypatch):
         cls = np.stack([np.tile(np.asarray(source.image(i)).mean((0, 1)), 6)[:16] for i in range(len(source))])
         return FeatureSet(cls, source.labels, source.ids, name=name, class_names=source.class_names)
 
-    monkeypatch.setattr(capsae.features, "extract", extract)
+    monkeypatch.setattr(capsae.features.extract, "extract", extract)
     path = tmp_path / "folders.toml"
     path.write_text(small_profile.TOML.format(pack='"none"'))
     return path, calls
@@ -455,7 +456,8 @@ def test_a_killed_training_goes_on_where_it_stood(profile, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["topk", "batch_topk", "gsae", "mp", "abs_topk"])
 def test_a_run_with_any_variant_goes_from_training_to_scores(run, name, tmp_path):
-    from capsae.sae import load, variants
+    from capsae.sae import load
+    from capsae.sae.variants import thresholds as variants
 
     one = run(sae__variant=name)
     assert type(one.sae) is variants.REGISTRY[name]

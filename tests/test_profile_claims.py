@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import small_profile
 
-from capsae import profile_claims
 from capsae.caps import ClassActivationProfiles, core_activations
-from capsae.pipeline import Run
+from capsae.pipeline.run import Run
 from capsae.sae import SparseCodes
+from companion.chapters.claims import profile_claims
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import small_profile
 
-import capsae.profiles
-from capsae.commands import _dotted
-from capsae.profiles import Profile, ProfileError, available, load_profile
+import capsae.pipeline.experiments
+from capsae.cli.commands import _dotted
+from capsae.pipeline.experiment_errors import ProfileError
+from capsae.pipeline.experiments import Profile, available, load_profile
 
 FREE = {"pack": "none"}  # lets sources of an embedded profile change
 
@@ -22,8 +23,8 @@ def refused(name="imagenet20", **overrides) -> str:
 
 
 def test_the_module_wins_over_the_folder_of_the_same_name():
-    assert Path(capsae.profiles.__file__).name == "profiles.py"
-    assert not list(capsae.profiles.FOLDER.glob("*.py"))
+    assert Path(capsae.pipeline.experiments.__file__).name == "profiles.py"
+    assert not list(capsae.pipeline.experiments.FOLDER.glob("*.py"))
 
 
 def test_every_embedded_profile_loads_without_its_data():

@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 import capsae
-from capsae import tidy
-from capsae.data import open_source
-from capsae.pipeline import Run
-from capsae.profiles import ProfileError, load_profile
+from capsae.data.open import open_source
+from capsae.pipeline.experiment_errors import ProfileError
+from capsae.pipeline.experiments import load_profile
+from capsae.pipeline.run import Run
+from companion.figures import tidy
 
 LISTS = {  # list: (folder, images a class, labelled, pixels a side)
     "train_imagenet": ("imagenet_1k/train", 12, True, 40),

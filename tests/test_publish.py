@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from capsae import build, code, display, plan, publish, verify
+from capsae.pipeline import code
+from companion import build
+from companion.figures import display
+from companion.publish import plan, publish, verify
 
 GOOD = """\
 import os, sys

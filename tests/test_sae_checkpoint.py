@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 import torch
 
-from capsae.featureset import read_tensors, write_tensors
+from capsae.features.featureset import read_tensors, write_tensors
 from capsae.sae import SAEConfig, select, train_sae, train_saes
 from capsae.sae.checkpoint import fingerprint
-from capsae.sae.cpu_step import CompiledStep
+from capsae.sae.kernels.cpu_step import CompiledStep
 from capsae.sae.rows import Rows
 from capsae.sae.steps import PlainStep
 
@@ -28,7 +28,7 @@ SCRIPT = """if True:
     import json, sys
     import numpy as np
     from capsae.sae import SAEConfig, train_saes
-    from capsae.featureset import write_tensors
+    from capsae.features.featureset import write_tensors
 
     compiled, checkpoint, out = sys.argv[1] == "True", sys.argv[2] or None, sys.argv[3]
     x = np.random.default_rng(0).normal(size=(1100, 16)).astype(np.float32)

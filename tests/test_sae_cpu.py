@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from capsae.sae import SAEConfig, TopKSAE, select
-from capsae.sae.cpu_step import CompiledStep
+from capsae.sae.kernels.cpu_step import CompiledStep
 
 kernels = select.compiled()
 pytestmark = pytest.mark.skipif(kernels is None, reason="numba is not installed")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from capsae.sae import SAEConfig, TopKSAE, select, train_sae
-from capsae.sae.cpu_step import CompiledStep
+from capsae.sae.kernels.cpu_step import CompiledStep
 from capsae.sae.steps import PlainStep, auxk_loss
 
 needs_numba = pytest.mark.skipif(select.compiled() is None, reason="numba is not installed")

@@ -13,7 +13,9 @@ from sklearn.decomposition import PCA as SklearnPCA
 from sklearn.linear_model import OrthogonalMatchingPursuit
 
 from capsae import sae as zoo
-from capsae.sae import SAEConfig, TopKSAE, dictionaries, measures, pursuit
+from capsae.sae import SAEConfig, TopKSAE, measures
+from capsae.sae.dictionaries import methods as dictionaries
+from capsae.sae.dictionaries import pursuit
 
 D, M, N = 16, 10, 300
 

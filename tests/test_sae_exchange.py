@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import capsae
-from capsae.sae import SAEConfig, TopKSAE, exchange, train_sae
+from capsae.sae import SAEConfig, TopKSAE, train_sae
+from capsae.sae.exchange import folders as exchange
 
 DATA = Path(__file__).parent / "data" / "exchange"
 D, M, K = 6, 20, 3

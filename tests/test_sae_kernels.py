@@ -34,8 +34,10 @@ if not INSIDE:
         assert " passed" in run.stdout
 
 else:
-    from capsae.sae import SAEConfig, TopKSAE, gpu_products, gpu_step, kernels, steps
-    from capsae.sae.gpu_step import StepGroup, TritonStep
+    from capsae.sae import SAEConfig, TopKSAE, steps
+    from capsae.sae.kernels import gpu_products, gpu_step
+    from capsae.sae.kernels import triton as kernels
+    from capsae.sae.kernels.gpu_step import StepGroup, TritonStep
     from capsae.sae.steps import PlainStep
     from capsae.sae.train import _step_kind
 

@@ -15,14 +15,14 @@ import ranks
 import small_profile
 import torch
 
-from capsae.featureset import read_tensors
+from capsae.features.featureset import read_tensors
 from capsae.sae import SAEConfig, TopKSAE, train_sae
 
 SCRIPT = """if True:
     import json, sys
     import numpy as np
     from capsae import distributed
-    from capsae.featureset import write_tensors
+    from capsae.features.featureset import write_tensors
     from capsae.sae import SAEConfig, train_sae
 
     distributed.start()

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from capsae.sae import SAEConfig, TopKSAE, progress, rows, select, train_sae, train_saes
-from capsae.sae.cpu_step import CompiledStep
+from capsae.sae.kernels.cpu_step import CompiledStep
+from capsae.sae.rows import geometric_median, start
 from capsae.sae.steps import PlainStep, Step, auxk_loss
-from capsae.sae.train import geometric_median, schedule, start
+from capsae.sae.train import schedule
 
 needs_numba = pytest.mark.skipif(select.compiled() is None, reason="numba is not installed")
 STEPS = [PlainStep, pytest.param(CompiledStep, marks=needs_numba)]

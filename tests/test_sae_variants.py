@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 
 from capsae import sae as zoo
-from capsae.featureset import LinearHead
-from capsae.sae import SAEConfig, TopKSAE, measures, train_sae, variants
+from capsae.features.featureset import LinearHead
+from capsae.sae import SAEConfig, TopKSAE, measures, train_sae
+from capsae.sae.dictionaries.pursuit import matching_pursuit
 from capsae.sae.model import model
-from capsae.sae.pursuit import matching_pursuit
-from capsae.sae.variants_rows import head_gradient
+from capsae.sae.variants import thresholds as variants
+from capsae.sae.variants.samples import head_gradient
 
 D, M, K = 24, 32, 3
 NAMES = [name for name in variants.REGISTRY if name != "topk"]
@@ -190,7 +191,7 @@ def test_what_is_refused(tmp_path):
         train_sae(x, config("relu", products="bf16"), progress=False)
     with pytest.raises(ValueError, match="'centroids' is 128, but there are 100 rows"):
         train_sae(x, config("archetypal"), progress=False)
-    from capsae.sae.exchange import save_saelens
+    from capsae.sae.exchange.folders import save_saelens
 
     with pytest.raises(TypeError, match="a ReLU was given"):
         save_saelens(short("relu"), tmp_path)
@@ -332,7 +333,7 @@ def test_top_afa_is_nearest_in_length():
 
 @pytest.mark.parametrize("numba", [True, False])
 def test_matching_pursuit_by_its_gram_matrix_equals_the_residual_form(numba, monkeypatch):
-    from capsae.sae import pursuit
+    from capsae.sae.dictionaries import pursuit
 
     if not numba:
         monkeypatch.setattr(pursuit, "_compiled", lambda: None)
@@ -352,7 +353,7 @@ def test_matching_pursuit_by_its_gram_matrix_equals_the_residual_form(numba, mon
 
 @pytest.mark.parametrize("width, latents", [(24, 32), (30, 45)])  # of these kernels pad the second
 def test_compiled_pursuit_equals_the_plain_one(width, latents, monkeypatch):
-    from capsae.sae import pursuit
+    from capsae.sae.dictionaries import pursuit
 
     dice = torch.Generator().manual_seed(0)
     w = F.normalize(torch.randn(latents, width, generator=dice), dim=1)
@@ -382,7 +383,7 @@ def test_compiled_pursuit_equals_the_plain_one(width, latents, monkeypatch):
 
 
 def test_a_pursuits_gradient_is_autograds():
-    from capsae.sae.pursuit import Left
+    from capsae.sae.dictionaries.pursuit import Left
 
     x, w = (torch.from_numpy(t).double().requires_grad_() for t in planted(20, 0))
     found, indices = matching_pursuit(x.detach(), w.detach(), 5, 0.2)

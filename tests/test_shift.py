@@ -11,10 +11,15 @@ import pandas as pd
 import pytest
 from small_profile import write
 
-from capsae import display, findings, plan, publish
-from capsae.analyses import calibration, probes, shift, shift_figures, shift_study
-from capsae.pipeline import Run
-from capsae.probe import fit_linear_probe
+from capsae.features.probe import fit_linear_probe
+from capsae.pipeline.run import Run
+from companion import findings
+from companion.chapters.shift import calibration, probes
+from companion.chapters.shift import figures as shift_figures
+from companion.chapters.shift import maths as shift
+from companion.chapters.shift import study as shift_study
+from companion.figures import display
+from companion.publish import plan, publish
 
 SETS = ["noise/1", "noise/5", "blur/2"]
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capsae import packs
-from capsae.analyses import corruptions, shift_pack
-from capsae.data import open_source
-from capsae.features import extract, load_backbone, load_pack
+from capsae.data.open import open_source
+from capsae.features.backbone import load_backbone
+from capsae.features.extract import extract
+from capsae.pipeline import packs
+from capsae.pipeline.packs import load_pack
+from companion.chapters.shift import corruptions
+from companion.chapters.shift import make_pack as shift_pack
 
 SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"

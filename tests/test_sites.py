@@ -12,12 +12,14 @@ import small_profile
 import torch
 from PIL import Image
 
-from capsae import sites as sites_module
-from capsae.backbone import Backbone, load_backbone
-from capsae.data import ImageSource, open_source
-from capsae.features import extract, load_pack
-from capsae.pipeline import Run
-from capsae.sites import FINAL, SiteReader, extract_sites, run_sites, site_names
+from capsae.data.open import open_source
+from capsae.data.sources import ImageSource
+from capsae.features.backbone import Backbone, load_backbone
+from capsae.features.extract import extract
+from capsae.pipeline.packs import load_pack
+from capsae.pipeline.run import Run
+from companion.chapters.layers import sites as sites_module
+from companion.chapters.layers.sites import FINAL, SiteReader, extract_sites, run_sites, site_names
 
 SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
@@ -158,8 +160,8 @@ def test_registers_are_no_patches():
 
 
 def test_the_digits_vit_has_sites():
-    from capsae import tinyvit
-    from capsae.backbone import BackboneSpec
+    from capsae.features import tinyvit
+    from capsae.features.backbone import BackboneSpec
 
     torch.manual_seed(0)
     backbone = Backbone(tinyvit._build(), BackboneSpec("capsae/digits_vit"))

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from capsae import plan
-from capsae.speed_page import read_results, speed_page
+from companion.publish import plan
+from companion.publish.speed_page import read_results, speed_page
 
 SHAPE = {"d": 192, "latents": 1920, "k": 32, "batch": 4096}
 
@@ -53,5 +53,5 @@ def test_the_committed_page_is_made_from_the_committed_files():
 
     made = speed_page(plan.root() / "benchmarks" / "results")
     committed = (plan.root() / "book" / "speed.md").read_text(encoding="utf-8")
-    assert text(committed) == text(made), "run python -m capsae.build pages"
+    assert text(committed) == text(made), "run python -m companion.build pages"
     assert read_results(plan.root() / "benchmarks" / "results")["sae"], "no machine's file: run make bench"

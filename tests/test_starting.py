@@ -11,12 +11,13 @@ import pytest
 import small_profile
 from PIL import Image
 
-import capsae.features
+import capsae.features.extract
 from capsae.__main__ import main
-from capsae.featureset import FeatureSet
-from capsae.pipeline import Run
-from capsae.profiles import ProfileError, load_profile
-from capsae.starting import LISTS, look
+from capsae.cli.init import LISTS, look
+from capsae.features.featureset import FeatureSet
+from capsae.pipeline.experiment_errors import ProfileError
+from capsae.pipeline.experiments import load_profile
+from capsae.pipeline.run import Run
 
 MODEL = "test_vit"  # timm's smallest, 64 columns
 
@@ -108,12 +109,12 @@ def test_from_a_folder_and_weights_to_scores(tmp_path, capsys):
 def test_a_new_ood_set_stands_beside_an_embedded_pack(tmp_path, monkeypatch):
     mine, cls = folders(tmp_path / "mine", "a"), np.ones((3, small_profile.DIM))
     profile = str(small_profile.write(tmp_path))
-    monkeypatch.setattr("capsae.backbone.load_backbone", lambda settings: settings)
+    monkeypatch.setattr("capsae.features.backbone.load_backbone", lambda settings: settings)
 
     def extract(source, backbone, shards, *, device, name, progress):
         return FeatureSet(cls, source.labels, source.ids, name=name, meta={"bad_images": []})
 
-    monkeypatch.setattr(capsae.features, "extract", extract)
+    monkeypatch.setattr(capsae.features.extract, "extract", extract)
     monkeypatch.chdir(tmp_path)
     for value in (str(mine), "mine", {"kind": "folder", "path": str(mine)}):
         run = Run(profile, {"ood.far/mine": value, "backbone.pretrained": True}, progress=False)

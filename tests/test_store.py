@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from capsae.files import replacing
-from capsae.store import Store, UnreadableArtefact, artefact_digest, check_files, default_root
+from capsae.files import default_root, replacing
+from capsae.pipeline.store import Store, UnreadableArtefact, artefact_digest, check_files
 
 CODE = "digest of the code"
 
@@ -200,7 +200,7 @@ def test_files_that_may_not_be_read_are_no_damage(tmp_path, monkeypatch):
             raise OSError(_code, os.strerror(_code), str(path))
 
         with monkeypatch.context() as patched:
-            patched.setattr("capsae.store.file_record", fail)
+            patched.setattr("capsae.pipeline.store.file_record", fail)
             with pytest.raises(UnreadableArtefact, match="x.safetensors"):
                 get(store, make=never)
     assert len(get(store, make=never)) == 1000
@@ -230,7 +230,7 @@ def test_a_file_system_without_locks_or_fsync_is_used_all_the_same(tmp_path, mon
     def no_fsync(_):
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr("capsae.store.FileLock.acquire", no_locks)
+    monkeypatch.setattr("capsae.pipeline.store.FileLock.acquire", no_locks)
     monkeypatch.setattr(os, "fsync", no_fsync)
     store = Store(tmp_path)
     assert len(get(store)) == 1000 and len(get(store, make=never)) == 1000
@@ -250,7 +250,7 @@ def test_a_lock_that_cannot_be_had_for_another_reason_is_told(tmp_path, monkeypa
     def fail(*_, **__):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("capsae.store.FileLock.acquire", fail)
+    monkeypatch.setattr("capsae.pipeline.store.FileLock.acquire", fail)
     with pytest.raises(OSError, match="Too many open files"):
         get(Store(tmp_path))
 

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 from sklearn.metrics import auc, roc_auc_score
 
-from capsae import profile_data, sweeps, tidy
 from capsae.caps import ClassActivationProfiles, energy_profile_divergence
-from capsae.explain import explain_epd
+from capsae.latents.explain import explain_epd
 from capsae.sae import SparseCodes
+from companion.chapters.claims import profile_data
+from companion.figures import sweeps, tidy
 
 CLASSES, LATENTS, FIRING = 3, 40, 6
 
@@ -161,7 +162,7 @@ def test_sample_rows_keeps_order_and_small_sets():
 def test_unexplained_variance_is_the_mean_over_seeds_with_both_sources(tmp_path):
     import small_profile
 
-    from capsae.pipeline import Run
+    from capsae.pipeline.run import Run
 
     run = Run(small_profile.write(tmp_path), {"sae_seeds": 3}, tmp_path, "cpu", progress=False)
     found = tidy.fvu_of_seeds(run).set_index("set")

@@ -8,15 +8,16 @@ import os
 import numpy as np
 import pytest
 
-from capsae import builtin, tinyvit
 from capsae.__main__ import main
-from capsae.backbone import load_backbone
-from capsae.data import open_source
-from capsae.features import extract
-from capsae.packs import load_pack, pack_sets
-from capsae.pipeline import Run
-from capsae.store import file_record
-from capsae.tinyvit import WEIGHTS, DigitsViT, load_digits_vit, train_digits_vit
+from capsae.data import builtin
+from capsae.data.open import open_source
+from capsae.features import tinyvit
+from capsae.features.backbone import load_backbone
+from capsae.features.extract import extract
+from capsae.features.tinyvit import WEIGHTS, DigitsViT, load_digits_vit, train_digits_vit
+from capsae.files import file_record
+from capsae.pipeline.packs import load_pack, pack_sets
+from capsae.pipeline.run import Run
 
 
 @pytest.mark.parametrize("name", builtin.NAMES)
@@ -169,7 +170,7 @@ def test_weights_come_back(tmp_path):
 
 
 def test_what_cannot_be_trained_or_loaded_is_said(tmp_path):
-    from capsae.featureset import write_tensors
+    from capsae.features.featureset import write_tensors
 
     with pytest.raises(ValueError, match=r"labels lie in \[0, 28\], expected \[0, 9\]"):
         train_digits_vit({"kind": "builtin", "name": "letters"})

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy.stats import hypergeom
 
-from capsae.analyses import together
 from capsae.sae import SparseCodes
+from companion.chapters.meaning import together
 
 
 def _codes(fires):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import small_profile
 
-from capsae import Observations, SAEConfig, tuning
+from capsae import Observations, SAEConfig
 from capsae.detectors import Detector, available, base, info
-from capsae.pipeline import Run
-from capsae.sealed import Sealed, SealedError, freeze
-from capsae.tuning import HeldOutClasses, leave_one_set_out, tune
+from capsae.pipeline.run import Run
+from companion.chapters.tuning import criterion as tuning
+from companion.chapters.tuning.criterion import HeldOutClasses, leave_one_set_out, tune
+from companion.chapters.tuning.sealed import Sealed, SealedError, freeze
 
 CLASSES = 8
 
@@ -183,7 +184,7 @@ def test_the_grids_vary_options_that_their_detectors_have():
 def test_threads_of_a_criterion_are_held_by_the_seal_too():
     from concurrent.futures import ThreadPoolExecutor
 
-    from capsae.sealed import SealedError, check_reach, tuning
+    from companion.chapters.tuning.sealed import SealedError, check_reach, tuning
 
     with tuning("knn"), ThreadPoolExecutor(1) as pool:
         with pytest.raises(SealedError, match="knn is being tuned: 'test' is out of reach"):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from capsae import plan, verify
 from capsae.__main__ import main
+from companion.publish import plan, verify
 
 ROOT = plan.root()
 PAGE = "digits/04_score_ood"

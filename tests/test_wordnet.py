@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capsae.analyses import wordnet
-from capsae.packs import load_pack
+from capsae.latents import wordnet
+from capsae.pipeline.packs import load_pack
+from companion.chapters.ontology import make_wordnet
 
 DEBIAN = Path("/usr/share/wordnet")
 BEAGLE, DALMATIAN, FOX, TENCH, CHURCH = "n02088364", "n02110341", "n02120079", "n01440764", "n03028079"
@@ -87,7 +88,7 @@ def test_path_distance_is_a_count_of_links_by_way_of_common_ancestors(mini):
 
 def test_every_class_of_the_packs_is_in_the_extract_with_all_above_it():
     found = wordnet.embedded()
-    assert found["wnids"] == wordnet.packed_wnids() and len(found["wnids"]) == 1000
+    assert found["wnids"] == make_wordnet.packed_wnids() and len(found["wnids"]) == 1000
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in found["licence"]
     assert "appear on ALL copies" in " ".join(found["licence"].split())
     above = {parent for of in found["synsets"].values() for parent in of["hypernyms"]}
@@ -98,8 +99,8 @@ def test_every_class_of_the_packs_is_in_the_extract_with_all_above_it():
 
 @pytest.mark.skipif(not (DEBIAN / "data.noun").is_file(), reason="needs Debian's package wordnet-base")
 def test_the_extract_is_what_wordnet_gives_today(tmp_path):
-    assert wordnet.extract(DEBIAN, wordnet.packed_wnids()) == wordnet.embedded()
-    again = wordnet.write_extract(DEBIAN, wordnet.packed_wnids(), tmp_path / "again.json")
+    assert wordnet.extract(DEBIAN, make_wordnet.packed_wnids()) == wordnet.embedded()
+    again = make_wordnet.write_extract(DEBIAN, make_wordnet.packed_wnids(), tmp_path / "again.json")
     assert again.read_bytes() == wordnet.EXTRACT.read_bytes()
 
 

@@ -12,12 +12,16 @@ import pytest
 import small_profile
 from scipy import stats
 
-from capsae import code, commands, display, findings, zoo
 from capsae.__main__ import main
-from capsae.pipeline import Run
-from capsae.sae import dictionaries, variants
-from capsae.sealed import SealedError
-from capsae.zoo import figures, fitting, measure, page, runner, summary, tables, tasks, verdicts
+from capsae.cli import commands
+from capsae.pipeline import code
+from capsae.pipeline.run import Run
+from capsae.sae.dictionaries import methods as dictionaries
+from capsae.sae.variants import thresholds as variants
+from companion import findings, zoo
+from companion.chapters.tuning.sealed import SealedError
+from companion.figures import display
+from companion.zoo import figures, fitting, measure, page, runner, summary, tables, tasks, verdicts
 
 PUBLISHED = ("imagenet20", "mini80")
 EPD, RPD = verdicts.SCORES
@@ -201,7 +205,7 @@ def test_the_command_hands_on_its_options_and_keeps_committed_tables(tmp_path, m
 
     monkeypatch.setattr(runner, "run_zoo", run_zoo)
     monkeypatch.setattr(runner, "run_backbones", lambda: pd.DataFrame({"b": [2]}))
-    monkeypatch.setattr("capsae.plan.root", lambda: tmp_path)
+    monkeypatch.setattr("companion.publish.plan.root", lambda: tmp_path)
     assert main(["zoo", "--profile", "mini80", "--members", "topk,random", "--seeds", "0", "1", "--jobs", "3"]) == 0
     assert called == [("mini80", ["topk", "random"], (0, 1), 3)]
     assert (tmp_path / "build/zoo/mini80.csv").is_file() and not (tmp_path / "book").exists()
@@ -466,11 +470,11 @@ def test_a_cheap_member_fitted_again_has_its_committed_numbers():
 
 
 def test_the_page_of_dictionaries_is_in_step_and_cites_what_is_in_the_references():
-    from capsae import pages
+    from companion.publish import pages
 
     book = tables.root() / "book"
     text = page.dictionaries_page(book / "references.bib", pages._HEADING.format(source=pages.DICTIONARIES))
-    assert (book / "dictionaries.md").read_text(encoding="utf-8") == text, "run python -m capsae.build pages"
+    assert (book / "dictionaries.md").read_text(encoding="utf-8") == text, "run python -m companion.build pages"
     for name in zoo.members():
         assert f"(`{name}`)" in text
     assert "FAST" in text and "arXiv 2" not in text.split("## Not in the zoo")[0].replace("as arXiv 2604.26409", "")

@@ -5,11 +5,12 @@ To add one, subclass :class:`Detector` in the module of its kind and decorate it
 
 from __future__ import annotations
 
-from .base import Detector, Observations, available, create, info, register, score_all
+from .base import Detector, available, create, info, register, score_all
+from .observations import Observations
 
 from . import epd  # noqa: F401  # isort: skip  (the paper's score and its controls first in every table)
 from . import rpd  # noqa: F401  # isort: skip
-from . import activations, distances, geometry, logits, subspaces, pixels  # noqa: F401  # isort: skip
+from .baselines import activations, distances, geometry, logits, subspaces, pixels  # noqa: F401  # isort: skip
 
 OURS = "rpd"  # registry name of this project's own score
 

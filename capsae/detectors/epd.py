@@ -12,8 +12,10 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import entr
 
-from ..caps import ClassActivationProfiles, as_numpy, core_activations, core_reference, epd_terms
-from .base import Control, Detector, Observations, register
+from ..caps import ClassActivationProfiles, core_activations, core_reference, epd_terms
+from ..data.asarray import as_numpy
+from .base import Control, Detector, register
+from .observations import Observations
 
 PAPER = "oh2026sparsity"
 
@@ -358,7 +360,7 @@ class EPDUntrained(_OtherCodes):
 
         import torch
 
-        from ..sae.train import start
+        from ..sae.rows import start
 
         if obs.sae is None:
             raise ValueError("epd_untrained copies the configuration of the sae: give sae to Observations(...)")

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..caps import as_numpy, check_labels
+from ..caps import check_labels
+from ..data.asarray import as_numpy
 
 CELLS = 2**19  # rows x classes (or x dimensions) held at a time
 
@@ -32,7 +33,8 @@ class Observations:
     predicted : (N,) int array, optional
         Default: argmax of the logits.
     pixels : (N, P) array, optional
-        Statistics of the images themselves (:data:`capsae.images.PIXEL_STATISTICS`), for the controls that read them.
+        Statistics of the images themselves (:data:`capsae.data.images.PIXEL_STATISTICS`), for the controls that read
+        them.
 
     Raises
     ------

@@ -10,7 +10,8 @@ from scipy.sparse import csr_matrix
 from scipy.special import softmax
 
 from ..caps import ClassActivationProfiles
-from .base import Detector, Observations, register
+from .base import Detector, register
+from .observations import Observations
 
 _CELLS = 2**22  # rows x classes held at a time
 

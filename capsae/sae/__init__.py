@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import dictionaries, exchange, io, measures, variants, variants_batch, variants_rows  # noqa: F401 (register)
-from .model import SAEConfig, SparseCodes, TopKSAE
+from . import io, measures
+from .config import SAEConfig
+from .dictionaries import methods as dictionaries
+from .exchange import folders as exchange  # noqa: F401 (registers its readers)
+from .model import SparseCodes, TopKSAE
 from .train import train_sae, train_saes
+from .variants import batch, samples  # noqa: F401 (they register)
+from .variants import thresholds as variants
 
 __all__ = [
     "SAEConfig", "SparseCodes", "TopKSAE", "dictionaries", "load", "measures", "train_sae", "train_saes", "variants",

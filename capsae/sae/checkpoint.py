@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import distributed
-from ..featureset import read_tensors, write_tensors
+from ..features.featureset import read_tensors, write_tensors
 from .rows import CHUNK, Rows
 
 log = logging.getLogger(__name__)

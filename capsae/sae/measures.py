@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ..asarray import as_numpy as _numpy
+from ..data.asarray import as_numpy as _numpy
 
 ROWS = 8192  # handled at a time: bounds the memory of a pass whatever N is
 

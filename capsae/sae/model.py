@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..asarray import as_numpy
+from ..data.asarray import as_numpy
 from . import io
 from .config import SAEConfig
 from .select import compiled, encode, topk

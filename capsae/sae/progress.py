@@ -14,7 +14,7 @@ from .steps import Step
 
 log = logging.getLogger(__name__)
 EVERY = 0.5  # seconds
-__code_version__ = 1  # what is shown, and when a training is given up, changes no result: see capsae.code
+__code_version__ = 1  # what is shown, and when a training is given up, changes no result: see capsae.pipeline.code
 
 
 class Bar:

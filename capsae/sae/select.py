@@ -26,7 +26,7 @@ def compiled():
     try:
         import llvmlite.binding
 
-        from . import cpu_kernels
+        from .kernels import cpu_kernels
 
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         if x86 and not llvmlite.binding.get_host_cpu_features().get("fma"):

@@ -26,17 +26,17 @@ import torch
 from .. import distributed
 from .checkpoint import Checkpoint, fingerprint, path_of
 from .config import SAEConfig
-from .cpu_step import CompiledStep
-from .gpu_step import TritonStep
-from .gpu_step import available as triton_kernels
+from .kernels.cpu_step import CompiledStep
+from .kernels.gpu_step import TritonStep
+from .kernels.gpu_step import available as triton_kernels
 from .memory import explain_out_of_memory, room
 from .model import TopKSAE, model
 from .progress import Bar, check_progress
 from .rows import Rows, checked, geometric_median, prepare, sample, start, starts
 from .select import compiled as numba_kernels
 from .steps import PlainStep, Step
-from .variant_step import VariantStep
-from .variants import Variant
+from .variants.step import VariantStep
+from .variants.thresholds import Variant
 
 __all__ = ["geometric_median", "schedule", "start", "train_sae", "train_saes"]
 log = logging.getLogger(__name__)

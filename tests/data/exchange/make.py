@@ -21,7 +21,7 @@ from sae_lens import SAE, TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingS
 from safetensors.torch import save_file
 from sparsify import SparseCoder, SparseCoderConfig
 
-from capsae.sae.exchange_files import CONVERT
+from capsae.sae.exchange.files import CONVERT
 
 HERE = Path(__file__).parent
 D, M, K, N = 6, 20, 3, 32

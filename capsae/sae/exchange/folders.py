@@ -1,0 +1,402 @@
+"""SAEs of other libraries: read and write SAELens and sparsify folders, read those of dictionary_learning.
+
+All three compute, of a row v of d numbers, what `TopKSAE` computes of a normalised row u:
+
+    z = E (v - b) + c;   code = the k largest of relu(z);   v_hat = code W + b
+
+They differ in names, in transposition, in what they do to the input first, and in the length of the rows of W.
+
+============================  =======================  ==========================  ===========================
+here                          SAELens                  sparsify                    dictionary_learning
+============================  =======================  ==========================  ===========================
+files                         sae_weights.safetensors  sae.safetensors             ae.safetensors (see below)
+settings                      cfg.json                 cfg.json                    config.json
+encoder E (M, d)              W_enc (d, M)             encoder.weight (M, d)       encoder.weight (M, d)
+encoder_bias c (M,)           b_enc                    encoder.bias                encoder.bias
+decoder W (M, d)              W_dec (M, d)             W_dec (M, d)                decoder.weight (d, M)
+pre_bias b (d,)               b_dec                    b_dec                       b_dec
+normalize "none"              none                     always                      always
+normalize "sample"            layer_norm               not there                   not there
+normalize "l2"                constant_norm_rescale    not there                   not there
+normalize "dataset"           folded into the weights  folded into the weights     not there
+============================  =======================  ==========================  ===========================
+
+Written folders give the library the same codes as `TopKSAE.encode`, to float32 rounding. Where its input is s times
+ours, v = s u, that takes E / s, s b and s W: s = sqrt(d) for constant_norm_rescale, which gives rows that length, and
+s = sqrt(1 - 1/d) for layer_norm, which divides by the sample's std (n - 1) where we divide by the population's; it also
+adds 1e-5 to the std, so its input is smaller by 1e-5 / std, relatively. "dataset" is affine, u = (x - mean) / std, and
+folds exactly: E / std, mean + std b, std W. sparsify normalises no row: with "sample" and "l2" its input must be
+``sae.normalize(x)``, which a warning and the file say. A key "capsae" in cfg.json (SAELens: in its metadata) keeps
+our settings; with it the folder comes back as it was, bit for bit with normalize = "none", else to float32 rounding.
+
+Read folders keep the library's codes. Rows of W that all have one length g other than 1 become unit rows, and the codes
+are then g times the library's, with the same selection. Rows of several lengths cannot become unit rows without another
+selection of latents: they are refused, or kept as they are with ``unit_rows=False``. SAELens' own rule for them,
+rescale_acts_by_decoder_norm, is folded exactly, and so is apply_b_dec_to_input = false. What else the formula above
+does not say (other activations, skip connections, transcoders) is refused. A latent whose row of W is zero stays.
+
+Of SAELens, JumpReLU (threshold theta, a = z H(z - theta)), BatchTopK (for inference a JumpReLU of one theta) and gated
+SAEs (b_gate, r_mag, b_mag) are exchanged, too: the variants "jumprelu", "batch_topk" and "gated" here, with the shift
+of their calibration folded in. There each latent has a level of its own, so that rows of any length become unit rows.
+The training settings in ``config`` of an SAE made elsewhere are defaults: its files do not tell them.
+
+Sources: sae-lens 6.54.12, eai-sparsify 1.3.3, dictionary-learning 0.1.0 as installed.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import io
+from ..config import SAEConfig
+from ..model import TopKSAE
+from . import files
+
+__all__ = ["load_dictionary_learning", "load_saelens", "load_sparsify", "save_saelens", "save_sparsify"]
+
+OWN_KEY, OWN_SCHEMA = "capsae", 1
+_SAELENS_NORMALIZE = {"none": "none", "layer_norm": "sample", "constant_norm_rescale": "l2"}
+_SAELENS_VARIANTS = {"topk": "topk", "batch_topk": "jumprelu", "jumprelu": "jumprelu", "gated": "gated"}
+_UNIT = 1e-3  # rows this near to unit length (bfloat16 weights) stay as they are
+_EQUAL = 1e-2  # lengths this near to each other count as one
+
+
+class _Weights(NamedTuple):
+    encoder: torch.Tensor  # (M, d)
+    encoder_bias: torch.Tensor  # (M,)
+    decoder: torch.Tensor  # (M, d)
+    pre_bias: torch.Tensor  # (d,)
+    level: torch.Tensor | None = None  # (M,) what z has to exceed (threshold), or is added to it (the gate's bias)
+    log_gain: torch.Tensor | None = None  # (M,) of gated ones: values are relu(e^r E (v - b) + c)
+
+    def moved(self, offset: torch.Tensor) -> _Weights:
+        """The same after (M,) is added to every E (v - b)."""
+        if self.log_gain is None:
+            return self._replace(encoder_bias=self.encoder_bias + offset)
+        bias = self.encoder_bias + offset * self.log_gain.exp()
+        return self._replace(encoder_bias=bias, level=self.level + offset)
+
+    def louder(self, g: torch.Tensor) -> _Weights:
+        """Codes g times as large, (M,) or a number, from decoder rows g times as short."""
+        level = None if self.level is None else self.level * g
+        encoder = self.encoder * g.reshape(-1, 1)
+        parts = {"encoder": encoder, "encoder_bias": self.encoder_bias * g, "level": level}
+        return self._replace(decoder=self.decoder / g.reshape(-1, 1), **parts)
+
+
+def _lengths(decoder: torch.Tensor) -> torch.Tensor:
+    """Of its rows (M,); 1 where a row is zero: such a latent says nothing, whatever its code."""
+    return decoder.norm(dim=1).where(decoder.any(dim=1), 1.0)
+
+
+# --- SAELens
+
+
+def load_saelens(folder: str | Path, device: str | torch.device = "cpu", unit_rows: bool = True) -> TopKSAE:
+    """Read a top-k, JumpReLU, BatchTopK or gated SAE that SAELens has saved (``save_model``, ``save_inference_model``),
+    of version 6 or before.
+
+    Parameters
+    ----------
+    folder : path
+        With ``cfg.json`` and ``sae_weights.safetensors``, of any floating dtype; the SAE is float32.
+    device : str or torch.device
+    unit_rows : bool
+        False keeps decoder rows of several lengths as they are, in place of refusing them.
+
+    Raises
+    ------
+    ValueError
+        A pickle, a damaged file, weights that do not fit the settings, or an SAE that no TopKSAE is.
+    FileNotFoundError
+        One of the two files is missing.
+    """
+    folder, cfg, tensors = files.read("saelens", folder)
+    metadata = cfg.get("metadata") or {}
+    if not (cfg.get("sae_lens_version") or metadata.get("sae_lens_version")):
+        cfg = _saelens_before_6(cfg)
+    files.need(folder, cfg, "architecture", ("topk", "batchtopk", "jumprelu", "gated"))
+    architecture = cfg["architecture"]
+    files.need(folder, cfg, "reshape_activations", ("none",), default="none")
+    theirs = cfg.get("normalize_activations", "none")
+    if theirs not in _SAELENS_NORMALIZE:
+        raise ValueError(
+            f"{folder}: normalize_activations is {theirs!r}, which scales the input outside of the SAE by numbers that "
+            "are not in this folder; fold it in (SAELens: fold_activation_norm_scaling_factor or "
+            "fold_activation_whitening) and save again"
+        )
+    d, latents = files.whole(folder, cfg, "d_in"), files.whole(folder, cfg, "d_sae")
+    if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
+        del tensors["scaling_factor"]  # some versions wrote it always
+    bias, level = {"gated": ("b_mag", "b_gate"), "topk": ("b_enc", None)}.get(architecture, ("b_enc", "threshold"))
+    if architecture == "batchtopk" and "topk_threshold" in tensors:  # of training; for inference, it is a JumpReLU
+        tensors["threshold"] = tensors.pop("topk_threshold").reshape(1).expand(latents)
+    shapes = {"W_enc": (d, latents), bias: (latents,), "W_dec": (latents, d), "b_dec": (d,)}
+    shapes |= {} if level is None else {level: (latents,)}
+    shapes |= {"r_mag": (latents,)} if architecture == "gated" else {}
+    w_enc, c, w_dec, b_dec, *rest = files.take(folder, tensors, shapes)
+    weights = _Weights(w_enc.T, c, w_dec, b_dec, *rest)
+    if not cfg.get("apply_b_dec_to_input", True):
+        weights = weights.moved(weights.encoder @ b_dec)
+    if cfg.get("rescale_acts_by_decoder_norm", False) and architecture in ("topk", "batchtopk"):
+        weights = weights.louder(_lengths(w_dec))._replace(level=weights.level)  # the rule compares rescaled values
+    own = _own(folder, metadata)
+    normalize = _SAELENS_NORMALIZE[theirs]
+    if normalize == "none" and own.get("config", {}).get("normalize") == "dataset":
+        normalize = "dataset"
+    scale = {"sample": math.sqrt(1 - 1 / d), "l2": math.sqrt(d)}.get(normalize, 1.0)
+    weights = _scaled(weights, 1 / scale)
+    variant = {"batchtopk": "batch_topk"}.get(architecture, architecture)
+    return _build(folder, weights, cfg, normalize, own, unit_rows, variant).to(device)
+
+
+def save_saelens(sae: TopKSAE, folder: str | Path) -> Path:
+    """Write an SAE (top-k, JumpReLU, BatchTopK, gated) so that ``sae_lens.SAE.load_from_disk(folder)`` reads it, with
+    the same codes. A BatchTopK becomes a JumpReLU with one threshold, as in SAELens itself.
+
+    With normalize = "sample" they agree but for the 1e-5 that SAELens adds to each row's std (see the module).
+    """
+    weights, normalize, own = _exported(sae, _SAELENS_VARIANTS)
+    architecture = _SAELENS_VARIANTS[sae.config.variant]
+    latents, d = weights.encoder.shape
+    weights = _scaled(weights, {"sample": math.sqrt(1 - 1 / d), "l2": math.sqrt(d)}.get(normalize, 1.0))
+    tensors = {"W_enc": weights.encoder.T, "W_dec": weights.decoder, "b_dec": weights.pre_bias}
+    if architecture == "gated":
+        tensors |= {"b_mag": weights.encoder_bias, "b_gate": weights.level, "r_mag": weights.log_gain}
+    else:
+        tensors |= {"b_enc": weights.encoder_bias} | ({} if weights.level is None else {"threshold": weights.level})
+    own_keys = {"k": sae.config.k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
+    cfg = {
+        "d_in": d,
+        "d_sae": latents,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": {ours: theirs for theirs, ours in _SAELENS_NORMALIZE.items()}[normalize],
+        "reshape_activations": "none",
+        **own_keys,
+        "architecture": architecture,
+        "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, OWN_KEY: own},
+    }
+    return files.write("saelens", folder, tensors, cfg)
+
+
+def _saelens_before_6(cfg: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a version before 6, where top-k was an activation function of the standard architecture."""
+    activation = cfg.get("activation_fn", cfg.get("activation_fn_str", "relu"))
+    if activation == "topk" and cfg.get("architecture", "standard") in ("standard", "topk"):
+        arguments = cfg.get("activation_fn_kwargs") or {}
+        cfg = {**cfg, "architecture": "topk", "k": arguments.get("k", cfg.get("k"))}
+    flag = cfg.get("normalize_activations")
+    if flag is None or isinstance(flag, bool):
+        cfg = {**cfg, "normalize_activations": "expected_average_only_in" if flag else "none"}
+    hook = str(cfg.get("hook_name", cfg.get("hook_point", "")))
+    return {"architecture": "standard", "reshape_activations": "hook_z" if "hook_z" in hook else "none", **cfg}
+
+
+# --- sparsify
+
+
+def load_sparsify(folder: str | Path, device: str | torch.device = "cpu", unit_rows: bool = True) -> TopKSAE:
+    """Read a top-k SAE that sparsify has saved (``SparseCoder.save_to_disk``): the folder of one layer.
+
+    Parameters and errors are those of `load_saelens`.
+    """
+    folder, cfg, tensors = files.read("sparsify", folder)
+    files.need(folder, cfg, "activation", ("topk",), default="topk")
+    for key in ("skip_connection", "transcode", "signed"):
+        files.need(folder, cfg, key, (False,), default=False)
+    d = files.whole(folder, cfg, "d_in")
+    latents = cfg.get("num_latents") or d * files.whole(folder, cfg, "expansion_factor")
+    shapes = {"encoder.weight": (latents, d), "encoder.bias": (latents,), "W_dec": (latents, d), "b_dec": (d,)}
+    weights = _Weights(*files.take(folder, tensors, shapes))
+    own = _own(folder, cfg)
+    normalize = own.get("config", {}).get("normalize", "none")
+    return _build(folder, weights, cfg, normalize, own, unit_rows).to(device)
+
+
+def save_sparsify(sae: TopKSAE, folder: str | Path) -> Path:
+    """Write an SAE so that ``sparsify.SparseCoder.load_from_disk(folder)`` reads it, with the same codes.
+
+    sparsify normalises no row: with normalize = "sample" or "l2" it must be given ``sae.normalize(x)`` (a warning).
+    """
+    weights, normalize, own = _exported(sae, ("topk",))
+    if normalize != "none":
+        own["note"] = f"give sparsify rows normalised as by normalize = {normalize!r} of capsae: it normalises none"
+        warnings.warn(f"{folder}: {own['note']}, so its input is sae.normalize(x)", stacklevel=2)
+    latents, d = weights.encoder.shape
+    tensors = {"encoder.weight": weights.encoder, "encoder.bias": weights.encoder_bias}
+    tensors |= {"W_dec": weights.decoder, "b_dec": weights.pre_bias}
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": max(1, latents // d),  # not used where num_latents is given
+        "normalize_decoder": sae.config.normalize != "dataset",
+        "num_latents": latents,
+        "k": sae.config.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": d,
+        OWN_KEY: own,
+    }
+    return files.write("sparsify", folder, tensors, cfg)
+
+
+# --- dictionary_learning
+
+
+def load_dictionary_learning(folder: str | Path, device: str | torch.device = "cpu", unit_rows: bool = True) -> TopKSAE:
+    """Read an AutoEncoderTopK of dictionary_learning, whose ``ae.pt`` was converted to ``ae.safetensors``.
+
+    The library writes its weights as a pickle alone, which is refused; the error says how to convert it.
+    ``config.json`` must lie beside them: a BatchTopKSAE has weights of the same names, and only that file tells them
+    apart. The threshold, which the library can use in place of top-k, is not: `TopKSAE` keeps k latents a row.
+
+    Parameters and errors are those of `load_saelens`.
+    """
+    folder, cfg, tensors = files.read("dictionary_learning", folder)
+    trainer = cfg.get("trainer")
+    if not isinstance(trainer, dict):
+        raise ValueError(f"{folder / 'config.json'} has no 'trainer', an object with dict_class and k")
+    files.need(folder, trainer, "dict_class", ("AutoEncoderTopK",))
+    tensors.pop("threshold", None)
+    k = tensors.pop("k", None)
+    if k is not None and int(k) != trainer.get("k"):
+        raise ValueError(f"{folder}: k is {int(k)} in the weights, {trainer.get('k')!r} in config.json")
+    d, latents = files.whole(folder, trainer, "activation_dim"), files.whole(folder, trainer, "dict_size")
+    shapes = {"encoder.weight": (latents, d), "encoder.bias": (latents,), "decoder.weight": (d, latents), "b_dec": (d,)}
+    encoder, bias, decoder, b_dec = files.take(folder, tensors, shapes)
+    return _build(folder, _Weights(encoder, bias, decoder.T, b_dec), trainer, "none", {}, unit_rows).to(device)
+
+
+# --- any of them
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> TopKSAE | None:
+    """Read a folder of any of the three libraries; None if it is of none of them."""
+    readers = {"saelens": load_saelens, "sparsify": load_sparsify, "dictionary_learning": load_dictionary_learning}
+    whose = files.layout(folder)
+    return readers[whose](folder, device) if whose else None
+
+
+io.FOREIGN.append(load)  # `TopKSAE.load` asks it first
+
+
+# --- what they share
+
+
+def _own(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_exported` left in a folder, or {}."""
+    own = settings.get(OWN_KEY)
+    if own is None:
+        return {}
+    if not isinstance(own, dict) or own.get("schema") != OWN_SCHEMA or not isinstance(own.get("config"), dict):
+        raise ValueError(f"{folder}: its key {OWN_KEY!r} is of another version; this one reads schema {OWN_SCHEMA}")
+    return own
+
+
+def _scaled(weights: _Weights, s: float) -> _Weights:
+    """The same codes from an input that is s times as long; the reconstruction is s times as long, too."""
+    if s == 1:
+        return weights
+    scaled = {"encoder": weights.encoder / s, "decoder": weights.decoder * s, "pre_bias": weights.pre_bias * s}
+    return weights._replace(**scaled)
+
+
+def _exported(sae: TopKSAE, variants) -> tuple[_Weights, str, dict[str, Any]]:
+    """Weights (float64) with "dataset" folded in, the normalisation that is left to the library, and our own key."""
+    if sae.config.variant not in variants or type(sae) is not _class_of(sae.config):
+        kinds = ", ".join(variants)
+        raise TypeError(f"a {type(sae).__name__} was given; this library's folders hold {kinds} SAEs of capsae")
+    parts = (sae.encoder, sae.encoder_bias, sae.decoder, sae.pre_bias, *_levels(sae))
+    weights = _Weights(*(each.detach().cpu().double() for each in parts))
+    own: dict[str, Any] = {"schema": OWN_SCHEMA, "config": asdict(sae.config)}
+    if sae.config.normalize != "dataset":
+        return weights, sae.config.normalize, own
+    mean, std = sae.mean.detach().cpu().double(), sae.std.detach().cpu().double()
+    own |= {"mean": mean.tolist(), "std": std.tolist()}
+    flat = std <= 0  # such a column is 0 to the encoder, whatever the input holds there
+    weights = weights.moved(-(weights.encoder[:, flat] @ weights.pre_bias[flat]))
+    std = std.masked_fill(flat, 1)
+    encoder, decoder = (weights.encoder / std).masked_fill(flat, 0), weights.decoder * std
+    return weights._replace(encoder=encoder, decoder=decoder, pre_bias=mean + std * weights.pre_bias), "none", own
+
+
+def _class_of(config: SAEConfig) -> type[TopKSAE]:
+    from ..variants import thresholds as variants  # which need io, and io this module
+
+    return variants.model(config)
+
+
+def _levels(sae: TopKSAE) -> tuple[torch.Tensor, ...]:
+    """`level` and `log_gain` of `_Weights`, the shift that calibrates a variant included."""
+    variant = sae.config.variant
+    if variant == "gated":
+        return sae.gate_bias - sae.shift, sae.log_gain
+    if variant == "topk":
+        return ()
+    threshold = sae.log_threshold.exp() if variant == "jumprelu" else sae.threshold.expand(sae.n_latents)
+    return ((threshold + sae.shift).clamp_min(0),)
+
+
+def _build(
+    folder: Path, weights: _Weights, cfg: Mapping, normalize: str, own: dict, unit_rows: bool, variant: str = "topk"
+) -> TopKSAE:
+    """An SAE of weights that read normalised rows ("dataset": raw rows, the statistics are in our own key)."""
+    latents, d = weights.encoder.shape
+    ours = SAEConfig.from_dict(own["config"]) if own else None
+    if variant == "topk" or "k" in cfg:
+        k = files.whole(folder, cfg, "k")
+    else:  # a threshold alone decides: k only says what a training would aim at
+        k = ours.k if ours else max(1, min(latents, d // 6))
+    if ours and variant == "jumprelu" and ours.variant == "batch_topk":
+        variant = "batch_topk"
+    config = replace(ours or SAEConfig(latents, k), latents=latents, k=k, normalize=normalize, variant=variant)
+    sae = _class_of(config)(d, config)
+    if normalize == "dataset":
+        mean, std = (torch.tensor(own.get(key, []), dtype=torch.float64) for key in ("mean", "std"))
+        if mean.shape != (d,) or std.shape != (d,):
+            raise ValueError(f"{folder}: mean and std of its key {OWN_KEY!r} must hold {d} numbers each")
+        sae.mean, sae.std = mean.float(), std.float()
+        std = std.masked_fill(std <= 0, 1)
+        parts = {"encoder": weights.encoder * std, "decoder": weights.decoder / std}
+        weights = weights._replace(**parts, pre_bias=(weights.pre_bias - mean) / std)
+    if unit_rows:
+        weights = _with_unit_rows(folder, weights, own_levels=variant in ("jumprelu", "gated"))
+    values = weights._asdict()
+    level, log_gain = values.pop("level"), values.pop("log_gain")
+    if variant == "gated":
+        values |= {"gate_bias": level, "log_gain": log_gain}
+    elif variant == "jumprelu":
+        values["log_threshold"] = level.clamp_min(0).log()
+    elif variant == "batch_topk":
+        values["threshold"] = level[:1]
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(sae, name).copy_(value)
+    return sae
+
+
+def _with_unit_rows(folder: Path, weights: _Weights, own_levels: bool) -> _Weights:
+    """Decoder rows of one length g become unit rows, and codes g times as large; the selection stays as it was. Where
+    each latent has a level of its own, rows may have several lengths.
+    """
+    lengths = _lengths(weights.decoder)
+    said = weights.decoder.any(dim=1)
+    g = lengths[said].mean() if said.any() else torch.ones((), dtype=lengths.dtype)
+    if own_levels:
+        g = lengths
+    elif not ((lengths[said] - g).abs() <= _EQUAL * g).all() or not said.any():
+        raise ValueError(
+            f"{folder}: decoder rows have lengths from {lengths.min():.3g} to {lengths.max():.3g}; rows of one length "
+            "would do, for unit rows would change which latents are the k largest. unit_rows=False of the reader keeps "
+            "them as they are, with the library's codes"
+        )
+    return weights if ((g - 1).abs() <= _UNIT).all() else weights.louder(g)

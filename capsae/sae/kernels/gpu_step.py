@@ -1,0 +1,354 @@
+"""The training step for a GPU: torch multiplies, Triton (`kernels`) does the rest, the whole step is one CUDA graph.
+
+Nothing in a step waits for the device: batch sizes repeat, the dead latents are padded to a few sizes and listed anew
+at each epoch's `read`, and the learning rate lies in device memory. So a step is recorded once and replayed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+
+from ..gpu_graph import capture_streams, current, record
+from ..steps import BETAS, Step
+
+log = logging.getLogger(__name__)
+
+TERMS = ("decode", "weights")  # computed by gathers, or by dense products
+SMALLEST_CHUNK = 256
+WARM_UP = 2  # steps that run before one is recorded: they compile the kernels
+SPARSE_FROM = 120  # latents per k above which gathers beat dense products, by an estimate of both
+DEAD_SIZES = 16  # the list of dead latents is padded to a multiple of latents / DEAD_SIZES
+
+
+@functools.cache
+def available() -> bool:
+    """Whether triton is there (and ``CAPSAE_TRITON`` is not 0)."""
+    if os.environ.get("CAPSAE_TRITON", "1") == "0":
+        return False
+    try:
+        from . import triton as kernels  # noqa: F401
+    except ImportError as error:
+        log.warning("no Triton kernels (%s): training on the GPU takes several times longer", error)
+        return False
+    return True
+
+
+class TritonStep(Step):
+    """The same for a GPU: gradients stay in registers or cache, one launch a step.
+
+    With bf16 products, gathers read bf16 copies as well (of the decoder, x - b and the residual); sums, parameters and
+    Adam are float32. The weights of two runs are equal bit for bit where `dense` is: it follows from the
+    settings, is part of `state`, and can be set by ``CAPSAE_GPU_DENSE`` ("decode,weights", "weights", "none").
+
+    Attributes
+    ----------
+    dense : frozenset of {"decode", "weights"} or None
+        Terms that are dense products rather than gathers; None before the first batch.
+    chunk : int
+        Rows whose pre-activations exist at a time: as many as stay in the GPU's cache.
+    """
+
+    def __init__(self, sae, variance: float, window: int) -> None:
+        self.batch = self.revival = None  # `find_dead` looks at them, also before the rest is there
+        self.layout = 0  # grows when recorded steps lose their memory
+        super().__init__(sae, variance, window)
+        self.device = sae.pre_bias.device
+        self.m, self.d = sae.encoder.shape
+        self.half = torch.bfloat16 if self.products == "bf16" else torch.float32
+        copies = (sae.encoder, sae.decoder, sae.encoder_bias)
+        # Without lower precision the parameters serve as they are.
+        self.copies = [p.detach().to(self.half) if self.half != p.dtype else p.detach() for p in copies]
+        self.fired = torch.zeros_like(self.idle)
+        self.rates = torch.zeros(2, device=self.device)  # lr and second moment, both corrected for the moments' start
+        self.aux = torch.zeros(1, device=self.device)  # AuxK's loss
+        self.chunk, self.heavy = rows_in_cache(self.device, self.m * self.copies[0].element_size()), None
+        self.dense = wished_dense()
+        self.graphs, self.seen, self.pool = {}, {}, None
+        self.use_graphs = self.device.type == "cuda"
+        self.streams = capture_streams(self.device, 1)
+        self.find_dead()
+
+    # -- one step -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, lr: float) -> None:
+        with current(self.device):
+            self.prepare(x, lr)
+            if not self.replay(len(x)):
+                self.run(x, lr)
+            self.finish()
+
+    def prepare(self, x: torch.Tensor, lr: float) -> None:
+        """The part of a step that changes from call to call, and the memory it needs."""
+        n, steps = len(x), self.steps + 1
+        while True:
+            try:
+                self.make_room(x)
+                break
+            except torch.cuda.OutOfMemoryError as error:
+                self.shrink(n, error)
+        torch.sub(x, self.sae.pre_bias, out=self.batch.centred[:n])
+        self.rates[0].fill_(lr / (1 - BETAS[0] ** steps))
+        self.rates[1].fill_((1 - BETAS[1] ** steps) ** -0.5)
+
+    def run(self, x: torch.Tensor, lr: float) -> None:
+        """Kernel by kernel. What failed for want of memory starts again: nothing has changed until `update`."""
+        while True:
+            try:
+                self.forward(len(x))
+                break
+            except torch.cuda.OutOfMemoryError as error:
+                self.shrink(len(x), error)
+                self.prepare(x, lr)
+        self.update(len(x))
+
+    def make_room(self, x: torch.Tensor) -> None:
+        """A Batch of at least these rows, and a Dead where AuxK has work."""
+        if self.dense is None:
+            self.dense = choose_dense(self)
+        if self.batch is None or self.batch.n < len(x):
+            self.forget()
+            self.batch = self.new_batch(len(x), self.dense)
+        if self.revival is None and self.capacity():
+            from .gpu_products import Dead
+
+            k = self.config.aux_k or max(1, self.d // 2)
+            chunk = min(self.chunk, len(x))
+            self.revival = Dead(self.capacity(), k, self.d, self.m, chunk, self.half, self.device)
+            self.revival.fill(self.dead)
+
+    def new_batch(self, n: int, dense: frozenset):
+        from .gpu_products import Batch
+
+        heavy = {"heavy": self.heavy} if self.heavy else {}
+        return Batch(n, self.d, self.m, self.config.k, self.chunk, self.half, dense, self.device, **heavy)
+
+    def forward(self, n: int) -> None:
+        """Code, residual, gradients of values; AuxK's gradients. Changes nothing that a second call would miss."""
+        batch, (encoder, decoder, bias) = self.batch, self.copies
+        batch.select(n, encoder, bias)
+        batch.decode(n, decoder, self.fired, self.scale(n))
+        self.gradients = None
+        if self.revival is None:
+            self.aux.zero_()
+            return
+        rows = self.aux_rows(n)
+        share = self.config.aux_alpha * n / rows
+        self.gradients = self.revival.gradients(
+            batch.centred[:rows], batch.residual[:rows], encoder, decoder, bias,
+            self.idle >= self.window, share * self.scale(n), self.aux,
+        )  # fmt: skip
+        self.aux *= share
+
+    def update(self, n: int) -> None:
+        """Weights, moments, counters."""
+        self.batch.update(n, self.weights(), self.gradients, self.scale(n), self.rates)
+        self.batch.update_pre_bias(n, self.arrays("pre_bias"), self.scale(n), self.rates)
+        self.batch.count(n, self.aux, self.totals)
+
+    def finish(self) -> None:
+        self.steps += 1
+        self.update_average()
+
+    def scale(self, n: int) -> float:
+        return 2 / (n * self.variance)
+
+    def arrays(self, name: str) -> tuple[torch.Tensor, ...]:
+        """A parameter and its two moments."""
+        return getattr(self.sae, name).detach(), *self.moments[name]
+
+    def weights(self) -> tuple:
+        encoder, decoder, bias = (self.arrays(name) for name in ("encoder", "decoder", "encoder_bias"))
+        return *encoder, *decoder, *bias, *self.copies, self.idle, self.fired
+
+    # -- the CUDA graph -------------------------------------------------------------------------------------------
+
+    def replay(self, n: int) -> bool:
+        """Replay the step for n rows, recording it first where it has run before; False: run it yourself."""
+        if not self.use_graphs:
+            return False
+        if n not in self.graphs:
+            if not self.warm(n):
+                return False
+            pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = record([self], [n], pool, self.streams)
+            if graph is None:
+                return False
+            self.graphs[n], self.pool = graph, pool  # a pool without a graph cannot be used again
+        self.graphs[n].replay()
+        return True
+
+    def warm(self, n: int) -> bool:
+        """Whether steps like this one have run before; counts this one."""
+        key = n, self.revival and self.revival.capacity
+        self.seen[key] = self.seen.get(key, 0) + 1
+        return self.seen[key] > WARM_UP
+
+    def forget(self) -> None:
+        """Drop what was recorded, and the memory it used."""
+        self.batch = self.revival = self.gradients = None
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        self.graphs, self.pool, self.layout = {}, None, self.layout + 1
+
+    def shrink(self, n: int, error: Exception) -> None:
+        """Half the chunk after a failed allocation; at the smallest, an error that says what would fit."""
+        self.forget()
+        torch.cuda.empty_cache()
+        if self.chunk > SMALLEST_CHUNK:
+            self.chunk = max(SMALLEST_CHUNK, min(self.chunk, n) // 2)
+            log.warning("out of GPU memory: going on with chunks of %d rows", self.chunk)
+            return
+        raise MemoryError(self.advice(n)) from error
+
+    def advice(self, n: int) -> str:
+        from .gpu_products import Batch
+
+        def need(rows: int) -> int:
+            return Batch.bytes(rows, self.d, self.m, self.config.k, self.chunk, self.half, self.dense or frozenset())
+
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+        fits = n
+        while fits > 1 and need(fits) > free:
+            fits //= 2
+        return (
+            f"a batch of {n} rows (d {self.d}, latents {self.m}, k {self.config.k}) needs {need(n) / 2**20:,.0f} MiB"
+            f" of GPU memory beside features and weights, {free / 2**20:,.0f} MiB are free: "
+            + (f"batch_size={fits} would fit" if need(fits) <= free else "fewer latents, or a larger GPU, would do")
+        )
+
+    # -- the dead -------------------------------------------------------------------------------------------------
+
+    def find_dead(self) -> None:
+        super().find_dead()
+        wanted = self.capacity()
+        if self.revival is not None and wanted and 0 <= self.revival.capacity - wanted <= self.dead_size():
+            self.revival.fill(self.dead)  # in place: what is recorded stays good
+        elif self.revival is not None or wanted:
+            self.revival = self.gradients = None
+            self.forget_graphs()
+
+    def capacity(self) -> int:
+        """Places for dead latents: few different numbers, so that few graphs are recorded."""
+        if not len(self.dead) or not self.config.aux_alpha:
+            return 0
+        return -(-len(self.dead) // self.dead_size()) * self.dead_size()
+
+    def dead_size(self) -> int:
+        return -(-self.config.latents // DEAD_SIZES)
+
+    # -- the rest of a step's interface ---------------------------------------------------------------------------
+
+    def state(self) -> dict[str, torch.Tensor]:
+        dense = [-1] if self.dense is None else [int(term in self.dense) for term in TERMS]
+        return super().state() | {"dense": torch.tensor(dense), "chunk": torch.tensor([self.chunk])}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        dense = state.get("dense", torch.tensor([-1])).tolist()
+        self.dense = wished_dense() if -1 in dense else frozenset(t for t, on in zip(TERMS, dense, strict=True) if on)
+        if "chunk" in state:  # the order of sums over rows depends on it
+            self.chunk = int(state["chunk"])
+        self.forget()
+        super().load_state(state | {"dense": torch.tensor(dense), "chunk": torch.tensor([self.chunk])})
+        parameters = self.sae.encoder, self.sae.decoder, self.sae.encoder_bias
+        for copy, parameter in zip(self.copies, parameters, strict=True):
+            copy.copy_(parameter.detach())
+
+    def notes(self) -> dict:
+        return {"dense": ", ".join(sorted(self.dense or ())) or "none", "chunk": self.chunk}
+
+    @torch.no_grad()
+    def squared_error(self, x: torch.Tensor) -> float:
+        """Mean of |x - x_hat|^2 over normalised rows, of `result`."""
+        sae, total = self.result(), torch.zeros((), dtype=torch.float64, device=self.device)
+        copies = self.copies
+        if sae is not self.sae:
+            copies = [p.detach().to(self.half) for p in (sae.encoder, sae.decoder, sae.encoder_bias)]
+        for block in x.split(self.batch.n if self.batch else self.config.batch_size):
+            with current(self.device):
+                if self.batch is None:
+                    self.make_room(block)
+                n = len(block)
+                torch.sub(block, sae.pre_bias, out=self.batch.centred[:n])
+                self.batch.select(n, copies[0], copies[2])
+                self.batch.decode(n, copies[1], self.fired, 1.0, gradient=False)
+                total += self.batch.row_error[:n].sum(dtype=torch.float64)
+        return total.item() / len(x)
+
+    @classmethod
+    def together(cls, steps: list[Step]) -> Callable[[list[torch.Tensor], list[float]], None]:
+        """A step of several SAEs in one launch: see `StepGroup`."""
+        return StepGroup(steps)
+
+    def close(self) -> None:
+        self.forget()
+
+
+class StepGroup:
+    """Steps of several SAEs, recorded into one CUDA graph on streams of their own, so that the GPU overlaps them.
+
+    Each runs the kernels that it would run alone, in the same order and on memory of its own: the weights are equal
+    bit for bit to those of a training apart.
+    """
+
+    def __init__(self, steps: list[TritonStep]) -> None:
+        self.steps, self.graphs, self.pool, self.layouts = steps, {}, None, None
+        self.streams = capture_streams(steps[0].device, len(steps))
+
+    @torch.no_grad()
+    def __call__(self, batches: list[torch.Tensor], lrs: list[float]) -> None:
+        with current(self.steps[0].device):
+            for step, x, lr in zip(self.steps, batches, lrs, strict=True):
+                step.prepare(x, lr)
+            if not self.replay([len(x) for x in batches]):
+                for step, x, lr in zip(self.steps, batches, lrs, strict=True):
+                    step.run(x, lr)
+            for step in self.steps:
+                step.finish()
+
+    def replay(self, sizes: list[int]) -> bool:
+        if not all(step.use_graphs for step in self.steps):
+            return False
+        layouts = [step.layout for step in self.steps]
+        if layouts != self.layouts:  # a step has other dead, or other memory
+            self.graphs, self.pool, self.layouts = {}, None, layouts
+        key = tuple(sizes)
+        if key not in self.graphs:
+            if not all([step.warm(n) for step, n in zip(self.steps, sizes, strict=True)]):
+                return False
+            pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = record(self.steps, sizes, pool, self.streams)
+            if graph is None:
+                return False
+            self.graphs[key], self.pool = graph, pool
+        self.graphs[key].replay()
+        return True
+
+
+def choose_dense(step: TritonStep) -> frozenset:
+    """Terms by dense products: on a GPU, where latents are few beside k."""
+    few = step.m <= SPARSE_FROM * step.config.k
+    return frozenset(TERMS) if step.device.type == "cuda" and few else frozenset()
+
+
+def wished_dense() -> frozenset | None:
+    """``CAPSAE_GPU_DENSE`` as a set of terms; None where it is not set: measure."""
+    wish = os.environ.get("CAPSAE_GPU_DENSE", "").strip()
+    if not wish:
+        return None
+    terms = frozenset() if wish == "none" else frozenset(t.strip() for t in wish.split(","))
+    if not terms <= set(TERMS):
+        raise ValueError(f"CAPSAE_GPU_DENSE is {wish!r}; 'none', or some of {', '.join(TERMS)}, would do")
+    return terms
+
+
+def rows_in_cache(device: torch.device, bytes_per_row: int) -> int:
+    """Rows of pre-activations that fill two thirds of the GPU's L2 cache; at least 1024, for the product's sake."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**24
+    return max(1024, cache * 2 // 3 // bytes_per_row // 128 * 128)

@@ -1,0 +1,224 @@
+"""Shows a figure or a table in a notebook: light and dark, with alt text, caption, provenance and its data as CSV.
+
+Where the CSV goes: :mod:`companion.publish.publish` sets ``CAPSAE_PAGE_DATA`` to a folder relative to the page; the CSV
+is written there and linked. Without it (Jupyter, plain papermill) nothing is written and the link carries the data
+itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from capsae.metrics import require_convention
+
+PAGE_DATA = "CAPSAE_PAGE_DATA"
+RESULT_MIME = "application/vnd.capsae.result+json"
+DPI = 120
+EMBEDDED = 2_000_000  # bytes of CSV that a link may carry
+WIDE = 8  # inches; a wider figure scrolls in its own box on a narrow screen
+
+INK = {"light": ("#ffffff", "#222832", "#c9cdd2"), "dark": ("#121212", "#d6dbe1", "#4a5160")}  # page, text, grid
+
+# Beside book/_static/book.css, so that the pair also works in Jupyter and VS Code, whose themes say so on <body>.
+_DARK = ':is(html[data-theme="dark"],[data-jp-theme-light="false"],.vscode-dark)'
+_CSS = (
+    ".capsae-figure .capsae-dark{display:none}"
+    f"{_DARK} .capsae-figure .capsae-light{{display:none}}{_DARK} .capsae-figure .capsae-dark{{display:inline}}"
+    ".capsae-figure img{max-width:100%}"
+)
+
+
+@contextmanager
+def style(theme: str = "light") -> Iterator[None]:
+    """Set colours and sizes for one figure; sizes are such that a figure stays legible on a phone."""
+    if theme not in INK:
+        raise ValueError(f"theme is {theme!r}: use 'light' or 'dark'")
+    page, text, grid = INK[theme]
+    settings = {
+        "figure.facecolor": page, "axes.facecolor": page, "savefig.facecolor": page,
+        "text.color": text, "axes.labelcolor": text, "axes.edgecolor": grid, "axes.titlecolor": text,
+        "xtick.color": text, "ytick.color": text, "grid.color": grid, "grid.linewidth": 0.6, "grid.alpha": 0.6,
+        "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "font.size": 12, "axes.titlesize": 12.5, "axes.labelsize": 12, "legend.fontsize": 11,
+        "lines.linewidth": 1.9, "figure.dpi": 100, "font.family": "DejaVu Sans", "patch.edgecolor": text,
+    }  # fmt: skip
+    with mpl.rc_context(settings):
+        yield
+
+
+def ink_on(colour: Sequence[float]) -> str:
+    """Black or white, whichever stands out more on a colour (red, green, blue, ... in 0..1), by WCAG 2's contrast."""
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3])
+    return "#000000" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 else "#ffffff"
+
+
+def render_png(figure: Figure, colours: int = 32) -> bytes:
+    """The figure as a PNG of few colours: a third of the size, no metadata, the same bytes on every run."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI if figure.get_size_inches()[0] <= WIDE else 0.85 * DPI)
+    image = _quantised(Image.open(buffer).convert("RGB"), colours)
+    out = io.BytesIO()
+    image.save(out, format="png", optimize=True)
+    return out.getvalue()
+
+
+def _quantised(image: Image.Image, colours: int) -> Image.Image:
+    """An image of `colours` colours in which each line and each fill keeps its own: median cut alone merges the colours
+    of thin lines. Half of the palette are the most frequent colours that differ clearly, the rest median cut's."""
+    packed = np.asarray(image).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
+    values, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    rgb = np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1)
+    kept: list[np.ndarray] = []
+    for colour in rgb[np.argsort(-counts, kind="stable")[:4000]]:
+        if len(kept) < colours // 2 and all(np.abs(colour - other).sum() > 40 for other in kept):
+            kept.append(colour)
+    others = image.quantize(colours - len(kept), method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).getpalette()
+    palette = np.concatenate([kept, np.reshape(others, (-1, 3))])[:colours]
+    nearest = ((rgb[:, None] - palette[None]) ** 2).sum(2).argmin(1)
+    out = Image.fromarray(nearest[inverse].reshape(packed.shape).astype(np.uint8), mode="P")
+    out.putpalette(palette.astype(np.uint8).ravel().tolist())
+    return out
+
+
+def provenance_line(run, stage: str = "table") -> str:
+    """Profile, backbone, data and digest of a run, as the text that stands under each figure; a text is itself."""
+    if isinstance(run, str):
+        return run
+    profile = run.profile
+    data = f"embedded pack {profile.pack}" if getattr(profile, "pack", None) else "computed from its images"
+    backbone, digest = profile.backbone.model, run.digest(stage)[:12]
+    return f"Profile {profile.name} · backbone {backbone} · data: {data} · digest {digest}"
+
+
+def _csv_link(data: pd.DataFrame, name: str) -> str:
+    text = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    folder = os.environ.get(PAGE_DATA)
+    if folder:
+        path = Path(folder) / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        target = path.as_posix()
+    elif len(text) > EMBEDDED:
+        return f"CSV of {len(data)} rows: too large for a notebook, set {PAGE_DATA} to a folder"
+    else:
+        target = "data:text/csv;base64," + base64.b64encode(text.encode()).decode()
+    return f'<a href="{html.escape(target)}" download="{html.escape(name)}.csv">CSV</a>'
+
+
+def _caption(caption: str, data: pd.DataFrame, name: str, run, stage: str) -> str:
+    require_convention([*data.columns, *(data["metric"].unique() if "metric" in data else ())])
+    return (
+        f"<figcaption>{html.escape(caption)} "
+        f'<span class="capsae-provenance">{html.escape(provenance_line(run, stage))} · {_csv_link(data, name)}</span>'
+        "</figcaption>"
+    )
+
+
+def figure_html(function, data, name, caption, alt, run, stage="table", colours: int = 32, **kwargs) -> str:
+    """The HTML of :func:`show`; ``colours`` of the PNG."""
+    if not alt.strip() or not caption.strip():
+        raise ValueError(f"figure {name!r} has no {'caption' if alt.strip() else 'alt text'}: say what it shows")
+    images = []
+    for theme in INK:
+        with style(theme):
+            figure = function(data, **kwargs)
+            png = base64.b64encode(render_png(figure, colours)).decode()
+        images.append(f'<img class="capsae-{theme}" alt="{html.escape(alt)}" src="data:image/png;base64,{png}">')
+    box = "capsae-scroll capsae-wide" if figure.get_size_inches()[0] > WIDE else "capsae-scroll"
+    return (
+        f'<figure class="capsae-figure" id="fig-{name}"><style>{_CSS}</style><div class="{box}">{"".join(images)}</div>'
+        f"{_caption(caption, data, name, run, stage)}</figure>"
+    )
+
+
+def show(function, data: pd.DataFrame, name: str, caption: str, alt: str, run, stage: str = "table", **kwargs) -> None:
+    """Draw ``function(data, **kwargs)`` for light and dark pages and display it with its caption and its CSV.
+
+    Parameters
+    ----------
+    function : callable
+        One of :mod:`companion.figures.figures`.
+    data : DataFrame
+        Its tidy data; written as ``<name>.csv``.
+    name, caption, alt : str
+        ``alt`` says what the figure shows to whoever cannot see it; an empty one is refused with ValueError.
+    run : pipeline.Run
+        Whose profile, backbone, data and digest stand under the caption.
+    stage : str
+        The stage of the run that the data come from.
+    """
+    from IPython.display import HTML, display
+
+    display(HTML(figure_html(function, data, name, caption, alt, run, stage, **kwargs)))
+
+
+def table_html(data, name, caption, run, stage="table", formats=None, links=None, shown=None) -> str:
+    """The HTML of :func:`table`."""
+    whole, data = data, data if shown is None else shown
+    require_convention(data.columns)
+    formats, links = dict(formats or {}), dict(links or {})
+    columns = [column for column in data.columns if column not in links.values()]
+    cells = {}
+    for column in columns:
+        form = formats.get(column, _plain)
+        # A cell that a row does not have is blank, not "nan".
+        written = (("" if v != v else form(v) if callable(form) else form.format(v)) for v in data[column])
+        cells[column] = [html.escape(text) for text in written]
+    for column, address in links.items():
+        pairs = zip(cells[column], data[address], strict=True)
+        cells[column] = [f'<a href="{html.escape(a)}">{c}</a>' for c, a in pairs]
+    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in columns)
+    rows = zip(*cells.values(), strict=True)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<figure class="capsae-figure" id="table-{name}"><style>{_CSS}</style><div class="capsae-scroll"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"{_caption(caption, whole, name, run, stage)}</figure>"
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.4g}"
+    return str(value)
+
+
+def table(data, name, caption, run, stage="table", formats=None, links=None, shown=None) -> None:
+    """Display a table that scrolls in its own box, with caption, provenance and CSV.
+
+    Parameters
+    ----------
+    data, name, caption, run, stage : as for :func:`show`
+    formats : mapping of columns to a format text or a function
+    links : mapping of columns to the column that holds their link's address; the latter is not shown
+    shown : DataFrame to show in place of ``data``, which is what the CSV holds
+    """
+    from IPython.display import HTML, display
+
+    display(HTML(table_html(data, name, caption, run, stage, formats, links, shown)))
+
+
+def result(values: Mapping[str, Any]) -> None:
+    """Record numbers of this notebook: shown as a short list, kept in the notebook for pages, sweeps and claims.
+
+    ``values`` is JSON: numbers, texts, lists and mappings of them. NaN is not JSON and is refused.
+    """
+    from IPython.display import display
+
+    plain = json.loads(json.dumps(dict(values), allow_nan=False, default=float))
+    text = json.dumps(plain, indent=1, sort_keys=True)
+    display({RESULT_MIME: plain, "text/plain": text}, raw=True)

@@ -1,0 +1,183 @@
+"""The members of the zoo: what each is, and how each is fitted on equal terms.
+
+Equal terms: the same training rows, k latents a row, M latents (d where more would not be determined), the same number
+of epochs, and a learning rate chosen from one grid by FVU on held-out ID rows (`choose`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from capsae.pipeline.code import digest as code_digest
+from capsae.sae import SAEConfig
+from capsae.sae.dictionaries import methods as dictionaries
+from capsae.sae.model import SparseCoder, TopKSAE
+from capsae.sae.variants import thresholds as variants
+
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
+SEEDS = (0, 1, 2, 3, 4)
+# All members of a profile have the same; fewer than the profile's own SAE, so that all of the zoo takes half an hour.
+EPOCHS = {"imagenet20": 8, "mini80": 4}
+NEAR = 0.1  # a mean L0 that is off its target by at most this share counts as equal
+KINDS = {"variant": "sparse autoencoder", "dictionary": "dictionary without gradients", "control": "control"}
+CONTROLS = ("random", "pca", "kmeans", "dense_relu")
+SMALL = ("semi_nmf", "pca", "dense_relu")  # d atoms: with more the factorisation is not determined, or there are none
+FIXED = ("pca", "dense_relu")  # no random numbers: all seeds are one
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a member is: its metadata, and which budget applies.
+
+    Attributes
+    ----------
+    kind : "variant", "dictionary" or "control"
+    trained : by gradient, with a learning rate of its own
+    seeded : False where the fit has no random numbers, so that one seed is all there is
+    small : d atoms in place of M
+    targets_k : False where L0 follows from the rule and has no target
+    """
+
+    name: str
+    kind: str
+    title: str
+    formula: str
+    source: str
+    defaults: dict[str, Any]
+    description: str
+    trained: bool
+    seeded: bool
+    small: bool
+    targets_k: bool
+
+
+def members(kind: str | None = None) -> list[str]:
+    """Names: the variants, then dictionaries, then controls."""
+    others = sorted(dictionaries.METHODS, key=lambda name: (name in CONTROLS, list(dictionaries.METHODS).index(name)))
+    return [name for name in (*variants.REGISTRY, *others) if kind in (None, member(name).kind)]
+
+
+def member(name: str) -> Member:
+    """One member; ValueError for an unknown name."""
+    if name in variants.REGISTRY:
+        about = variants.info(name)
+        return Member(name, "variant", **about, trained=True, seeded=True, small=False, targets_k=name != "top_afa")
+    if name not in dictionaries.METHODS:
+        raise ValueError(f"the zoo has no member {name!r}; it has {', '.join(members())}")
+    cls = dictionaries.METHODS[name]
+    about = {"title": cls.title, "formula": cls.formula, "source": cls.source, "defaults": dict(cls.defaults)}
+    kind = "control" if name in CONTROLS else "dictionary"
+    seeded = name not in FIXED
+    return Member(
+        name, kind, **about, description=cls.__doc__, trained=False, seeded=seeded, small=name in SMALL, targets_k=True
+    )
+
+
+def rates(name: str, grid: Iterable[float] = RATES) -> tuple[float | None, ...]:
+    """The learning rates that are tried for a member; (None,) for one that has none."""
+    return tuple(grid) if member(name).trained else (None,)
+
+
+def seeds_of(name: str, seeds: Iterable[int] = SEEDS) -> tuple[int, ...]:
+    """The seeds that say something: the first alone for a fit without random numbers."""
+    seeds = tuple(seeds)
+    return seeds if member(name).seeded else seeds[:1]
+
+
+def settings(profile) -> SAEConfig:
+    """What all members of a profile share: its SAE's settings with the zoo's epochs."""
+    return replace(profile.sae, epochs=EPOCHS.get(profile.name, profile.sae.epochs), variant="topk", options={})
+
+
+def needs_head(name: str) -> bool:
+    return getattr(variants.REGISTRY.get(name), "needs_head", False)
+
+
+def normalised_head(run):
+    """A linear probe on the rows as the encoder sees them, for g-SAE; once a profile, kept in the run's store."""
+    from capsae.features.featureset import LinearHead
+    from capsae.features.probe import fit_linear_probe
+
+    def make():
+        train = run.features("train")
+        rows = TopKSAE(train.cls.shape[1], settings(run.profile)).normalize(train.cls)
+        return fit_linear_probe(rows, train.labels, run.profile.n_classes, seed=run.profile.seed)
+
+    if run.profile.sae.normalize == "dataset":
+        raise ValueError("normalize is 'dataset': a head on normalised rows needs 'sample', 'l2' or 'none'")
+    recipe = {"normalize": run.profile.sae.normalize, "n_classes": run.profile.n_classes, "seed": run.profile.seed}
+    return run.store.get_or_make(
+        "zoo-head",
+        recipe | {"train_fraction": run.profile.train_fraction},
+        {"train": run.inputs.digest("train")},
+        code_digest(normalised_head),
+        make,
+        save=lambda head, folder: head.save(folder / "head.safetensors"),
+        load=lambda folder: LinearHead.load(folder / "head.safetensors"),
+    )
+
+
+def fit_rows(
+    name: str, shared: SAEConfig, train: np.ndarray, val: np.ndarray, seed: int, lr: float | None, head=None
+) -> tuple[SparseCoder, dict[str, float]]:
+    """Fit a member on raw rows (N, d): the model, and what its fit took and reached on held-out rows.
+
+    The record: train_cpu_s (all threads of this process), train_wall_s, held_out_fvu, held_out_l0, best_epoch (variants
+    alone). FloatingPointError where a training diverged.
+    """
+    from capsae.sae import measures, train_sae
+
+    known, wall, cpu = member(name), time.perf_counter(), time.process_time()
+    record = {}
+    if known.trained:
+        config = replace(shared, variant=name, lr=lr, seed=seed)
+        model, history = train_sae(train, config, "cpu", val, keep="best", progress=False, head=head)
+        record = {"best_epoch": history.attrs["best_epoch"]}
+    else:
+        latents = train.shape[1] if known.small else shared.latents
+        model = dictionaries.create(name, latents, min(shared.k, latents), shared.normalize, seed).fit(train)
+    record |= {"train_cpu_s": time.process_time() - cpu, "train_wall_s": time.perf_counter() - wall}
+    codes = model.encode(val)
+    return model, record | {"held_out_fvu": measures.fvu(model, val, codes), "held_out_l0": measures.l0(codes)}
+
+
+def choose(grid: pd.DataFrame, k: int) -> pd.Series:
+    """The learning rate of each member, by held-out ID rows alone; members without a rate have NaN.
+
+    The lowest FVU decides. A rate whose L0 is off k by more than a tenth is passed over where another's is not, since a
+    larger L0 buys a lower FVU; a training that diverged has no FVU and is never chosen.
+
+    Parameters
+    ----------
+    grid : columns member, lr, held_out_fvu (NaN: diverged), held_out_l0
+    k : the L0 that was asked for
+
+    Raises
+    ------
+    ValueError
+        For a member of which every training diverged.
+    """
+    chosen = {}
+    for name, rows in grid.groupby("member", sort=False):
+        rows = rows[rows["held_out_fvu"].notna()]
+        if rows.empty:
+            raise ValueError(f"every training of {name!r} diverged: smaller learning rates would do")
+        close = rows[(rows["held_out_l0"] / k - 1).abs() <= NEAR]
+        rows = close if len(close) else rows
+        chosen[name] = rows.loc[rows["held_out_fvu"].idxmin(), "lr"]
+    return pd.Series(chosen, dtype=float, name="lr")
+
+
+def fit_code(name: str) -> str:
+    """Digest of the code that a member's fit hangs on: not that of the other members, nor the trainer where none is."""
+    from capsae.sae import train_sae
+
+    cls = variants.REGISTRY.get(name) or dictionaries.METHODS[name]
+    others = [member, (variants, "REGISTRY"), (dictionaries, "METHODS")] + ([] if member(name).trained else [train_sae])
+    return code_digest(fit_rows, cls, without=others)

@@ -1,0 +1,49 @@
+"""Everything that the zoo's page shows, of the committed tables and a run: for its one-line cells."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from capsae.pipeline.run import Run
+
+from ..findings import Chapter, Numbers
+from . import summary, tables, verdicts
+from .tables import load, load_grid
+
+SECOND = "mini80"  # the experiment that stands beside the page's own
+OOD_COLUMNS = {"latents": "{:.0f}", "L0": "{:.1f}", "FVU": "{:.3f}"} | dict.fromkeys(summary.OOD.values(), "{:.1%}")
+
+
+def page(run: Run) -> tuple[Chapter, SimpleNamespace, SimpleNamespace, Numbers]:
+    """The chapter, :func:`of` the run's experiment and of `SECOND`, and the numbers of the findings."""
+    own, other = of(run), of(Run(SECOND, progress=False))
+    both = {run.profile.name: own, SECOND: other}
+    numbers = verdicts.numbers(
+        {name: one.table for name, one in both.items()},
+        {name: one.grid for name, one in both.items()},
+        {name: one.known for name, one in both.items()},
+        tables.backbones(),
+        summary.own_sae(run),
+        run.profile.sae.k,
+    )
+    return Chapter("08_zoo", run), own, other, numbers
+
+
+def of(run: Run) -> SimpleNamespace:
+    """One experiment's tables: table, grid, line, fits, members, known, order (best first for OOD), compared, means."""
+    name = run.profile.name
+    table = load(name)
+    fits = summary.fits(table)
+    members = summary.by_member(fits, table, run.profile.sae.k)
+    return SimpleNamespace(
+        table=table,
+        grid=load_grid(name),
+        line=tables.line(name),
+        fits=fits,
+        members=members,
+        known=summary.with_data_nulls(members, run),
+        order=summary.best_first(members, verdicts.SCORES[0]),
+        by_rank=summary.best_first(members, summary.INTERPRETABILITY),
+        compared=verdicts.both(fits, verdicts.image_errors(table)),
+        means=summary.over_seeds(table),
+    )
