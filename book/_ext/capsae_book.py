@@ -1,10 +1,20 @@
-"""What the book needs from Sphinx beyond its configuration: CSVs beside the pages, repository links if there is one."""
+"""What the book needs from Sphinx beyond its configuration: CSVs beside the pages, the code behind each figure."""
 
 from __future__ import annotations
 
 import os
+import ast
+import re
 import shutil
 from pathlib import Path
+
+from docutils import nodes
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+LINE = "\n"
+CODE = re.compile(r'href="code:([\w.]+)#(\w+)"')
 
 
 def use_repository_buttons(app, config) -> None:
@@ -12,6 +22,30 @@ def use_repository_buttons(app, config) -> None:
     known = bool(config.html_theme_options.get("repository_url"))
     for button in ("use_repository_button", "use_issues_button", "use_edit_page_button"):
         config.html_theme_options[button] = known
+
+
+def link_code(app, doctree, docname: str) -> None:
+    """Let the link of a figure lead to the function that drew it, on a page of the book's own."""
+    if app.builder.format != "html":
+        return
+    for node in doctree.findall(nodes.raw):
+        for module, name in CODE.findall(node.rawsource or node.astext()):
+            page = app.builder.get_relative_uri(docname, f"code/{module}")
+            changed = node.astext().replace(f'href="code:{module}#{name}"', f'href="{page}#{name}"')
+            node.children = [nodes.Text(changed)]
+
+
+def code_pages(app):
+    """A page for each module that draws: its source, with an anchor at each function."""
+    root = Path(app.srcdir).parent
+    for file in sorted((root / "companion").rglob("*figures.py")):
+        text, module = file.read_text(encoding="utf-8"), ".".join(file.relative_to(root).with_suffix("").parts)
+        functions = {node.lineno: node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+        lines = highlight(text, PythonLexer(), HtmlFormatter(nowrap=True)).split(LINE)
+        for number, name in functions.items():
+            lines[number - 1] = f'<span id="{name}"></span>{lines[number - 1]}'
+        body = f'<h1>{module}</h1><div class="highlight"><pre tabindex="0">{LINE.join(lines)}</pre></div>'
+        yield f"code/{module}", {"title": module, "body": body}, "page.html"
 
 
 def copy_data(app, exception) -> None:
@@ -35,5 +69,7 @@ def setup(app) -> dict:
     app.add_config_value("comments_config", {}, "html")  # Jupyter Book sets it even where sphinx_comments is left out
     app.connect("config-inited", use_repository_buttons)
     app.connect("env-updated", write_in_parallel)
+    app.connect("doctree-resolved", link_code)
+    app.connect("html-collect-pages", code_pages)
     app.connect("build-finished", copy_data)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-"""Shows a figure or a table in a notebook: light and dark, with alt text, caption, provenance and its data as CSV.
+"""Shows a figure or a table in a notebook: SVG that follows the theme, alt text, caption, provenance, its data as CSV.
 
 Where the CSV goes: :mod:`companion.publish.publish` sets ``CAPSAE_PAGE_DATA`` to a folder relative to the page; the CSV
 is written there and linked. Without it (Jupyter, plain papermill) nothing is written and the link carries the data
@@ -12,6 +12,7 @@ import html
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,33 +22,30 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from PIL import Image
 
 from capsae.metrics import require_convention
 
 PAGE_DATA = "CAPSAE_PAGE_DATA"
 RESULT_MIME = "application/vnd.capsae.result+json"
-DPI = 120
 EMBEDDED = 2_000_000  # bytes of CSV that a link may carry
-WIDE = 8  # inches; a wider figure scrolls in its own box on a narrow screen
+ROWS = 25  # of a table on a page; the CSV holds all
+POINTS = 800  # a scatter or a mesh of more is drawn as pixels, or the page would weigh megabytes
 
-INK = {"light": ("#ffffff", "#222832", "#c9cdd2"), "dark": ("#121212", "#d6dbe1", "#4a5160")}  # page, text, grid
+# Page, text and grid. A figure is drawn once: in its SVG these three become variables that follow the page's theme.
+INK = {"page": ("#fffffe", "#121212"), "text": ("#222832", "#d6dbe1"), "grid": ("#c9cdd2", "#4a5160")}
 
-# Beside book/_static/book.css, so that the pair also works in Jupyter and VS Code, whose themes say so on <body>.
+# Beside book/_static/book.css, so that figures also work in Jupyter and VS Code, whose themes say so on <body>.
 _DARK = ':is(html[data-theme="dark"],[data-jp-theme-light="false"],.vscode-dark)'
-_CSS = (
-    ".capsae-figure .capsae-dark{display:none}"
-    f"{_DARK} .capsae-figure .capsae-light{{display:none}}{_DARK} .capsae-figure .capsae-dark{{display:inline}}"
-    ".capsae-figure img{max-width:100%}"
+_CSS = "".join(
+    f"{where}.capsae-figure{{{''.join(f'--capsae-{name}:{pair[i]};' for name, pair in INK.items())}}}"
+    for i, where in enumerate(("", f"{_DARK} "))
 )
 
 
 @contextmanager
-def style(theme: str = "light") -> Iterator[None]:
+def style() -> Iterator[None]:
     """Set colours and sizes for one figure; sizes are such that a figure stays legible on a phone."""
-    if theme not in INK:
-        raise ValueError(f"theme is {theme!r}: use 'light' or 'dark'")
-    page, text, grid = INK[theme]
+    page, text, grid = (light for light, _ in INK.values())
     settings = {
         "figure.facecolor": page, "axes.facecolor": page, "savefig.facecolor": page,
         "text.color": text, "axes.labelcolor": text, "axes.edgecolor": grid, "axes.titlecolor": text,
@@ -55,6 +53,7 @@ def style(theme: str = "light") -> Iterator[None]:
         "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
         "legend.frameon": False, "font.size": 12, "axes.titlesize": 12.5, "axes.labelsize": 12, "legend.fontsize": 11,
         "lines.linewidth": 1.9, "figure.dpi": 100, "font.family": "DejaVu Sans", "patch.edgecolor": text,
+        "svg.fonttype": "none",
     }  # fmt: skip
     with mpl.rc_context(settings):
         yield
@@ -66,32 +65,23 @@ def ink_on(colour: Sequence[float]) -> str:
     return "#000000" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 else "#ffffff"
 
 
-def render_png(figure: Figure, colours: int = 32) -> bytes:
-    """The figure as a PNG of few colours: a third of the size, no metadata, the same bytes on every run."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI if figure.get_size_inches()[0] <= WIDE else 0.85 * DPI)
-    image = _quantised(Image.open(buffer).convert("RGB"), colours)
-    out = io.BytesIO()
-    image.save(out, format="png", optimize=True)
-    return out.getvalue()
-
-
-def _quantised(image: Image.Image, colours: int) -> Image.Image:
-    """An image of `colours` colours in which each line and each fill keeps its own: median cut alone merges the colours
-    of thin lines. Half of the palette are the most frequent colours that differ clearly, the rest median cut's."""
-    packed = np.asarray(image).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1])
-    values, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
-    rgb = np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1)
-    kept: list[np.ndarray] = []
-    for colour in rgb[np.argsort(-counts, kind="stable")[:4000]]:
-        if len(kept) < colours // 2 and all(np.abs(colour - other).sum() > 40 for other in kept):
-            kept.append(colour)
-    others = image.quantize(colours - len(kept), method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).getpalette()
-    palette = np.concatenate([kept, np.reshape(others, (-1, 3))])[:colours]
-    nearest = ((rgb[:, None] - palette[None]) ** 2).sum(2).argmin(1)
-    out = Image.fromarray(nearest[inverse].reshape(packed.shape).astype(np.uint8), mode="P")
-    out.putpalette(palette.astype(np.uint8).ravel().tolist())
-    return out
+def render_svg(figure: Figure, name: str, alt: str = "") -> str:
+    """The figure as an SVG element of its own ids, the same on every run; text stays text, colours follow the theme."""
+    for drawn in (artist for ax in figure.axes for artist in ax.collections):
+        if max(len(drawn.get_offsets()), np.size(drawn.get_array())) > POINTS:
+            drawn.set_rasterized(True)
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", dpi=150, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r' id="(?!C\d)[A-Za-z][\w.]*_\d+"', "", svg[svg.index("<svg") :])
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", re.sub(r"\s+", " ", svg))
+    for of, (light, _) in INK.items():
+        svg = svg.replace(light, f"var(--capsae-{of})")
+    box = re.search(r'viewBox="[^"]*"', svg)[0]
+    head = f'<svg role="img" aria-label="{html.escape(alt)}" {box} style="width:{figure.get_size_inches()[0]:g}in"'
+    head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return head + svg[svg.index(">") :].strip()
 
 
 def provenance_line(run, stage: str = "table") -> str:
@@ -119,34 +109,32 @@ def _csv_link(data: pd.DataFrame, name: str) -> str:
     return f'<a href="{html.escape(target)}" download="{html.escape(name)}.csv">CSV</a>'
 
 
-def _caption(caption: str, data: pd.DataFrame, name: str, run, stage: str) -> str:
+def _caption(caption: str, data: pd.DataFrame, name: str, run, stage: str, code: str = "") -> str:
     require_convention([*data.columns, *(data["metric"].unique() if "metric" in data else ())])
+    links = _csv_link(data, name)
+    if code and os.environ.get(PAGE_DATA):  # the book's build makes a page of the source (book/_ext/capsae_book.py)
+        links += f' · <a href="code:{code}">code</a>'
     return (
         f"<figcaption>{html.escape(caption)} "
-        f'<span class="capsae-provenance">{html.escape(provenance_line(run, stage))} · {_csv_link(data, name)}</span>'
-        "</figcaption>"
+        f'<span class="capsae-provenance">{html.escape(provenance_line(run, stage))} · {links}</span></figcaption>'
     )
 
 
-def figure_html(function, data, name, caption, alt, run, stage="table", colours: int = 32, **kwargs) -> str:
-    """The HTML of :func:`show`; ``colours`` of the PNG."""
+def figure_html(function, data, name, caption, alt, run, stage="table", **kwargs) -> str:
+    """The HTML of :func:`show`."""
     if not alt.strip() or not caption.strip():
         raise ValueError(f"figure {name!r} has no {'caption' if alt.strip() else 'alt text'}: say what it shows")
-    images = []
-    for theme in INK:
-        with style(theme):
-            figure = function(data, **kwargs)
-            png = base64.b64encode(render_png(figure, colours)).decode()
-        images.append(f'<img class="capsae-{theme}" alt="{html.escape(alt)}" src="data:image/png;base64,{png}">')
-    box = "capsae-scroll capsae-wide" if figure.get_size_inches()[0] > WIDE else "capsae-scroll"
+    with style():
+        svg = render_svg(function(data, **kwargs), name, alt)
+    code = f"{function.__module__}#{function.__name__}"
     return (
-        f'<figure class="capsae-figure" id="fig-{name}"><style>{_CSS}</style><div class="{box}">{"".join(images)}</div>'
-        f"{_caption(caption, data, name, run, stage)}</figure>"
+        f'<figure class="capsae-figure" id="fig-{name}"><style>{_CSS}</style><div class="capsae-scroll">{svg}</div>'
+        f"{_caption(caption, data, name, run, stage, code)}</figure>"
     )
 
 
 def show(function, data: pd.DataFrame, name: str, caption: str, alt: str, run, stage: str = "table", **kwargs) -> None:
-    """Draw ``function(data, **kwargs)`` for light and dark pages and display it with its caption and its CSV.
+    """Draw ``function(data, **kwargs)`` as SVG and display it with its caption and its CSV.
 
     Parameters
     ----------
@@ -169,6 +157,9 @@ def show(function, data: pd.DataFrame, name: str, caption: str, alt: str, run, s
 def table_html(data, name, caption, run, stage="table", formats=None, links=None, shown=None) -> str:
     """The HTML of :func:`table`."""
     whole, data = data, data if shown is None else shown
+    if len(data) > ROWS:
+        caption += f" {ROWS} of {len(data)} rows; the CSV holds all."
+        data = data.head(ROWS)
     require_convention(data.columns)
     formats, links = dict(formats or {}), dict(links or {})
     columns = [column for column in data.columns if column not in links.values()]
@@ -181,7 +172,7 @@ def table_html(data, name, caption, run, stage="table", formats=None, links=None
     for column, address in links.items():
         pairs = zip(cells[column], data[address], strict=True)
         cells[column] = [f'<a href="{html.escape(a)}">{c}</a>' for c, a in pairs]
-    head = "".join(f"<th>{html.escape(str(column))}</th>" for column in columns)
+    head = "".join(f'<th scope="col">{html.escape(str(column))}</th>' for column in columns)
     rows = zip(*cells.values(), strict=True)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (
@@ -213,12 +204,11 @@ def table(data, name, caption, run, stage="table", formats=None, links=None, sho
 
 
 def result(values: Mapping[str, Any]) -> None:
-    """Record numbers of this notebook: shown as a short list, kept in the notebook for pages, sweeps and claims.
+    """Record numbers of this notebook: named on the page, kept in the notebook for pages, sweeps and claims.
 
     ``values`` is JSON: numbers, texts, lists and mappings of them. NaN is not JSON and is refused.
     """
     from IPython.display import display
 
     plain = json.loads(json.dumps(dict(values), allow_nan=False, default=float))
-    text = json.dumps(plain, indent=1, sort_keys=True)
-    display({RESULT_MIME: plain, "text/plain": text}, raw=True)
+    display({RESULT_MIME: plain, "text/plain": f"recorded: {', '.join(plain)}"}, raw=True)
