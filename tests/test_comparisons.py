@@ -148,11 +148,10 @@ def test_figures_are_drawn_in_both_themes(compared):
         (comparison_figures.risk_coverage, curves, {}),
         (comparison_figures.tuning_grid, grid, {}),
     ]:
-        for theme in ("light", "dark"):
-            with display.style(theme):
-                figure = function(data, **options)
-                assert figure.get_size_inches()[0] <= display.WIDE and len(display.render_png(figure)) > 1000
-                assert all(ax.get_xlabel() for ax in figure.axes if ax.get_visible())
+        with display.style():
+            figure = function(data, **options)
+            assert len(display.render_svg(figure, "figure")) > 1000
+            assert all(ax.get_xlabel() for ax in figure.axes if ax.get_visible())
 
 
 @pytest.mark.parametrize("profile", plan.BOOK_PROFILES)

@@ -379,10 +379,9 @@ def test_figures_are_drawn_in_both_themes(tables):
         (dark_matter_figures.shares, shares, {}),
         (dark_matter_figures.heatmap, alone, {"metric": HEADLINE, "label": "FPR95, OOD positive, %"}),
     ]:
-        for theme in ("light", "dark"):
-            with display.style(theme):
-                figure = function(data, **options)
-                assert figure.get_size_inches()[0] <= display.WIDE and len(display.render_png(figure)) > 1000
+        with display.style():
+            figure = function(data, **options)
+            assert len(display.render_svg(figure, "figure")) > 1000
 
 
 @pytest.mark.parametrize("profile", plan.ANALYSES["09_dark_matter"])

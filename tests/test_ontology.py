@@ -302,19 +302,18 @@ def test_figures_are_drawn_in_both_themes(tree, planted, nothing):
     assert pairs["distance"].to_numpy() == pytest.approx(pairs["path"] / 30)
     along = study.along_paths(path, found, list(found))
     assert along["pairs"].sum() == 190 and (along["q50"] == along["path"] / 30).all()
-    for theme in ("light", "dark"):
-        with style(theme):
-            figure = drawn.synset_dots(synsets)
-            labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-            assert labels[:3] == ["vertebrate (12)", "· canine (11)", "· · dog (10)"]
-            for ax in figure.axes:  # the tick in both panels, at its own F1
-                ticks = next(one for one in ax.collections if one.get_label() == study.EVERY).get_offsets()
-                assert list(ticks[0]) == pytest.approx([2 * 12 / 32, 0], abs=0.02)
-            curves = drawn.coverage_curves(study.covered(synsets, summary))
-            assert len(curves.axes) == 3
-            assert all(study.EVERY in [line.get_label() for line in ax.lines] for ax in curves.axes)
-            assert len(drawn.distance_by_path(along).axes) == 1
-            assert len(drawn.ordered_heatmap(pairs).axes) == 2
+    with style():
+        figure = drawn.synset_dots(synsets)
+        labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        assert labels[:3] == ["vertebrate (12)", "· canine (11)", "· · dog (10)"]
+        for ax in figure.axes:  # the tick in both panels, at its own F1
+            ticks = next(one for one in ax.collections if one.get_label() == study.EVERY).get_offsets()
+            assert list(ticks[0]) == pytest.approx([2 * 12 / 32, 0], abs=0.02)
+        curves = drawn.coverage_curves(study.covered(synsets, summary))
+        assert len(curves.axes) == 3
+        assert all(study.EVERY in [line.get_label() for line in ax.lines] for ax in curves.axes)
+        assert len(drawn.distance_by_path(along).axes) == 1
+        assert len(drawn.ordered_heatmap(pairs).axes) == 2
 
 
 # --- the published pages

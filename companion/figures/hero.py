@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from capsae.caps import energy_profile_divergence
-from capsae.pipeline.run import class_names
+from capsae.pipeline.latents import class_names
 
 from .figures import BLUE, ORANGE, _figure, set_label
 

@@ -16,7 +16,7 @@ import pandas as pd
 from capsae.caps import energy_profile_divergence
 from capsae.detectors import info
 from capsae.latents import naming
-from capsae.pipeline.run import class_names
+from capsae.pipeline.latents import class_names, of_run
 
 METRICS = {
     "fpr95_ood_pos": "FPR95, OOD positive, %",
@@ -102,7 +102,7 @@ def profiles(run) -> None:
 
 def latents(run) -> None:
     """Every latent that fires: how often, for which classes, and its name."""
-    table = naming.of_run(run).table
+    table = of_run(run).table
     table = table[table["fired"] > 0].sort_values("density", ascending=False, kind="stable")
     numbers = table[["density", "selectivity"]].to_numpy() * (100, 1)
     rows = [
