@@ -29,7 +29,7 @@ if not INSIDE:
         """Everything below, in the process that interprets Triton."""
         environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
         assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
         assert " passed" in run.stdout
 

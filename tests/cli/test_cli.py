@@ -21,7 +21,7 @@ from capsae.features.featureset import FeatureSet
 from capsae.pipeline.experiments import Profile, available, load_profile
 from capsae.pipeline.own_images import find_images
 
-SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from capsae.features.probe import fit_linear_probe
 from capsae.pipeline import packs
 from capsae.pipeline.packs import add_pixels, load_pack, make_pack, pack_sets
 
-SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
 needs_images = pytest.mark.skipif(
     not WEIGHTS.is_file(),
@@ -103,7 +103,7 @@ def test_what_the_limits_say_of_pixel_statistics(pack, name, control):
     sets = [load_pack(pack, which) for which in ("train", "test", name)]
     train, test, ood = (Observations(one.cls, pixels=one.pixels) for one in sets)
     detector = detectors.create(control).fit(train)
-    text = (Path(__file__).resolve().parents[1] / "book" / "limits.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "book" / "limits.md").read_text()
     assert f"{metrics.auroc(detector.score(test), detector.score(ood)):.3f}" in text
 
 

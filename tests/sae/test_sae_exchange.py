@@ -21,7 +21,7 @@ import capsae
 from capsae.sae import SAEConfig, TopKSAE, train_sae
 from capsae.sae.exchange import folders as exchange
 
-DATA = Path(__file__).parent / "data" / "exchange"
+DATA = Path(__file__).parent / "exchange"
 D, M, K = 6, 20, 3
 NORMALIZE = ("none", "sample", "l2", "dataset")
 # Folder of a library -> codes are so many times the library's.
@@ -323,7 +323,7 @@ def test_only_a_top_k_sae_is_written(trained, tmp_path):
 
 
 def test_the_books_page_runs(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[1] / "book" / "exchange.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "book" / "exchange.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(capsae, "train_sae", lambda x, config: (TopKSAE.untrained(x.shape[1], config), None))  # quick
     names = {}

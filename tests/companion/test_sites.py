@@ -21,7 +21,7 @@ from capsae.pipeline.run import Run
 from companion.chapters.layers import sites as sites_module
 from companion.chapters.layers.sites import FINAL, SiteReader, extract_sites, run_sites, site_names
 
-SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
 needs_images = pytest.mark.skipif(
     not WEIGHTS.is_file(),

@@ -13,7 +13,7 @@ from capsae import detectors
 from companion.publish import pages
 from companion.publish.speed_page import read_results
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BASELINES = [name for name in detectors.available() if detectors.info(name)["group"] == "baseline"]
 without_peer = importlib.util.find_spec("pytorch_ood") is None
 

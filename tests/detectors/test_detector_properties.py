@@ -16,7 +16,7 @@ from capsae.detectors import observations as module
 from capsae.sae import SAEConfig, TopKSAE
 
 NAMES = detectors.available()
-BIB = (Path(__file__).resolve().parents[1] / "book" / "references.bib").read_text()
+BIB = (Path(__file__).resolve().parents[2] / "book" / "references.bib").read_text()
 few = settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 worlds = st.fixed_dictionaries(
     {
@@ -171,7 +171,7 @@ def test_faiss_finds_the_same_neighbours():
 
 @pytest.mark.slow
 def test_the_page_on_a_score_of_your_own_runs_as_it_stands():
-    text = (Path(__file__).resolve().parents[1] / "book" / "own_score.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "book" / "own_score.md").read_text()
     block = re.search(r"```python\n(.*?)```", text, re.S).group(1)
     names: dict = {}
     exec(compile(block, "own_score.md", "exec"), names)

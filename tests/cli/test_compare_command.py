@@ -15,7 +15,7 @@ from capsae.cli import report_compare as compare_report
 from capsae.pipeline.latents import of_run
 from capsae.pipeline.run import Run
 
-SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
 
 

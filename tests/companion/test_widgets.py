@@ -13,7 +13,7 @@ import pytest
 
 from companion import widgets
 
-SCRIPT = Path(__file__).resolve().parents[1] / "book" / "_static" / "widgets.js"
+SCRIPT = Path(__file__).resolve().parents[2] / "book" / "_static" / "widgets.js"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STATIC = pd.DataFrame({"score": ["EPD"], "value": [9.8]})
 

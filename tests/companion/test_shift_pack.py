@@ -17,7 +17,7 @@ from capsae.pipeline.packs import load_pack
 from companion.chapters.shift import corruptions
 from companion.chapters.shift import make_pack as shift_pack
 
-SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
 needs_images = pytest.mark.skipif(
     not WEIGHTS.is_file(),

@@ -341,7 +341,7 @@ def test_the_layout_is_printed(capsys):
 # --- the page
 
 
-PAGE = (Path(__file__).resolve().parents[1] / "book" / "evaluate.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "book" / "evaluate.md").read_text(encoding="utf-8")
 
 
 def test_the_page_holds_the_layout_and_an_example_that_runs_as_it_stands(tmp_path, monkeypatch, capsys):
