@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import ast
+import os
 import re
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ def link_code(app, doctree, docname: str) -> None:
 def code_pages(app):
     """A page for each module that draws: its source, with an anchor at each function."""
     root = Path(app.srcdir).parent
-    for file in sorted((root / "companion").rglob("*figures.py")):
+    for file in sorted(file for file in (root / "companion").rglob("*.py") if "figures" in str(file.relative_to(root))):
         text, module = file.read_text(encoding="utf-8"), ".".join(file.relative_to(root).with_suffix("").parts)
         functions = {node.lineno: node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
         lines = highlight(text, PythonLexer(), HtmlFormatter(nowrap=True)).split(LINE)
