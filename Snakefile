@@ -42,14 +42,14 @@ def batches(names, size):
     return [names[i : i + size] for i in range(0, len(names), size)]
 
 
-def stale(*notebooks, profile=None):
+def stale(*notebooks, experiment=None):
     found = [name for name in STALE if PAGES[name].notebook in notebooks]
-    return [name for name in found if profile in (None, PAGES[name].profile)]
+    return [name for name in found if experiment in (None, PAGES[name].experiment)]
 
 
 chapters = [notebook for notebook in plan.MAIN if notebook not in plan.ABLATIONS]
 others = dict.fromkeys(page.notebook for page in PAGES.values() if page.notebook not in plan.MAIN)
-jobs = sum((batches(stale(*chapters, profile=profile), 4) for profile in plan.BOOK_PROFILES), [])
+jobs = sum((batches(stale(*chapters, experiment=experiment), 4) for experiment in plan.BOOK_EXPERIMENTS), [])
 jobs += batches(stale(*others), 3)
 jobs += sum((batches(stale(notebook), 16) for notebook in plan.ABLATIONS), [])
 

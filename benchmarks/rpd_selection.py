@@ -1,8 +1,8 @@
 """How the form and the constants of RPD were chosen: on ID training data alone.
 
-    python -m benchmarks.rpd_selection [--profile imagenet20] [--out benchmarks/results/rpd_selection.csv]
+    python -m benchmarks.rpd_selection [--experiment imagenet20] [--out benchmarks/results/rpd_selection.csv]
 
-No OOD set is opened. Two stand-ins for OOD are made from the profile's training classes:
+No OOD set is opened. Two stand-ins for OOD are made from the experiment's training classes:
 
 held-out classes
     The classes are dealt into four folds. SAE, head and profiles are fitted without the fold's classes, whose training
@@ -12,7 +12,7 @@ chimeras
     coordinate is plausible, their combination is not.
 
 The criterion is the mean of both FPR95 over both stand-ins and all folds. ``weight`` is the factor of the background
-term: 0 is the smoothed KL from the profiles, 1 is RPD. ``temperature`` 0 stands for the predicted class alone.
+term: 0 is the smoothed KL from the experiments, 1 is RPD. ``temperature`` 0 stands for the predicted class alone.
 """
 
 from __future__ import annotations
@@ -69,21 +69,21 @@ def measure(method: dict, scores) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="imagenet20")
+    parser.add_argument("--experiment", default="imagenet20")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rpd_selection.csv"))
     args = parser.parse_args()
-    profile = capsae.load_profile(args.profile)
-    train, val = capsae.load_features(profile, "train"), capsae.load_features(profile, "val")
-    deal = np.random.default_rng(0).permutation(profile.n_classes)
+    experiment = capsae.load_experiment(args.experiment)
+    train, val = capsae.load_features(experiment, "train"), capsae.load_features(experiment, "val")
+    deal = np.random.default_rng(0).permutation(experiment.n_classes)
     rows: list[dict] = []
     for fold in range(FOLDS):
         held = deal[fold::FOLDS]
-        kept = np.setdiff1d(np.arange(profile.n_classes), held)
-        renumber = np.searchsorted(kept, np.arange(profile.n_classes))
+        kept = np.setdiff1d(np.arange(experiment.n_classes), held)
+        renumber = np.searchsorted(kept, np.arange(experiment.n_classes))
         a, b = train.take(~np.isin(train.labels, held)), val.take(~np.isin(val.labels, held))
         rng = np.random.default_rng(fold)
         out = rng.permutation(np.flatnonzero(np.isin(train.labels, held)))[:1000]
-        sae, _ = capsae.train_sae(a.cls, replace(profile.sae, seed=fold), held_out=b.cls)
+        sae, _ = capsae.train_sae(a.cls, replace(experiment.sae, seed=fold), held_out=b.cls)
         head = fit_linear_probe(a.cls, renumber[a.labels], len(kept))
         seen = capsae.Observations(a.cls, labels=renumber[a.labels], head=head, sae=sae)
         others = [b.cls, train.cls[out], chimeras(b.cls, b.labels, rng)]

@@ -90,10 +90,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.summary:
         versions, missing = available()
-        profile = capsae.load_profile("imagenet20")
+        experiment = capsae.load_experiment("imagenet20")
         normalise = TopKSAE.untrained(192, BASE).normalize
         sets = {
-            name: normalise(torch.from_numpy(capsae.load_features(profile, name).cls))
+            name: normalise(torch.from_numpy(capsae.load_features(experiment, name).cls))
             for name in ("train", "val", "test")
         }
         wanted = [(t, lr, SEEDS[0]) for lr in range(args.rates) for t in args.trainers]

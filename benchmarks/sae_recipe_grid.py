@@ -1,9 +1,9 @@
 """Which learning rate, batch and number of epochs suit a small training set: held-out FVU on ID rows alone.
 
-The formula for large runs, 2e-4 / sqrt(M / 2^14), is meant for 10^5 steps; a profile with some thousand rows takes a
-few hundred or thousand. This trains on a profile's "train" and measures on its "val" (rows held out of train): no test
-and no OOD row is looked at. One line a run: the held-out FVU of the best epoch, which epoch that was, the dead latents
-and the held-out FVU at the end, where the weights of the last epoch would stand.
+The formula for large runs, 2e-4 / sqrt(M / 2^14), is meant for 10^5 steps; an experiment with some thousand rows takes
+a few hundred or thousand. This trains on an experiment's "train" and measures on its "val" (rows held out of train): no
+test and no OOD row is looked at. One line a run: the held-out FVU of the best epoch, which epoch that was, the dead
+latents and the held-out FVU at the end, where the weights of the last epoch would stand.
 
     python benchmarks/sae_recipe_grid.py imagenet20 mini80        # writes benchmarks/results/sae_recipe_grid.csv
 """
@@ -31,14 +31,14 @@ SHORT_EPOCHS = (8, 12, 25, 50)
 SHORT_BATCH = (128, 256, 1024)
 SHORT_LR = (4e-3, 8e-3, 1.6e-2)
 # A high rate kills most latents, and a dictionary of few generalises better on few rows: a low FVU can be bought with
-# dead latents. What they would have said is missing from the profiles, so a recipe has at most this share of them.
+# dead latents. What they would have said is missing from the experiments, so a recipe has at most this share of them.
 MAX_DEAD = 0.01
 SEEDS = (0, 1, 2)
 
 
-def run(profile: str, what: str, config: SAEConfig, train: np.ndarray, val: np.ndarray) -> dict:
+def run(experiment: str, what: str, config: SAEConfig, train: np.ndarray, val: np.ndarray) -> dict:
     """One training, as a row of the table."""
-    row = {"profile": profile, "what": what, "lr": config.peak_lr, "batch": config.batch_size}
+    row = {"experiment": experiment, "what": what, "lr": config.peak_lr, "batch": config.batch_size}
     row |= {key: getattr(config, key) for key in ("epochs", "decay", "seed")}
     try:
         _, history = train_sae(train, config, held_out=val, keep="best", progress=False)
@@ -74,24 +74,24 @@ def again(row: pd.Series) -> list[tuple[str, SAEConfig]]:
     return [(row.what, replace(config, seed=seed)) for seed in SEEDS[1:]]
 
 
-def table_of(profile: str, grid: list[tuple[str, SAEConfig]], train: np.ndarray, val: np.ndarray) -> pd.DataFrame:
-    """All runs of a profile."""
-    table = pd.DataFrame([run(profile, what, config, train, val) for what, config in tqdm(grid, desc=profile)])
+def table_of(experiment: str, grid: list[tuple[str, SAEConfig]], train: np.ndarray, val: np.ndarray) -> pd.DataFrame:
+    """All runs of an experiment."""
+    table = pd.DataFrame([run(experiment, what, config, train, val) for what, config in tqdm(grid, desc=experiment)])
     seeds = [more for _, row in best(table, 2).iterrows() for more in again(row)]
-    return pd.concat([table, pd.DataFrame([run(profile, what, config, train, val) for what, config in seeds])])
+    return pd.concat([table, pd.DataFrame([run(experiment, what, config, train, val) for what, config in seeds])])
 
 
 def main() -> None:
     import capsae
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("profiles", nargs="+")
+    parser.add_argument("experiments", nargs="+")
     parser.add_argument("--short", action="store_true", help="leave out the 100 epochs of the default schedule")
     args, tables = parser.parse_args(), []
     grid = short_grid() if args.short else long_grid() + short_grid()
-    for profile in args.profiles:
-        train, val = (capsae.load_features(profile, name).cls for name in ("train", "val"))
-        tables.append(table_of(profile, grid, train, val))
+    for experiment in args.experiments:
+        train, val = (capsae.load_features(experiment, name).cls for name in ("train", "val"))
+        tables.append(table_of(experiment, grid, train, val))
     RESULTS.parent.mkdir(exist_ok=True)
     pd.concat(tables).to_csv(RESULTS, index=False, float_format="%.6g")
 

@@ -241,7 +241,7 @@ def main() -> None:
         print(f"{name} is left out: {reason}")
     if select.compiled() is None:
         print("numba is missing: ours is the plain step")
-    names = [name for name in args.trainers if name not in missing ]
+    names = [name for name in args.trainers if name not in missing]
     measure = {
         "rates": lambda shape: rates(shape, args.lr, names),
         "products": lambda shape: rates(shape, args.lr, ["capsae", "capsae-bf16"]),

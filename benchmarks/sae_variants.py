@@ -1,9 +1,9 @@
 """CPU seconds per epoch of every variant of the SAE, against TopK: the compiled step, and the plain one.
 
-Random features of the shape of profile `imagenet20`: 8100 rows of 192 numbers, 1920 latents, k = 32, 256 rows a batch.
-Rounds go through all variants in turn, each a training of one epoch and one of `1 + epochs`; their difference leaves
-out what comes before the first step (`start_s` is that). Medians over rounds; CPU seconds of all threads together,
-which other programs disturb least.
+Random features of the shape of experiment `imagenet20`: 8100 rows of 192 numbers, 1920 latents, k = 32, 256 rows a
+batch. Rounds go through all variants in turn, each a training of one epoch and one of `1 + epochs`; their difference
+leaves out what comes before the first step (`start_s` is that). Medians over rounds; CPU seconds of all threads
+together, which other programs disturb least.
 
     python -m benchmarks.sae_variants        # a table; writes benchmarks/results/<machine>-sae-variants.json
 """

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from importlib.metadata import entry_points
 
 from . import __version__
 from .cli import commands
@@ -19,16 +20,16 @@ Out-of-distribution detection from class activation profiles of sparse autoencod
 
 In this order, each on what the one before it made (nothing is made twice):
 
-  capsae profiles                      what can be run: data, backbone, sizes, what each needs
-  capsae profiles imagenet20           one of them in full; every key it prints can follow --set
-  capsae init FOLDER                   a profile for your own images: ten lines of TOML
-  capsae extract digits                images -> features (the embedded profiles have theirs already)
-  capsae train --profile imagenet20 --out my-sae
+  capsae experiments                      what can be run: data, backbone, sizes, what each needs
+  capsae experiments imagenet20           one of them in full; every key it prints can follow --set
+  capsae init FOLDER                   an experiment for your own images: ten lines of TOML
+  capsae extract digits                images -> features (the embedded experiments have theirs already)
+  capsae train --experiment imagenet20 --out my-sae
                                        features -> sparse autoencoder and class activation profiles
-  capsae score --profile imagenet20 photo.jpg holiday/ --out scores.csv
+  capsae score --experiment imagenet20 photo.jpg holiday/ --out scores.csv
                                        your own images: class, scores, flag (needs the backbone's weights)
   capsae score --sae my-sae holiday/   the same from the folder of `train` alone
-  capsae explain --profile imagenet20 photo.jpg
+  capsae explain --experiment imagenet20 photo.jpg
   capsae explain --from-set far/textures --row 3
                                        why one image got its score: latents too much or missing, their shares
   capsae compare holiday/ archive/     which latents differ between two folders, or sets: test far/textures
@@ -42,7 +43,7 @@ In this order, each on what the one before it made (nothing is made twice):
 
 Change any setting:  --set sae.k=64 --set caps.core_fraction=0.2
 One more OOD set:    --set ood.far/mine=FOLDER    (beside embedded ones, too; needs the backbone's weights)
-Your own data:       a .toml file in place of a profile's name; `capsae init FOLDER` writes one.
+Your own data:       a .toml file in place of an experiment's name; `capsae init FOLDER` writes one.
 Results are kept in $CAPSAE_HOME, or .capsae of the project around the current folder, or ~/.cache/capsae.
 """
 
@@ -183,31 +184,37 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--verbose", "-v", action="store_true", help="say more on stderr")
-    profiled = argparse.ArgumentParser(add_help=False, parents=[common])
-    profiled.add_argument("--profile", "-p", default=None, help="name or .toml file (default: imagenet20)")
-    profiled.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may repeat")
-    profiled.add_argument("--seed", type=int, metavar="N", help="of splits, probe, intervals and SAE")
-    profiled.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    profiled.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
+    of_experiment = argparse.ArgumentParser(add_help=False, parents=[common])
+    of_experiment.add_argument("--experiment", "-p", default=None, help="name or .toml file (default: imagenet20)")
+    of_experiment.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; may repeat"
+    )
+    of_experiment.add_argument("--seed", type=int, metavar="N", help="of splits, probe, intervals and SAE")
+    of_experiment.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    of_experiment.add_argument("--quiet", "-q", action="store_true", help="no progress bars")
     weights = argparse.ArgumentParser(add_help=False)
-    weights.add_argument("--checkpoint", metavar="FILE", help="the backbone's weights (default: as the profile says)")
+    weights.add_argument(
+        "--checkpoint", metavar="FILE", help="the backbone's weights (default: as the experiment says)"
+    )
 
-    def add(name: str, help: str, parents=(profiled,)) -> argparse.ArgumentParser:
+    def add(name: str, help: str, parents=(of_experiment,), run=None) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=help, description=help, parents=list(parents), formatter_class=raw)
-        command.set_defaults(run=getattr(commands, name))
+        command.set_defaults(run=run or getattr(commands, name))
         return command
 
-    command = add("profiles", "list the profiles, or print one in full")
-    command.add_argument("name", nargs="?", help="a profile's name or .toml file")
+    command = add("experiments", "list the experiments, or print one in full")
+    command.add_argument("name", nargs="?", help="an experiment's name or .toml file")
 
-    command = add("init", "look at a folder of images and write a profile for it: ten lines of TOML", parents=(common,))
+    command = add(
+        "init", "look at a folder of images and write an experiment for it: ten lines of TOML", parents=(common,)
+    )
     command.add_argument("folder", metavar="FOLDER", help="train/<class>/, test/<class>/, far/<set>/; or class folders")
     command.add_argument("--model", metavar="NAME", help="timm's name (default: as the weights are called, or DeiT-Ti)")
     command.add_argument("--checkpoint", metavar="FILE", help="weights (default: the file in FOLDER, or timm's)")
     command.add_argument("--out", metavar="FILE.toml", help="default: FOLDER/capsae.toml")
 
-    command = add("extract", "extract the features of all sets; re-makes the pack of a profile that has one")
-    command.add_argument("name", nargs="?", help="a profile's name or .toml file (as --profile)")
+    command = add("extract", "extract the features of all sets; re-makes the pack of an experiment that has one")
+    command.add_argument("name", nargs="?", help="an experiment's name or .toml file (as --experiment)")
     command.add_argument("--out", metavar="FOLDER", help="of a re-made pack (default: packs/<name> here)")
     command.add_argument("--pixels", action="store_true", help="keep a pack's features, measure its images anew")
     command.add_argument("--train-backbone", action="store_true", help="digits: first train its ViT, from pixels")
@@ -217,15 +224,15 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = add("train", "train the SAE, make the class activation profiles, write both to a folder")
-    command.add_argument("name", nargs="?", help="a profile's name or .toml file (as --profile)")
+    command.add_argument("name", nargs="?", help="an experiment's name or .toml file (as --experiment)")
     command.add_argument(
         "--out", metavar="FOLDER", required=True, help="new or existing folder; its files are replaced"
     )
 
-    command = add("score", "score your own images", parents=(profiled, weights))
+    command = add("score", "score your own images", parents=(of_experiment, weights))
     command.add_argument("images", nargs="+", metavar="IMAGES", help="image files or folders of them")
     command.add_argument("--out", metavar="FILE.csv", help="where to write (default: standard output)")
-    command.add_argument("--sae", metavar="FOLDER", help="of `capsae train --out`: no profile and no training data")
+    command.add_argument("--sae", metavar="FOLDER", help="of `capsae train --out`: no experiment and no training data")
     command.add_argument("--features", metavar="FILE", help="also keep the features (.safetensors)")
     command.add_argument(
         "--method",
@@ -233,23 +240,25 @@ def _parser() -> argparse.ArgumentParser:
         help="a detector, or 'ours'; may repeat, flag follows the first (default: epd, ours)",
     )
 
-    command = add("explain", "take the score of one image apart", parents=(profiled, weights))
+    command = add("explain", "take the score of one image apart", parents=(of_experiment, weights))
     command.add_argument("image", nargs="?", help="an image file")
     command.add_argument(
-        "--from-set", metavar="SET", help="a set of the profile, e.g. far/textures, in place of an image"
+        "--from-set", metavar="SET", help="a set of the experiment, e.g. far/textures, in place of an image"
     )
     command.add_argument("--row", type=int, default=0, help="row of that set (default: 0)")
     command.add_argument("--method", default="epd", help="epd or ours (default: epd)")
     command.add_argument("--top", type=int, default=10, help="latents to show (default: 10)")
     command.add_argument("--out", metavar="FILE.csv", help="also write the whole table")
 
-    command = add("compare", "find the latents that differ between two sets of images", parents=(profiled, weights))
+    command = add(
+        "compare", "find the latents that differ between two sets of images", parents=(of_experiment, weights)
+    )
     command.epilog = """for example:
-  capsae compare --profile imagenet20 holiday/ archive/ --out differences.csv
+  capsae compare --experiment imagenet20 holiday/ archive/ --out differences.csv
                                        two folders of images (needs the backbone's weights)
-  capsae compare --profile imagenet20 test far/textures
-                                       two sets of the profile (needs neither images nor weights)"""
-    command.add_argument("a", metavar="A", help="a folder of images, or a set of the profile, e.g. test")
+  capsae compare --experiment imagenet20 test far/textures
+                                       two sets of the experiment (needs neither images nor weights)"""
+    command.add_argument("a", metavar="A", help="a folder of images, or a set of the experiment, e.g. test")
     command.add_argument("b", metavar="B", help="another, e.g. far/textures")
     command.add_argument("--fdr", type=float, default=0.05, help="false discovery rate accepted (default: 0.05)")
     command.add_argument("--top", type=int, default=10, help="latents to show for each side (default: 10)")
@@ -283,29 +292,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("detectors", "list every score with formula, options and source", parents=(common,))
 
-    command = add("zoo", "fit and measure every autoencoder and dictionary; a killed run goes on", parents=(common,))
-    command.add_argument(
-        "--profile", "-p", action="append", metavar="NAME", help="may repeat (default: imagenet20 and mini80)"
-    )
-    command.add_argument("--members", action="append", default=[], metavar="A,B", help="only these (default: all)")
-    command.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="default: 0 1 2 3 4")
-    command.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default: 2)")
-    command.add_argument(
-        "--out", metavar="FOLDER", help="of the tables (default: book/zoo; build/zoo where not all is run)"
-    )
-
-    command = add("reproduce", "execute what is not fresh and build the book", parents=(common,))
-    command.add_argument("profiles", nargs="*", metavar="PROFILE", help="only the pages of these (default: all)")
-    command.add_argument("--jobs", type=int, default=None, help="pages at a time (default: 2, or the number of cores)")
-    command.add_argument("--dry-run", "-n", action="store_true", help="say what would be executed, and why")
-    command.add_argument("--all", "-a", action="store_true", help="execute what is fresh, too")
-    command.add_argument("--main", "-m", action="store_true", help="only the main story: notebooks 01 to 06")
-
-    command = add("verify", "compare what was executed here with what is published", parents=(common,))
-    command.description = "Every value of every page's CSVs, to the printed digit; exit status 1 where one differs."
-    command.add_argument("--against", default="HEAD", metavar="REV", help="the commit that counts (default: HEAD)")
-    command.add_argument("--record", action="store_true", help="write this machine into book/reproduced_on")
-    command.add_argument("--all", "-a", action="store_true", help="list every difference, not ten a page")
+    for entry in entry_points(group="capsae.commands"):  # other packages' commands: in a clone, the book's
+        with contextlib.suppress(ModuleNotFoundError):  # installed without them
+            entry.load()(add, common)
     return parser
 
 

@@ -35,9 +35,9 @@ def cached(function: Callable, store: Store | str | Path | None = None) -> Calla
     Parameters
     ----------
     function : a function of a module
-        Its arguments may be numbers, texts, arrays, tensors, data frames, codes, profiles, SAEs, runs, configurations,
-        and lists, tuples and dicts of these. It returns arrays, frames, codes, profiles, SAEs, plain values, or lists,
-        tuples and dicts of these. It must do nothing but return.
+        Its arguments may be numbers, texts, arrays, tensors, data frames, codes, experiments, SAEs, runs,
+        configurations, and lists, tuples and dicts of these. It returns arrays, frames, codes, experiments, SAEs, plain
+        values, or lists, tuples and dicts of these. It must do nothing but return.
     store : Store or path, optional
         Default: see :func:`capsae.pipeline.store.default_root`.
 

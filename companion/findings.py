@@ -339,7 +339,7 @@ def index_page() -> str:
     chapters = []
     for notebook in sorted({page.notebook for page in pages().values()}):
         found = of_notebook(notebook)
-        of = {page.profile: page.name for page in pages().values() if page.name == f"{page.profile}/{notebook}"}
+        of = {page.experiment: page.name for page in pages().values() if page.name == f"{page.experiment}/{notebook}"}
         marked = {
             (row["key"], name): row
             for name in of
@@ -363,11 +363,11 @@ class Chapter:
     """
 
     def __init__(self, notebook: str, run, experiment: str | None = None) -> None:
-        self.notebook, self.run, self.experiment = notebook, run, experiment or run.profile.name
+        self.notebook, self.run, self.experiment = notebook, run, experiment or run.experiment.name
         self.captions = beside(notebook).get("captions", {})
 
     def show(self, function, data: pd.DataFrame, name: str, **options) -> None:
-        """:func:`companion.figures.display.show` with the caption, alt text and options that the yml has under this name."""
+        """:func:`~companion.figures.display.show` with the caption, alt text and options that the yml has."""
         from .figures.display import show
 
         show(function, data, name, **{"run": self.run, **self.captions[name], **options})

@@ -49,7 +49,9 @@ GRAPH = {name: imports(name) for name in MODULES}
 
 
 def test_the_library_does_not_know_the_book():
-    assert not {(name, of) for name, known in GRAPH.items() if name.startswith("capsae") for of in known if "companion" in of}
+    assert not {
+        (name, of) for name, known in GRAPH.items() if name.startswith("capsae") for of in known if "companion" in of
+    }
 
 
 def test_no_import_circle():

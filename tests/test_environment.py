@@ -84,7 +84,7 @@ def test_import_works_above_a_clone_named_capsae(tmp_path):
         pytest.skip("another capsae is installed")
     (tmp_path / "capsae").symlink_to(ROOT)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    code = "import capsae; print(capsae.load_profile('imagenet20').name)"
+    code = "import capsae; print(capsae.load_experiment('imagenet20').name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.stdout.strip() == "imagenet20", done.stderr
 
@@ -92,7 +92,7 @@ def test_import_works_above_a_clone_named_capsae(tmp_path):
 def test_public_names():
     import capsae
 
-    assert callable(capsae.evaluate) and callable(capsae.load_profile) and callable(capsae.detectors.create)
+    assert callable(capsae.evaluate) and callable(capsae.load_experiment) and callable(capsae.detectors.create)
     for name in capsae.__all__:
         assert getattr(capsae, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -121,9 +121,9 @@ def test_sae_recipe_is_the_best_of_its_grid(name):
 
     grid = pd.read_csv(ROOT / "benchmarks" / "results" / "sae_recipe_grid.csv")
     recipe = ["batch", "lr", "epochs", "decay"]
-    means = grid[grid.profile == name].groupby(recipe)[["held_out_fvu", "dead_fraction"]].mean().reset_index()
+    means = grid[grid.experiment == name].groupby(recipe)[["held_out_fvu", "dead_fraction"]].mean().reset_index()
     best = means[means.dead_fraction <= MAX_DEAD].nsmallest(1, "held_out_fvu").iloc[0]
-    sae = capsae.load_profile(name).sae
+    sae = capsae.load_experiment(name).sae
     assert (sae.batch_size, sae.lr, sae.epochs, sae.decay) == tuple(best[recipe])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import small_profile
+import small_experiment
 from PIL import Image
 
 from capsae.__main__ import main
@@ -22,8 +22,8 @@ from capsae.data.open import open_source
 from capsae.files import LFS
 from capsae.latents.explain import plain_name
 from capsae.pipeline.arrays_io import arrays_from, load_arrays
-from capsae.pipeline.experiment_errors import ProfileError
-from capsae.pipeline.experiments import load_profile
+from capsae.pipeline.experiment_errors import ExperimentError
+from capsae.pipeline.experiments import load_experiment
 
 POINTER = LFS + b"/spec/v1\noid sha256:4665a5ea423c2713d436b5ee50593a9640e0018c1550b5a0002f74190d6caea8\nsize 12\n"
 
@@ -51,8 +51,8 @@ def test_weights_that_are_none(suffix, content, words, tmp_path, capsys):
     weights, image = tmp_path / f"w{suffix}", tmp_path / "a.png"
     weights.write_bytes(content)
     Image.new("RGB", (8, 8)).save(image)
-    profile = str(small_profile.write(tmp_path))
-    assert main(["score", "-p", profile, str(image), "--checkpoint", str(weights), "-q"]) == 2
+    experiment = str(small_experiment.write(tmp_path))
+    assert main(["score", "-p", experiment, str(image), "--checkpoint", str(weights), "-q"]) == 2
     out, err = capsys.readouterr()
     assert words in err and str(weights) in err and err.startswith("capsae: ") and not out
 
@@ -182,17 +182,17 @@ def test_a_fault_of_ours_is_called_one(error, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a\\b", "<script>x", "a\nb", ""])
-def test_a_profiles_name_names_one_folder(name):
-    with pytest.raises(ProfileError, match="name"):
-        load_profile("digits", {"name": name})
+def test_a_experiments_name_names_one_folder(name):
+    with pytest.raises(ExperimentError, match="name"):
+        load_experiment("digits", {"name": name})
 
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "a <img src=x onerror=y>", "</div>", "<!-- x"])
 def test_no_title_is_a_tag(text):
     for key in ("title", "description"):
-        with pytest.raises(ProfileError, match=key):
-            load_profile("digits", {key: text})
-    assert load_profile("digits", {"title": "a < b & c > d <3"}).title
+        with pytest.raises(ExperimentError, match=key):
+            load_experiment("digits", {key: text})
+    assert load_experiment("digits", {"title": "a < b & c > d <3"}).title
     assert "<" not in plain_name(text) and plain_name("\x1b[31mred\x07") == "?[31mred?"
 
 
@@ -223,9 +223,11 @@ def test_brackets_in_a_path_are_letters(folder, tmp_path, monkeypatch):
     root.mkdir()
     pq.write_table(pa.table({"image": [file.getvalue()], "label": [0]}), root / "x[0].parquet")
     assert len(open_source({"kind": "parquet", "path": str(root / "x[0].parquet")})) == 1
-    profile = load_profile("digits", {"data_root": str(root), "pack": "none"})
+    experiment = load_experiment("digits", {"data_root": str(root), "pack": "none"})
     for path in ("x[0].parquet", "x*.parquet"):
-        test = profile.model_copy(update={"test": profile.test.__class__.model_construct(kind="parquet", path=path)})
+        test = experiment.model_copy(
+            update={"test": experiment.test.__class__.model_construct(kind="parquet", path=path)}
+        )
         assert len(open_source({"kind": "parquet", "path": str(test.resolve(path))})) == 1
 
 
@@ -278,7 +280,7 @@ def test_a_signal_unwinds_and_removes_temporary_folders(number, tmp_path):
 
 def test_no_home_is_no_fault(tmp_path):
     bare = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[1])}
-    found = ran("profiles", "mini80", env=bare, cwd=tmp_path)
+    found = ran("experiments", "mini80", env=bare, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     locked = {**bare, "HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"}
     found = ran("extract", "digits", env=locked, cwd=tmp_path)

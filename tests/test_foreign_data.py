@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import small_profile
+import small_experiment
 import torch
 from PIL import Image
 
@@ -88,7 +88,7 @@ def experiment(tmp_path, monkeypatch):
         given = {"train": lambda: folder(tmp_path / "train"), "test": lambda: folder(tmp_path / "test", seed=1)}
         given |= {"ood.near/shifted": lambda: folder(tmp_path / "n", ("x",), seed=2)}
         given |= {"ood.far/noise": lambda: folder(tmp_path / "f", ("y",), seed=3)}
-        (tmp_path / "own.toml").write_text(small_profile.TOML.format(pack='"none"'))
+        (tmp_path / "own.toml").write_text(small_experiment.TOML.format(pack='"none"'))
         overrides = {key: sources[key] if key in sources else make() for key, make in given.items()}
         overrides |= {key: value for key, value in sources.items() if key not in given}
         return Run(tmp_path / "own.toml", overrides, tmp_path / "store", device="cpu", progress=False)
@@ -296,7 +296,7 @@ def test_a_set_that_is_another_is_refused(role, of, words, kind, experiment, tmp
         pq.write_table(table.set_column(0, "image", pa.array(blobs, pa.binary())), tmp_path / "c.parquet")
     run = experiment(**{role: spec}, val=folder(tmp_path / "val", seed=7))
     with pytest.raises(ValueError, match=words):
-        for name in run.profile.sets:
+        for name in run.experiment.sets:
             run.features(name)
 
 
@@ -307,7 +307,7 @@ def test_a_few_copies_are_told(experiment, tmp_path, caplog):
     drawn("ant", 101).save(tmp_path / "copy" / "ant" / "twice.png")
     run = experiment(test=spec, val=folder(tmp_path / "val", seed=7))
     with caplog.at_level(logging.WARNING):
-        for name in run.profile.sets:
+        for name in run.experiment.sets:
             run.features(name)
     assert "test: 1 of 27 images are images of train, the first is 'ant/of train.png'" in caplog.text
     assert "test: 1 of 27 images are there twice, the first is 'ant/twice.png'" in caplog.text
@@ -796,18 +796,20 @@ def test_dtype_and_batch_size_of_an_extraction(experiment, monkeypatch, tmp_path
     seen = {}
     run = experiment()
     extract = capsae.features.extract.extract
-    monkeypatch.setattr(capsae.features.extract, "extract", lambda *a, **given: seen.update(given) or extract(*a, **given))
+    monkeypatch.setattr(
+        capsae.features.extract, "extract", lambda *a, **given: seen.update(given) or extract(*a, **given)
+    )
     monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "home"))
     plain = run.inputs.digest("train")
     command = ["extract", str(tmp_path / "own.toml"), "-q", *_set(run)]
     assert main([*command, "--batch-size", "7", "--dtype", "bfloat16"]) == 0
     assert (seen["batch_size"], seen["dtype"]) == (7, "bfloat16")
-    other = Run(run.profile, {"backbone.dtype": "bfloat16"}, tmp_path / "home", device="cpu")
+    other = Run(run.experiment, {"backbone.dtype": "bfloat16"}, tmp_path / "home", device="cpu")
     assert other.inputs.digest("train") != plain, "features of another precision are others"
     assert main([*command, "--batch-size", "0"]) == 2
 
 
 def _set(run):
-    paths = {"train": run.profile.train, "test": run.profile.test}
-    paths |= {f"ood.{key}": source for key, source in run.profile.ood.items()}
+    paths = {"train": run.experiment.train, "test": run.experiment.test}
+    paths |= {f"ood.{key}": source for key, source in run.experiment.ood.items()}
     return [text for key, source in paths.items() for text in ("--set", f"{key}.path={source.path}")]

@@ -9,8 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..files import Output, check_folder, replacing
-from ..pipeline.latents import of_run
+from ..files import Output, check_folder
 from .images import explain, init, score, train
 from .run import method_of, run_of
 
@@ -21,30 +20,28 @@ __all__ = [
     "explain",
     "extract",
     "init",
-    "profiles",
-    "reproduce",
+    "experiments",
     "score",
     "train",
-    "zoo",
 ]
 
 
-def profiles(options) -> int:
-    from ..pipeline.experiments import available, load_profile, overrides_of
+def experiments(options) -> int:
+    from ..pipeline.experiments import available, load_experiment, overrides_of
 
-    name = options.name or options.profile
+    name = options.name or options.experiment
     if name or options.set:
-        profile = load_profile(name or "imagenet20", overrides_of(options.set))
-        sys.stdout.writelines(f"{line}\n" for line in _dotted(profile.to_dict()))
+        experiment = load_experiment(name or "imagenet20", overrides_of(options.set))
+        sys.stdout.writelines(f"{line}\n" for line in _dotted(experiment.to_dict()))
         return 0
     for name in available():
-        profile = load_profile(name)
-        data = f"{profile.n_classes} classes, {len(profile.ood)} OOD sets, {profile.backbone.model}"
-        sae = f"D = {profile.sae.latents}, k = {profile.sae.k}, p = {profile.caps.core_fraction}"
+        experiment = load_experiment(name)
+        data = f"{experiment.n_classes} classes, {len(experiment.ood)} OOD sets, {experiment.backbone.model}"
+        sae = f"D = {experiment.sae.latents}, k = {experiment.sae.k}, p = {experiment.caps.core_fraction}"
         sys.stdout.write(
-            f"{name}\n  {profile.title}\n  {data}; {sae}\n  needs {profile.needs}{_pack_size(profile)}\n\n"
+            f"{name}\n  {experiment.title}\n  {data}; {sae}\n  needs {experiment.needs}{_pack_size(experiment)}\n\n"
         )
-    sys.stdout.write("capsae profiles NAME prints all keys of one.\n")
+    sys.stdout.write("capsae experiments NAME prints all keys of one.\n")
     return 0
 
 
@@ -59,11 +56,11 @@ def extract(options) -> int:
         if options.batch_size < 1:
             raise ValueError(f"--batch-size {options.batch_size}: 1 or more images would do")
         run.inputs.extraction["batch_size"] = options.batch_size
-    profile, first = run.profile, distributed.rank() == 0
-    if profile.pack:
+    experiment, first = run.experiment, distributed.rank() == 0
+    if experiment.pack:
         with distributed.alone():  # a pack is small
             return _extract_pack(run, options) if first else 0
-    for name in profile.sets:
+    for name in experiment.sets:
         features = run.inputs.features(name)
         bad = len(features.meta.get("bad_images", []))
         if first:
@@ -80,30 +77,30 @@ def _extract_pack(run, options) -> int:
     from ..pipeline.own_images import load_weights
     from ..pipeline.packs import add_pixels, make_pack, pack_info
 
-    profile = run.profile
-    names = [name for name in profile.sets if not (name == "val" and run.inputs.holdout)]
+    experiment = run.experiment
+    names = [name for name in experiment.sets if not (name == "val" and run.inputs.holdout)]
     files = (f"{name.replace('/', '__')}.safetensors" for name in names)
-    out = check_folder(options.out or Path("packs") / profile.name, ("pack.json", *files), "pack.json", "sets")
-    profile.check_files(names)
+    out = check_folder(options.out or Path("packs") / experiment.name, ("pack.json", *files), "pack.json", "sets")
+    experiment.check_files(names)
     run.inputs.source("train")
     if options.train_backbone:
         from ..features.backbone import load_backbone
         from ..features.tinyvit import save_with_provenance
 
         vit, source = run.inputs.train_backbone()
-        weights = save_with_provenance(vit, out, profile.seed, source)
+        weights = save_with_provenance(vit, out, experiment.seed, source)
         backbone = load_backbone(run.inputs.backbone_settings(weights))
     else:
         backbone = None if options.pixels else load_weights(run)
     sources = {name: run.inputs.source(name) for name in names}
     if options.pixels:
-        add_pixels(profile.pack, sources, out)
-        sys.stdout.write(f"{out}: {', '.join(names)}: features as in {profile.pack!r}, pixel statistics new\n")
+        add_pixels(experiment.pack, sources, out)
+        sys.stdout.write(f"{out}: {', '.join(names)}: features as in {experiment.pack!r}, pixel statistics new\n")
         return 0
-    notes = f"made by `capsae extract {profile.name}`"
+    notes = f"made by `capsae extract {experiment.name}`"
     settings = {"device": options.device, "progress": not options.quiet} | run.inputs.extraction
-    settings["stored"] = pack_info(profile.pack).get("dtype", {}).get("stored", "float16")
-    make_pack(profile.name, sources, backbone, out, notes=notes, **settings)
+    settings["stored"] = pack_info(experiment.pack).get("dtype", {}).get("stored", "float16")
+    make_pack(experiment.name, sources, backbone, out, notes=notes, **settings)
     sys.stdout.write(f"{out}: {', '.join(names)}\nuse it with --set pack={out}\n")
     return 0
 
@@ -120,6 +117,8 @@ def compare(options) -> int:
     a, b = (side(run, given, options.checkpoint, which) for which, given in (("A", options.a), ("B", options.b)))
     for each in (*a.bad, *b.bad):
         sys.stderr.write(f"capsae: skipped {each['id']}: {each['why']}\n")
+    from ..pipeline.latents import of_run
+
     table = compare_sides(a, b, of_run(run), options.fdr)
     sys.stdout.write(report(table, a, b, options.fdr, options.top) + "\n")
     if options.out:
@@ -170,7 +169,7 @@ def store(options) -> int:
     for entry, flag in zip(entries, flags, strict=True):
         if options.action == "clean" and flag is not False:
             continue
-        name = entry.provenance.get("profile", "?")
+        name = entry.provenance.get("experiment", "?")
         sys.stdout.write(
             f"{entry.stage:14}{entry.key:22}{name:18}{entry.size / 1e6:9.1f}{entry.age / 86400:7.1f}"
             f"  {({True: 'yes', False: 'no', None: '?'})[flag]}\n"
@@ -195,56 +194,6 @@ def detectors(options) -> int:
         others = ", ".join(f"{key}={value!r}" for key, value in openood.items() if value != info["defaults"][key])
         sys.stdout.write(f"  {info['formula']}\n  options: {defaults}{others and f' (OpenOOD: {others})'}\n\n")
     return 0
-
-
-def zoo(options) -> int:
-    from companion.publish.plan import root
-    from companion.zoo import members, tables
-    from companion.zoo.fitting import RATES, SEEDS
-    from companion.zoo.runner import PROFILES, run_backbones, run_zoo
-
-    names = [name for text in options.members for name in text.split(",")] or members()
-    seeds = tuple(options.seeds) or SEEDS
-    whole = tables.is_whole(names, seeds, RATES)
-    if options.out:
-        check_folder(options.out, (), "", "")
-    folder = Path(options.out) if options.out else root() / (tables.FOLDER if whole else "build/zoo")
-    for profile in options.profile or PROFILES:
-        found = run_zoo(profile, names, seeds, options.jobs)
-        path = tables.save(*found, folder)
-        sys.stdout.write(f"{path}\n")
-    if whole and not options.profile:
-        path = folder / "backbones.csv"
-        with replacing(path) as temporary:
-            run_backbones().to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
-        sys.stdout.write(f"{path}\n")
-    return 0
-
-
-def reproduce(options) -> int:
-    from companion import build
-    from companion.publish.plan import MAIN, pages
-
-    known = pages()
-    for name in options.profiles:
-        if not any(page.profile == name for page in known.values()):
-            have = ", ".join(dict.fromkeys(page.profile for page in known.values()))
-            raise ValueError(f"profile {name!r} has no pages in the book; those of {have} can be reproduced")
-    chosen = {name: page for name, page in known.items() if not options.main or page.notebook in MAIN}
-    targets = [name for name, page in chosen.items() if not options.profiles or page.profile in options.profiles]
-    targets = targets if len(targets) < len(known) else []
-    return build.reproduce(jobs=options.jobs, dry_run=options.dry_run, targets=targets, everything=options.all)
-
-
-def verify(options) -> int:
-    from companion.publish.plan import root
-    from companion.publish.verify import record, verify
-
-    reports, lines = verify(root(), options.against, shown=sys.maxsize if options.all else 10)
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-    if options.record:
-        sys.stdout.write(f"{record(root(), reports, options.against)}\n")
-    return int(any(report.differences for report in reports))
 
 
 # --- helpers
@@ -276,13 +225,13 @@ def _dotted(values: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def _pack_size(profile) -> str:
-    if not profile.pack:
+def _pack_size(experiment) -> str:
+    if not experiment.pack:
         return ""
     from ..pipeline.packs import pack_info
 
     try:
-        info = pack_info(profile.pack)
+        info = pack_info(experiment.pack)
     except ValueError:
         return " (but its pack is missing)"
     images = sum(each["n"] for each in info["sets"].values())

@@ -17,7 +17,7 @@ TRAINED = (
 
 
 def init(options) -> int:
-    from ..pipeline.experiments import load_profile
+    from ..pipeline.experiments import load_experiment
     from .init import look
 
     path = Path(options.out or Path(options.folder) / "capsae.toml")
@@ -26,14 +26,16 @@ def init(options) -> int:
         if name.exists():
             raise FileExistsError(f"{name} is there; remove it, or name another by --out")
     if lists and options.out:
-        raise ValueError(f"--out: without a folder 'test', lists are written beside the profile, into {options.folder}")
+        raise ValueError(
+            f"--out: without a folder 'test', lists are written beside the experiment, into {options.folder}"
+        )
     for name, content in lists.items():
         Output(Path(options.folder) / name).write(content)
     Output(path).write(text)
-    profile = load_profile(path)
+    experiment = load_experiment(path)
     sys.stdout.write(
-        f"{text}\n{path}: {profile.n_classes} classes; edit it as you like, then\n"
-        f"  capsae train --profile {path} --out my-sae\n  capsae score --sae my-sae IMAGES --out scores.csv\n"
+        f"{text}\n{path}: {experiment.n_classes} classes; edit it as you like, then\n"
+        f"  capsae train --experiment {path} --out my-sae\n  capsae score --sae my-sae IMAGES --out scores.csv\n"
     )
     return 0
 
@@ -77,7 +79,7 @@ def train(options) -> int:
         )
     sys.stdout.write(
         f"`capsae score --sae {out} IMAGES` and capsae.Scorer.load({str(out)!r}) need this folder alone; "
-        "`explain` and `compare` take the SAE from the store: give them the same --profile and --set.\n"
+        "`explain` and `compare` take the SAE from the store: give them the same --experiment and --set.\n"
     )
     return 0
 
@@ -90,8 +92,8 @@ def score(options) -> int:
     from ..pipeline.store import Store
 
     methods = tuple(map(method_of, options.method)) if options.method else None
-    if options.sae and (options.set or options.profile):
-        raise ValueError("--sae FOLDER stands for itself: leave --profile and --set out")
+    if options.sae and (options.set or options.experiment):
+        raise ValueError("--sae FOLDER stands for itself: leave --experiment and --set out")
     out = Output(options.out, "path,predicted,")
     kept_features = Output(options.features, what="--features") if options.features else None
     if kept_features and kept_features.path == out.path:
@@ -128,10 +130,10 @@ def explain(options) -> int:
 
     if (options.image is None) == (options.from_set is None):
         raise ValueError("give one image file, or --from-set SET --row N")
-    out = Output(options.out, "latent,profile,")
+    out = Output(options.out, "latent,experiment,")
     run, row, method = run_of(options), options.row, method_of(options.method)
     if options.from_set:
-        run.profile.source(options.from_set)
+        run.experiment.source(options.from_set)
         observations, what = run.observations(options.from_set), f"{options.from_set}, row {row}"
     else:
         images = find_images([options.image])[:1]

@@ -1,4 +1,4 @@
-"""``capsae init FOLDER``: look at a folder of images, and at weights beside them, and write the profile they can be."""
+"""``capsae init FOLDER``: look at a folder of images and at weights beside them, write the experiment they can be."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ EVERY = 5  # where there is no test folder, every fifth image of a class is one
 
 
 def look(folder: str | Path, model: str | None = None, checkpoint: str | None = None) -> tuple[str, dict[str, str]]:
-    """Return a profile (TOML) for a folder, and the content of the lists, by name, that it needs where no part is test.
+    """Return an experiment (TOML) for a folder, and the content of the lists, by name, that it needs where no part is
+    test.
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ def look(folder: str | Path, model: str | None = None, checkpoint: str | None = 
     sources = sources or {"train": source(train), "test": source(test)} | ({"val": source(val)} if val else {})
     n_train = len(lists[LISTS[0]].splitlines()) if lists else sum(len(_images(c)) for c in classes)
     lines = [
-        "# made by `capsae init`; `capsae profiles imagenet20` prints every key there is",
+        "# made by `capsae init`; `capsae experiments imagenet20` prints every key there is",
         f"title = {_toml(folder.name)}",
         f"n_classes = {len(classes)}",
         f"backbone = {_toml(backbone)}",

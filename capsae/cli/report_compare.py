@@ -1,4 +1,4 @@
-"""``capsae compare A B``: two folders of images, or two sets of a profile, and the latents in which they differ."""
+"""``capsae compare A B``: two folders of images, or two sets of an experiment, and the latents in which they differ."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Side:
 
 
 def side(run, given: str, checkpoint: str | Path | None = None, which: str = "A") -> Side:
-    """Resolve a set name of the run's profile, an image file, or a folder of images, and encode it.
+    """Resolve a set name of the run's experiment, an image file, or a folder of images, and encode it.
 
     A set's name wins over a folder of the same name; ``./test`` is the folder.
 
@@ -37,15 +37,15 @@ def side(run, given: str, checkpoint: str | Path | None = None, which: str = "A"
     FileNotFoundError, ValueError
         If it is neither, a folder without images, or none of its images can be read.
     """
-    if given in run.profile.sets:
+    if given in run.experiment.sets:
         codes = run.codes(given)
-        return Side(given, f"set {given} of profile {run.profile.name}", codes, run.features(given).ids)
+        return Side(given, f"set {given} of experiment {run.experiment.name}", codes, run.features(given).ids)
     from ..pipeline.own_images import find_images, observe
 
     if not Path(given).exists():
         raise FileNotFoundError(
-            f"{which}, {given!r}, is no folder of images and no set of profile {run.profile.name!r}, which has "
-            f"{', '.join(run.profile.sets)}"
+            f"{which}, {given!r}, is no folder of images and no set of experiment {run.experiment.name!r}, which has "
+            f"{', '.join(run.experiment.sets)}"
         )
     images = find_images([given])
     logging.getLogger("capsae.features.extract").setLevel(logging.ERROR)  # skipped images are named in the report

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: a run of the profile that was asked for."""
+"""What the commands of the command line share: a run of the experiment that was asked for."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import os
 
 
 def run_of(options):
-    """The run that a command's --profile, --set, --seed and --device ask for."""
+    """The run that a command's --experiment, --set, --seed and --device ask for."""
     _stay_offline_if_alone()
     from ..pipeline.experiments import overrides_of
     from ..pipeline.run import Run
 
     name = getattr(options, "name", None)
-    if name and options.profile and name != options.profile:
-        raise ValueError(f"two profiles: {name!r} and --profile {options.profile!r}; give one")
+    if name and options.experiment and name != options.experiment:
+        raise ValueError(f"two experiments: {name!r} and --experiment {options.experiment!r}; give one")
     seeds = {} if options.seed is None else {"seed": options.seed, "sae.seed": options.seed}
     overrides = seeds | overrides_of(options.set)
-    return Run(name or options.profile or "imagenet20", overrides, device=options.device, progress=not options.quiet)
+    return Run(name or options.experiment or "imagenet20", overrides, device=options.device, progress=not options.quiet)
 
 
 def method_of(name: str) -> str:

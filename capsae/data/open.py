@@ -76,9 +76,7 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
     options = inspect.signature(OPENERS[kind]).parameters
     unknown = sorted(set(spec) - {"kind", *_FILTERS, *options})
     if unknown:
-        raise ValueError(
-            f"unknown key {unknown[0]!r} in a {kind} source; it takes {', '.join((*options, *_FILTERS))}"
-        )
+        raise ValueError(f"unknown key {unknown[0]!r} in a {kind} source; it takes {', '.join((*options, *_FILTERS))}")
     missing = [key for key, option in options.items() if option.default is option.empty and key not in spec]
     if missing:
         raise ValueError(f"a {kind} source needs {missing[0]!r}; given: {', '.join(sorted(spec))}")

@@ -275,7 +275,7 @@ def _open_folder(path) -> ImageSource:
     return replace(_from_files(str(path), root, list(map(str, below)), labels, tuple(classes)), left_out=left_out)
 
 
-def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the key of the profile)
+def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the key of the experiment)
     path, root = Path(list), Path(root)
     if not path.is_file():
         raise FileNotFoundError(f"no image list {str(path)!r}")

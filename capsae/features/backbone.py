@@ -71,7 +71,7 @@ class BackboneSpec:
 
     @classmethod
     def of(cls, settings) -> BackboneSpec:
-        """From a timm name, a mapping, or any object with these attributes (a profile's backbone); None and unset =
+        """From a timm name, a mapping, or any object with these attributes (an experiment's backbone); None and unset =
         default."""
         if isinstance(settings, cls):
             return settings

@@ -1,4 +1,5 @@
-"""WordNet above the classes of a profile: which class is a dog, a carnivore, an artifact, and how far apart two are.
+"""WordNet above the classes of an experiment: which class is a dog, a carnivore, an artifact, and how far apart two
+are.
 
 ImageNet names its classes by noun synsets of WordNet 3.0 ("n02088364" is the beagle). The hypernyms above all classes
 that occur in the embedded packs lie beside this module in ``wordnet.json``, an extract that :func:`extract` makes; for

@@ -12,8 +12,8 @@ _ADDED = _TAGS | {"bool", "int", "float", "str", "[key]"}
 _MAX_LINES = 12  # one screen
 
 
-class ProfileError(ValueError):
-    """A profile, or an override of one, that cannot be used; ``lines`` say why, one reason each."""
+class ExperimentError(ValueError):
+    """An experiment, or an override of one, that cannot be used; ``lines`` say why, one reason each."""
 
     def __init__(self, summary: str, lines: list[str]):
         more = [f"... and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 
 class Part(BaseModel):
-    """A table of a profile: unknown keys and other types are refused, values do not change."""
+    """A table of an experiment: unknown keys and other types are refused, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

@@ -1,7 +1,7 @@
-"""Profiles: everything a run is made of, as one TOML file, checked before any work starts.
+"""Experiments: everything a run is made of, as one TOML file, checked before any work starts.
 
-The embedded ones lie in the folder ``profiles/`` beside this file; a user's own has the same keys. The field names of
-:class:`Profile` are the keys of the TOML file and of overrides (``"sae.k"``, ``"ood.far/textures.limit"``).
+The embedded ones lie in the folder ``experiments/`` beside this file; a user's own has the same keys. The field names
+of :class:`Experiment` are the keys of the TOML file and of overrides (``"sae.k"``, ``"ood.far/textures.limit"``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..sae.config import SAEConfig
 from ..sae.model import model as sae_model
-from .experiment_errors import ProfileError, explain_validation
+from .experiment_errors import ExperimentError, explain_validation
 from .experiment_parts import (
     Backbone,
     Builtin,
@@ -39,11 +39,11 @@ from .experiment_parts import (
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 _NO_HTML = r"^([^<]|<[^A-Za-z/!?])*<?$"  # pages show it
-DATA_ENV = "CAPSAE_DATA"  # where relative paths of sources start when a profile sets no data_root
+DATA_ENV = "CAPSAE_DATA"  # where relative paths of sources start when an experiment sets no data_root
 
 
-class Profile(Part):
-    """One experiment, from backbone to table. See the module's docstring and ``capsae profiles NAME``.
+class Experiment(Part):
+    """One experiment, from backbone to table. See the module's docstring and ``capsae experiments NAME``.
 
     ``data_root`` is the folder that relative paths of sources and of the checkpoint start from.
     """
@@ -51,7 +51,7 @@ class Profile(Part):
     name: str = Field(pattern=r"^[^./\\<>\x00-\x1f][^/\\<>\x00-\x1f]*$")  # it names folders
     title: str = Field(pattern=_NO_HTML)
     description: str = Field("", pattern=_NO_HTML)
-    needs: str = ""  # what has to be there or is downloaded, in words, for `capsae profiles`
+    needs: str = ""  # what has to be there or is downloaded, in words, for `capsae experiments`
     pack: str | None = None  # embedded features that stand in for the images
     data_root: str | None = None
     backbone: Backbone
@@ -102,12 +102,12 @@ class Profile(Part):
         return ["train", "val", "test", *self.ood_sets, *self.shifted]
 
     def source(self, set_name: str) -> Source | Holdout:
-        """Return the source of a set as the profile states it; ValueError for an unknown name."""
+        """Return the source of a set as the experiment states it; ValueError for an unknown name."""
         if set_name in ("train", "val", "test"):
             return getattr(self, set_name)
         known = self.ood | self.shifted
         if set_name not in known:
-            raise ValueError(f"profile {self.name!r} has no set {set_name!r}; it has {', '.join(self.sets)}")
+            raise ValueError(f"experiment {self.name!r} has no set {set_name!r}; it has {', '.join(self.sets)}")
         return known[set_name]
 
     def source_spec(self, set_name: str) -> dict:
@@ -123,8 +123,8 @@ class Profile(Part):
         if path.is_absolute():
             return path
         if root is None:
-            raise ProfileError(
-                f"profile {self.name!r} reads {str(path)!r} from a folder that nobody has named",
+            raise ExperimentError(
+                f"experiment {self.name!r} reads {str(path)!r} from a folder that nobody has named",
                 [f"set data_root to the folder that holds it (--set data_root=FOLDER), or the variable {DATA_ENV}"],
             )
         root = Path(root).expanduser().absolute()
@@ -149,13 +149,13 @@ class Profile(Part):
         return f"{key} = {value!r}: nothing at {path}; correct the path, or data_root"
 
     def check_files(self, sets: list[str] | None = None) -> None:
-        """Raise ProfileError, naming key, value and place, if a file or folder of ``sets`` is missing."""
+        """Raise ExperimentError, naming key, value and place, if a file or folder of ``sets`` is missing."""
         lines = self.missing_files(sets)
         if lines:
-            raise ProfileError(f"profile {self.name!r}: missing files", lines)
+            raise ExperimentError(f"experiment {self.name!r}: missing files", lines)
 
     def to_dict(self) -> dict:
-        """Return the profile as plain values, the form of its TOML file."""
+        """Return the experiment as plain values, the form of its TOML file."""
         return self.model_dump(mode="json", exclude_none=True)
 
 
@@ -175,55 +175,55 @@ def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def available() -> list[str]:
-    """Return the names of the embedded profiles, the default first."""
+    """Return the names of the embedded experiments, the default first."""
     names = sorted(path.stem for path in FOLDER.glob("*.toml"))
     return sorted(names, key=lambda name: (name != "imagenet20", name.startswith("imagenet1k")))
 
 
-def load_profile(name_or_path: str | Path | Profile, overrides: Mapping[str, Any] | None = None) -> Profile:
-    """Load a profile by name, from a ``.toml`` path, or from another profile, with overrides on top.
+def load_experiment(name_or_path: str | Path | Experiment, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """Load an experiment by name, from a ``.toml`` path, or from another experiment, with overrides on top.
 
     Parameters
     ----------
-    name_or_path : str, Path or Profile
+    name_or_path : str, Path or Experiment
     overrides : mapping of dotted keys to values, e.g. ``{"sae.k": 64}``
 
     Raises
     ------
-    ProfileError (a ValueError)
-        Unknown profile or key, wrong type, impossible value; a missing file where its place is known. Each line names
-        the key, the value and what would do. (An embedded profile whose ``data_root`` is not set yet is checked for
-        files when a run begins.)
+    ExperimentError (a ValueError)
+        Unknown experiment or key, wrong type, impossible value; a missing file where its place is known. Each line
+        names the key, the value and what would do. (An embedded experiment whose ``data_root`` is not set yet is
+        checked for files when a run begins.)
     """
     overrides = dict(overrides or {})
-    if isinstance(name_or_path, Profile):
-        raw, label, own = name_or_path.to_dict(), f"profile {name_or_path.name!r}", False
+    if isinstance(name_or_path, Experiment):
+        raw, label, own = name_or_path.to_dict(), f"experiment {name_or_path.name!r}", False
     else:
         path = _find(name_or_path)
         own = path.parent != FOLDER
-        raw, label = _read(path), f"profile {path.stem!r}" if not own else str(path)
+        raw, label = _read(path), f"experiment {path.stem!r}" if not own else str(path)
         if own:
             _anchor(raw, path.parent)
     before = copy.deepcopy(raw)
     for key, value in overrides.items():
         _put(raw, key, value, label)
     try:
-        profile = Profile.model_validate_json(json.dumps(raw, default=str), strict=True)
+        experiment = Experiment.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        raise ProfileError(f"{label} cannot be used", explain_validation(error, raw, known_keys())) from None
+        raise ExperimentError(f"{label} cannot be used", explain_validation(error, raw, known_keys())) from None
     _check_pack_stands(label, before, overrides)
-    if profile.data_root is not None and not Path(profile.data_root).expanduser().is_dir():
-        raise ProfileError(f"{label} cannot be used", [f"data_root = {profile.data_root!r}: no such folder"])
-    if profile.pack is None and (profile.data_root or own):
-        profile.check_files()
-    elif profile.backbone.checkpoint:
-        profile.check_files([])
-    return profile
+    if experiment.data_root is not None and not Path(experiment.data_root).expanduser().is_dir():
+        raise ExperimentError(f"{label} cannot be used", [f"data_root = {experiment.data_root!r}: no such folder"])
+    if experiment.pack is None and (experiment.data_root or own):
+        experiment.check_files()
+    elif experiment.backbone.checkpoint:
+        experiment.check_files([])
+    return experiment
 
 
 def known_keys() -> dict[str, list[str]]:
     """Return the keys of each table: "" (of the file itself), backbone, sae, caps, val, and "source" of every set."""
-    models = {"": Profile, "backbone": Backbone, "caps": CapConfig, "val": Holdout}
+    models = {"": Experiment, "backbone": Backbone, "caps": CapConfig, "val": Holdout}
     keys = {table: list(model.model_fields) for table, model in models.items()}
     sources = [list(model.model_fields) for model in (Hub, Parquet, ImageFolder, ImgList, Builtin)]
     return keys | {"sae": [f.name for f in fields(SAEConfig)], "source": list(dict.fromkeys(sum(sources, [])))}
@@ -235,12 +235,12 @@ def _find(name_or_path: str | Path) -> Path:
         path = FOLDER / f"{text}.toml"
         if "/" in text or not path.is_file():
             known = ", ".join(available())
-            raise ProfileError(f"no profile {text!r}", [f"known: {known}; or the path of your own .toml file"])
+            raise ExperimentError(f"no experiment {text!r}", [f"known: {known}; or the path of your own .toml file"])
         return path
     path = Path(text).expanduser()
     if not path.is_file():
         embedded = ", ".join(available())
-        raise ProfileError(f"no profile file {text!r}", [f"looked at {path.absolute()}; embedded: {embedded}"])
+        raise ExperimentError(f"no experiment file {text!r}", [f"looked at {path.absolute()}; embedded: {embedded}"])
     return path.absolute()
 
 
@@ -248,14 +248,14 @@ def _read(path: Path) -> dict:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(f"{path} is no readable TOML", [str(error)]) from None
+        raise ExperimentError(f"{path} is no readable TOML", [str(error)]) from None
     parent = raw.pop("extends", None)
     raw.setdefault("name", path.stem)
     if parent is None:
         return raw
     base = _find(path.parent / parent if str(parent).endswith(".toml") else parent)
     if base == path:
-        raise ProfileError(f"{path} extends itself", ["name another profile"])
+        raise ExperimentError(f"{path} extends itself", ["name another experiment"])
     inherited = _read(base)
     _check_pack_stands(str(path), inherited, _flat(raw))
     return _merged(inherited, raw)
@@ -299,7 +299,7 @@ def _check_pack_stands(label: str, before: Mapping, changes: Mapping[str, Any]) 
         and key not in free
     ]
     if ignored:
-        raise ProfileError(f"{label} cannot be used", ignored)
+        raise ExperimentError(f"{label} cannot be used", ignored)
 
 
 def _of(key: str, known: list[str]) -> bool:
@@ -308,14 +308,14 @@ def _of(key: str, known: list[str]) -> bool:
 
 
 def _put(raw: dict, key: str, value: Any, label: str) -> None:
-    """Set a dotted key in nested dicts; a part may be quoted, as `capsae profiles NAME` and TOML write it."""
+    """Set a dotted key in nested dicts; a part may be quoted, as `capsae experiments NAME` and TOML write it."""
     *parents, last = [quoted or bare for quoted, bare in re.findall(r'"([^"]+)"|([^.]+)', key)] or [key]
     at = raw
     for i, part in enumerate(parents):
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
             where = ".".join(parents[: i + 1])
-            raise ProfileError(f"{label} cannot be used", [f"{key} = {value!r}: {where} is a value, it has no keys"])
+            raise ExperimentError(f"{label} cannot be used", [f"{key} = {value!r}: {where} is a value, it has no keys"])
     if parents in (["ood"], ["shifted"]) and isinstance(value, str):  # --set ood.far/mine=FOLDER
         value = {"kind": "folder", "path": str(Path(value).expanduser().absolute())}
     at[last] = value

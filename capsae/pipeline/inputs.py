@@ -1,4 +1,4 @@
-"""What a profile starts from: its images, its backbone, and their features, split into train and validation."""
+"""What an experiment starts from: its images, its backbone, and their features, split into train and validation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from companion.chapters.tuning.sealed import check_reach
-
 from ..data.splits import check_classes, holdout_mask
 from ..features.copies import check_copies
 from ..features.featureset import FeatureSet, LinearHead
 from ..files import file_record
 from .code import digest as code_digest
-from .experiment_errors import ProfileError
+from .experiment_errors import ExperimentError
 from .experiment_parts import Holdout
-from .experiments import Profile
+from .experiments import Experiment
 from .store import Store, artefact_digest
 
 log = logging.getLogger(__name__)
@@ -27,11 +25,11 @@ DIGITS_VIT = "capsae/digits_vit"
 
 
 class Inputs:
-    """Features of a profile's sets, from its pack or by extraction, before any head.
+    """Features of an experiment's sets, from its pack or by extraction, before any head.
 
     Parameters
     ----------
-    profile : Profile
+    experiment : Experiment
     store : Store
     device : str
     progress : bool
@@ -40,26 +38,25 @@ class Inputs:
 
     Raises
     ------
-    ProfileError
-        For a pack that does not fit the profile, a missing file, or an unknown backbone.
+    ExperimentError
+        For a pack that does not fit the experiment, a missing file, or an unknown backbone.
     """
 
-    def __init__(self, profile: Profile, store: Store, device: str, progress: bool, who: dict[str, Any]):
-        self.profile, self.store, self.device, self.progress, self.who = profile, store, device, progress, who
-        self.holdout = profile.val if isinstance(profile.val, Holdout) else None
+    def __init__(self, experiment: Experiment, store: Store, device: str, progress: bool, who: dict[str, Any]):
+        self.experiment, self.store, self.device, self.progress, self.who = experiment, store, device, progress, who
+        self.holdout = experiment.val if isinstance(experiment.val, Holdout) else None
         # Further options of capsae.features.extract.extract, such as batch_size.
-        self.extraction = {"dtype": profile.backbone.dtype} if profile.backbone.dtype else {}
+        self.extraction = {"dtype": experiment.backbone.dtype} if experiment.backbone.dtype else {}
         self._parts: dict[str, FeatureSet] = {}
         self._sources: dict[str, Any] = {}
-        if profile.pack:
-            check_pack(profile)
+        if experiment.pack:
+            check_pack(experiment)
         else:
-            profile.check_files()
-            check_backbone(profile)
+            experiment.check_files()
+            check_backbone(experiment)
 
     def features(self, set_name: str) -> FeatureSet:
         """Return features as extracted, after the split into train and val; logits are the backbone's or None."""
-        check_reach(set_name)
         if set_name not in self._parts:
             before = set(self._parts)
             if self.holdout and set_name in ("train", "val"):
@@ -69,8 +66,8 @@ class Inputs:
             else:
                 self._parts[set_name] = self._whole(set_name)
             for new in [name for name in self._parts if name not in before]:
-                for line in check_copies(new, self._parts, f"profile {self.profile.name!r}"):
-                    log.warning("profile %r, %s", self.profile.name, line)
+                for line in check_copies(new, self._parts, f"experiment {self.experiment.name!r}"):
+                    log.warning("experiment %r, %s", self.experiment.name, line)
         return self._parts[set_name]
 
     def digest(self, set_name: str, whole: bool = False) -> str:
@@ -87,7 +84,7 @@ class Inputs:
         """Whether the statistics of the images themselves are known; nothing is read but the pack's description."""
         from .packs import pack_info
 
-        return not self.profile.pack or bool(pack_info(self.profile.pack).get("pixel_statistics"))
+        return not self.experiment.pack or bool(pack_info(self.experiment.pack).get("pixel_statistics"))
 
     def source(self, set_name: str):
         """Return a set's images (an ImageSource), before the split: "val" gives those it is held out of.
@@ -98,63 +95,63 @@ class Inputs:
 
         own = "train" if set_name == "val" and self.holdout else set_name
         if own not in self._sources:
-            self.profile.check_files([own])
-            self._sources[own] = self._with_classes(own, open_source(self.profile.source_spec(own)))
+            self.experiment.check_files([own])
+            self._sources[own] = self._with_classes(own, open_source(self.experiment.source_spec(own)))
         return self._sources[own]
 
     def backbone_settings(self, checkpoint: str | Path | None = None) -> dict[str, Any]:
-        """Return what ``capsae.features.backbone.load_backbone`` takes, with the weights of ``checkpoint`` if it is given."""
-        settings = self.profile.backbone.model_dump(exclude_none=True, exclude={"dtype"})
+        """Return what ``load_backbone`` takes, with the weights of ``checkpoint`` if it is given."""
+        settings = self.experiment.backbone.model_dump(exclude_none=True, exclude={"dtype"})
         if checkpoint is not None:
             settings["checkpoint"] = str(checkpoint)
         elif "checkpoint" in settings:
-            settings["checkpoint"] = str(self.profile.resolve(settings["checkpoint"]))
+            settings["checkpoint"] = str(self.experiment.resolve(settings["checkpoint"]))
         elif settings["model"] == DIGITS_VIT:
             settings["checkpoint"] = str(self._digits_vit())
         return settings
 
     def backbone_head(self) -> LinearHead:
-        """Return the backbone's own classifier as weight and bias, checked against the profile's number of classes."""
+        """Return the backbone's own classifier as weight and bias, checked against the number of classes."""
         from ..features.backbone import load_backbone
 
-        profile = self.profile
+        experiment = self.experiment
         classifier = load_backbone(self.backbone_settings()).net.get_classifier()
         if not hasattr(classifier, "weight"):
-            why = f"head = 'backbone': {profile.backbone.model} has no linear head; use head = 'probe'"
-            raise ProfileError(f"profile {profile.name!r} cannot be used", [why])
+            why = f"head = 'backbone': {experiment.backbone.model} has no linear head; use head = 'probe'"
+            raise ExperimentError(f"experiment {experiment.name!r} cannot be used", [why])
         weight, bias = classifier.weight.detach().numpy(), classifier.bias
-        if len(weight) != profile.n_classes:
-            why = f"n_classes = {profile.n_classes}: the backbone's head has {len(weight)}; use head = 'probe'"
-            raise ProfileError(f"profile {profile.name!r} cannot be used", [why])
+        if len(weight) != experiment.n_classes:
+            why = f"n_classes = {experiment.n_classes}: the backbone's head has {len(weight)}; use head = 'probe'"
+            raise ExperimentError(f"experiment {experiment.name!r} cannot be used", [why])
         return LinearHead(weight, np.zeros(len(weight), np.float32) if bias is None else bias.detach().numpy())
 
     def _whole(self, set_name: str) -> FeatureSet:
         if self._packed(set_name):
             from .packs import load_pack
 
-            features = load_pack(self.profile.pack, set_name)
+            features = load_pack(self.experiment.pack, set_name)
         else:
             features = self._extracted(set_name)
         return self._with_classes(set_name, features)  # again: bad images may have taken a class's last sample
 
     def _packed(self, set_name: str) -> bool:
-        """Whether the profile's pack stands in for this set's images; a set that it lacks is extracted from them."""
+        """Whether the experiment's pack stands in for this set's images; a set that it lacks is extracted from them."""
         from .packs import pack_info
 
-        return bool(self.profile.pack) and set_name in pack_info(self.profile.pack)["sets"]
+        return bool(self.experiment.pack) and set_name in pack_info(self.experiment.pack)["sets"]
 
     def _with_classes(self, set_name: str, labelled):
         """A source or feature set whose labels count along the classes of train; ValueError if they cannot."""
         from ..data.open import by_name
 
-        what, train = f"profile {self.profile.name!r}, {set_name}", set_name == "train"
+        what, train = f"experiment {self.experiment.name!r}, {set_name}", set_name == "train"
         if len(labelled) == 0:
             raise ValueError(f"{what}: the set holds no images")
-        if set_name in self.profile.ood:
+        if set_name in self.experiment.ood:
             return labelled
         of_pack = self._packed(set_name) and isinstance(labelled, FeatureSet)
         # One image of a pack's set is shown without a look at those of train.
-        if not train and (of_pack or not self.profile.pack or "train" in self._sources):
+        if not train and (of_pack or not self.experiment.pack or "train" in self._sources):
             names = (self.features if of_pack else self.source)("train").class_names
             labelled = by_name(labelled, names, what)
         known = labelled.labels >= 0
@@ -163,7 +160,7 @@ class Inputs:
             log.warning("%s: %d images have no class and are left out, the first is %s", what, (~known).sum(), first)
             labelled, known = labelled.take(known), known[known]
         labels = labelled.labels if train else labelled.labels[known]
-        check_classes(labels, self.profile.n_classes, what, train, labelled.class_names)
+        check_classes(labels, self.experiment.n_classes, what, train, labelled.class_names)
         return labelled
 
     def _extracted(self, set_name: str) -> FeatureSet:
@@ -198,20 +195,20 @@ class Inputs:
         if self._packed(set_name):
             from .packs import pack_info
 
-            return pack_info(self.profile.pack)["sets"][set_name]["sha256"]
+            return pack_info(self.experiment.pack)["sets"][set_name]["sha256"]
         return artefact_digest("features", *self._recipe(set_name), reading_code())
 
     def _recipe(self, set_name: str) -> tuple[dict, dict[str, str]]:
         from ..features.extract import EXTRACTOR
 
-        backbone = self.profile.backbone
+        backbone = self.experiment.backbone
         inputs = {"source": self.source(set_name).digest()}
         if backbone.checkpoint:
-            inputs["weights"] = file_record(self.profile.resolve(backbone.checkpoint))["sha256"]
+            inputs["weights"] = file_record(self.experiment.resolve(backbone.checkpoint))["sha256"]
         elif backbone.model == DIGITS_VIT:
             from ..features.tinyvit import WEIGHTS, is_embedded
 
-            embedded = is_embedded(self.profile.seed, self._trained_on())
+            embedded = is_embedded(self.experiment.seed, self._trained_on())
             trained = artefact_digest("backbone", *self._recipe_digits_vit())
             inputs["weights"] = file_record(WEIGHTS)["sha256"] if embedded else trained
         left_out = {"checkpoint"} if backbone.dtype else {"checkpoint", "dtype"}
@@ -220,24 +217,24 @@ class Inputs:
 
     def _own_crop(self, set_name: str) -> dict[str, float]:
         own = "train" if set_name == "val" and self.holdout else set_name
-        crop = self.profile.source(own).crop
+        crop = self.experiment.source(own).crop
         return {} if crop is None else {"crop": crop}
 
     def train_backbone(self):
-        """Train the small ViT from pixels, on the profile's own training images; returns a DigitsViT and these."""
+        """Train the small ViT from pixels, on the experiment's own training images; returns a DigitsViT and these."""
         from ..features.tinyvit import train_digits_vit
 
-        if self.profile.backbone.model != DIGITS_VIT:
-            why = f"backbone.model = {self.profile.backbone.model!r}: only {DIGITS_VIT!r} is trained here"
-            raise ProfileError(f"profile {self.profile.name!r} cannot be used", [why])
+        if self.experiment.backbone.model != DIGITS_VIT:
+            why = f"backbone.model = {self.experiment.backbone.model!r}: only {DIGITS_VIT!r} is trained here"
+            raise ExperimentError(f"experiment {self.experiment.name!r} cannot be used", [why])
         source = self._trained_on()
-        return train_digits_vit(source, self.profile.seed, self.device, progress=self.progress), source
+        return train_digits_vit(source, self.experiment.seed, self.device, progress=self.progress), source
 
     def _digits_vit(self) -> Path:
         """Return the weights of the small ViT: the embedded ones, or trained for another seed or other images."""
         from ..features.tinyvit import WEIGHTS, is_embedded
 
-        if is_embedded(self.profile.seed, self._trained_on()):
+        if is_embedded(self.experiment.seed, self._trained_on()):
             return WEIGHTS
 
         def make():
@@ -252,7 +249,7 @@ class Inputs:
         return self.store.path("backbone", artefact_digest("backbone", *recipe)) / "weights.safetensors"
 
     def _recipe_digits_vit(self) -> tuple[dict, dict[str, str], str]:
-        config = {"model": DIGITS_VIT, "seed": self.profile.seed}
+        config = {"model": DIGITS_VIT, "seed": self.experiment.seed}
         made_by = code_digest(Inputs._digits_vit, Inputs._trained_on)
         return config, {"train": self._trained_on().digest()}, made_by
 
@@ -272,27 +269,29 @@ def reading_code() -> str:
     return code_digest(backbone, images)
 
 
-def check_pack(profile: Profile) -> None:
-    """Raise ProfileError unless the profile's pack holds its sets, made by its backbone."""
+def check_pack(experiment: Experiment) -> None:
+    """Raise ExperimentError unless the experiment's pack holds its sets, made by its backbone."""
     from .packs import pack_info
 
-    info = pack_info(profile.pack)
+    info = pack_info(experiment.pack)
     lines = []
     for key in ("model", "pooling", "crop"):
-        stored, wanted = info["backbone"].get(key), getattr(profile.backbone, key)
+        stored, wanted = info["backbone"].get(key), getattr(experiment.backbone, key)
         same = _architecture(stored) == _architecture(wanted) if key == "model" else stored == wanted
         if None not in (stored, wanted) and not same:
-            lines.append(f"backbone.{key} = {wanted!r}: pack {profile.pack!r} holds features made with {stored!r}")
-    missing = sorted(set(profile.sets) - set(info["sets"]) - ({"val"} if isinstance(profile.val, Holdout) else set()))
+            lines.append(f"backbone.{key} = {wanted!r}: pack {experiment.pack!r} holds features made with {stored!r}")
+    missing = sorted(
+        set(experiment.sets) - set(info["sets"]) - ({"val"} if isinstance(experiment.val, Holdout) else set())
+    )
     for name in missing:
         try:
-            gone = profile.missing_files([name])
-        except ProfileError as error:
+            gone = experiment.missing_files([name])
+        except ExperimentError as error:
             gone = error.lines
         if gone or "/" not in name:
-            lines += [f"pack = {profile.pack!r}: it has no {name}; it has {', '.join(info['sets'])}", *gone]
+            lines += [f"pack = {experiment.pack!r}: it has no {name}; it has {', '.join(info['sets'])}", *gone]
     if lines:
-        raise ProfileError(f"profile {profile.name!r} cannot be used", lines)
+        raise ExperimentError(f"experiment {experiment.name!r} cannot be used", lines)
 
 
 def _architecture(model: str) -> str:
@@ -300,9 +299,9 @@ def _architecture(model: str) -> str:
     return model.partition(".")[0]
 
 
-def check_backbone(profile: Profile) -> None:
-    """Raise ProfileError, with the nearest names, if nothing here or in timm is called ``backbone.model``."""
-    model = profile.backbone.model
+def check_backbone(experiment: Experiment) -> None:
+    """Raise ExperimentError, with the nearest names, if nothing here or in timm is called ``backbone.model``."""
+    model = experiment.backbone.model
     family, _, rest = model.rpartition("/")
     if model == DIGITS_VIT or family.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return
@@ -321,4 +320,6 @@ def check_backbone(profile: Profile) -> None:
     close = difflib.get_close_matches(_architecture(model), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists timm's"
     ours = f"no timm model, nor {DIGITS_VIT} or torchvision/vit_b_16"
-    raise ProfileError(f"profile {profile.name!r} cannot be used", [f"backbone.model = {model!r}: {ours}; {hint}"])
+    raise ExperimentError(
+        f"experiment {experiment.name!r} cannot be used", [f"backbone.model = {model!r}: {ours}; {hint}"]
+    )

@@ -20,7 +20,7 @@ def used(store: Store, entries: Iterable[Entry]) -> list[bool | None]:
     runs: dict[str | None, Run | None] = {}
     found: list[bool | None] = []
     for entry in entries:
-        name, now = entry.provenance.get("profile"), None
+        name, now = entry.provenance.get("experiment"), None
         try:
             if name not in runs:
                 runs[name] = None
@@ -35,7 +35,7 @@ def used(store: Store, entries: Iterable[Entry]) -> list[bool | None]:
 def _digests(run: Run, stage: str, config: Any) -> set[str] | None:
     """The digests that a stage's artefacts have today; None for a stage that is not of a run."""
     if stage == "features":
-        return {run.inputs.digest(name, whole=True) for name in run.profile.sets}
+        return {run.inputs.digest(name, whole=True) for name in run.experiment.sets}
     if stage in ("head", "sae", "caps"):
         return {run.digest(stage)}
     if stage in ("table", "scores"):  # one for every choice of detectors: that of the artefact is looked at

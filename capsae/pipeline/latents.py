@@ -7,8 +7,8 @@ from ..latents.naming import FILL, HOLD, Named, name_latents, taxonomy_of
 
 
 def class_names(run) -> list[str]:
-    """Readable names of the profile's classes: ``n02086240_Shih-Tzu`` -> ``Shih-Tzu``."""
-    n_classes = run.profile.n_classes
+    """Readable names of the experiment's classes: ``n02086240_Shih-Tzu`` -> ``Shih-Tzu``."""
+    n_classes = run.experiment.n_classes
     names = run.features("test").class_names or run.features("train").class_names
     if len(names) != n_classes:
         return [f"class {c}" for c in range(n_classes)]

@@ -61,7 +61,7 @@ class Scorer:
 
     @classmethod
     def of(cls, run, methods: Sequence[str] = DEFAULT_METHODS, checkpoint: str | Path | None = None) -> Scorer:
-        """Of a run (:class:`capsae.pipeline.run.Run`), with the weights of ``checkpoint`` in place of the profile's."""
+        """Of a :class:`~capsae.pipeline.run.Run`, with the weights of ``checkpoint`` in place of the experiment's."""
         backbone = load_weights(run, checkpoint)  # first: without weights nothing else is of use
         found, thresholds = run.detectors(methods), {name: run.threshold(name, KEEP) for name in methods}
         key = run.digest("scores", methods)
@@ -77,7 +77,7 @@ class Scorer:
         checkpoint: str | Path | None = None,
         device: str = "auto",
     ) -> Scorer:
-        """Read what ``capsae train --out FOLDER`` wrote: no training images, no profile and no store are needed.
+        """Read what ``capsae train --out FOLDER`` wrote: no training images, no experiment and no store are needed.
 
         Parameters
         ----------
@@ -333,7 +333,7 @@ def doubts(table: pd.DataFrame, methods: Sequence[str], n_val: int) -> list[str]
 def class_names(run) -> np.ndarray:
     """Return the names (C,) of a run's classes, numbers where it has none."""
     names = run.features("train").class_names
-    return np.array(names or [f"class {c}" for c in range(run.profile.n_classes)])
+    return np.array(names or [f"class {c}" for c in range(run.experiment.n_classes)])
 
 
 def _check_there(checkpoint: str | Path | None) -> None:

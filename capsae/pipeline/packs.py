@@ -1,4 +1,4 @@
-"""Embedded feature sets: the default profiles need no download, no weights and no image.
+"""Embedded feature sets: the default experiments need no download, no weights and no image.
 
 A pack is a folder with one ``<set>.safetensors`` per set (``/`` in the name of a set becomes ``__``) and
 ``pack.json``, which says how it was made. It holds features and eight numbers about each image (its file size,

@@ -1,4 +1,5 @@
-"""From a profile to features, head, SAE, profiles, scores and tables: each read from the store, or computed and stored.
+"""From an experiment to features, head, SAE, profiles, scores and tables: each read from the store, or computed and
+stored.
 
 This is the edge where files, devices and settings are decided; the modules it calls take arrays and return arrays.
 """
@@ -16,8 +17,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from companion.chapters.tuning.sealed import check_reach
-
 from .. import detectors as _detectors
 from ..caps import ClassActivationProfiles
 from ..data.splits import check_classes, stratified_mask
@@ -27,9 +26,9 @@ from ..evaluation.evaluate import all_scores, correct
 from ..evaluation.tables import compare_scores, evaluate_scores, group_of, seed_values
 from ..features.featureset import FeatureSet, LinearHead
 from .code import digest as code_digest
-from .experiment_errors import ProfileError
+from .experiment_errors import ExperimentError
 from .experiment_parts import Holdout
-from .experiments import Profile, load_profile
+from .experiments import Experiment, load_experiment
 from .inputs import Inputs
 from .store import Store, artefact_digest
 
@@ -39,11 +38,11 @@ _CHUNK = 65_536  # rows encoded at a time where only a running sum is kept
 
 
 class Run:
-    """Everything one profile leads to. Nothing is computed before it is asked for.
+    """Everything one experiment leads to. Nothing is computed before it is asked for.
 
     Parameters
     ----------
-    profile : str, path or Profile
+    experiment : str, path or Experiment
     overrides : mapping of dotted keys to values, e.g. ``{"sae.k": 64}``
     store : Store or path, optional
         Default: see :func:`capsae.pipeline.store.default_root`.
@@ -54,26 +53,26 @@ class Run:
 
     Raises
     ------
-    ProfileError (a ValueError)
-        For a profile that cannot be used, before any work starts.
+    ExperimentError (a ValueError)
+        For an experiment that cannot be used, before any work starts.
     """
 
     def __init__(
         self,
-        profile: str | Path | Profile = "imagenet20",
+        experiment: str | Path | Experiment = "imagenet20",
         overrides: Mapping[str, Any] | None = None,
         store: Store | str | Path | None = None,
         device: str = "auto",
         progress: bool = True,
     ):
-        self.profile = load_profile(profile, overrides)
+        self.experiment = load_experiment(experiment, overrides)
         self.store = store if isinstance(store, Store) else Store(store)
         self.device, self.progress = device, progress
         self._features: dict[str, FeatureSet] = {}
         self._observations: dict[str, Observations] = {}
         self._detectors: dict[str, Any] = {}
-        check_detectors(self.profile)
-        self.inputs = Inputs(self.profile, self.store, device, progress, self._who())
+        check_detectors(self.experiment)
+        self.inputs = Inputs(self.experiment, self.store, device, progress, self._who())
 
     # --- features and head
 
@@ -81,15 +80,13 @@ class Run:
         """Return the features of a set: "train", "val", "test" or an OOD set, with the head's logits attached.
 
         With ``train_fraction`` < 1, "train" is the class-stratified part that SAE, profiles and detectors see; the head
-        is fitted on all training rows all the same, so that only their data varies. While a detector is being tuned
-        (:mod:`companion.chapters.tuning.criterion`), sets other than "train" and "val" raise SealedError.
+        is fitted on all training rows all the same, so that only their data varies.
         """
-        check_reach(set_name)
         if set_name not in self._features:
-            features, fraction = self.inputs.features(set_name), self.profile.train_fraction
+            features, fraction = self.inputs.features(set_name), self.experiment.train_fraction
             if set_name == "train" and fraction < 1:
-                features = features.take(stratified_mask(features.labels, fraction, self.profile.seed))
-            logits = features.logits if self.profile.head == "backbone" else None
+                features = features.take(stratified_mask(features.labels, fraction, self.experiment.seed))
+            logits = features.logits if self.experiment.head == "backbone" else None
             if logits is None:
                 logits = self.head.logits(features.cls)
             self._features[set_name] = replace(features, logits=logits, name=set_name)
@@ -102,10 +99,10 @@ class Run:
         def make():
             from ..features.probe import fit_linear_probe
 
-            if self.profile.head == "backbone":
+            if self.experiment.head == "backbone":
                 return self.inputs.backbone_head()
             train = self.inputs.features("train")
-            return fit_linear_probe(train.cls, train.labels, self.profile.n_classes, seed=self.profile.seed)
+            return fit_linear_probe(train.cls, train.labels, self.experiment.n_classes, seed=self.experiment.seed)
 
         return self._stored(
             "head",
@@ -117,7 +114,7 @@ class Run:
     def image(self, set_name: str, row: int):
         """Return the image (PIL, RGB) that a row of ``features(set_name)`` was made from.
 
-        A profile with a pack needs ``data_root`` for that. Whether images may be published says ``show_images``.
+        An experiment with a pack needs ``data_root`` for that. Whether images may be published says ``show_images``.
         """
         source, wanted = self.inputs.source(set_name), self.features(set_name).ids[row]
         return source.image(int(np.flatnonzero(source.ids == wanted)[0]))
@@ -140,7 +137,7 @@ class Run:
 
         def make():
             train, val, options = self._training("sae")
-            return train_sae(train, self.profile.sae, self.device, held_out=val, **options)
+            return train_sae(train, self.experiment.sae, self.device, held_out=val, **options)
 
         return self._stored_sae(make)
 
@@ -181,13 +178,13 @@ class Run:
         from ..sae.rows import start
 
         train = torch.as_tensor(self.features("train").cls, dtype=torch.float32)
-        return start(train, self.profile.sae, torch.device("cpu"))[0]
+        return start(train, self.experiment.sae, torch.device("cpu"))[0]
 
     def with_seed(self, seed: int) -> Run:
         """This run with another seed of the SAE alone; head and features are shared."""
-        if seed == self.profile.sae.seed:
+        if seed == self.experiment.sae.seed:
             return self
-        other = Run(self.profile, {"sae.seed": seed, "sae_seeds": 1}, self.store, self.device, self.progress)
+        other = Run(self.experiment, {"sae.seed": seed, "sae_seeds": 1}, self.store, self.device, self.progress)
         other.inputs, other._features = self.inputs, self._features
         other.__dict__["head"] = self.head
         return other
@@ -197,8 +194,8 @@ class Run:
 
         SAEs that are not in the store are trained together, on one copy of the features.
         """
-        first = self.profile.sae.seed
-        runs = [self.with_seed(first + number) for number in range(self.profile.sae_seeds)]
+        first = self.experiment.sae.seed
+        runs = [self.with_seed(first + number) for number in range(self.experiment.sae_seeds)]
         self._train_together(runs)
         while runs:
             yield runs.pop(0)  # and let go of it: codes of all seeds at once would fill the memory
@@ -219,7 +216,7 @@ class Run:
             wanted = missing()
             if wanted:
                 train, val, options = self._training("seeds")
-                configs = [run.profile.sae for run in wanted]
+                configs = [run.experiment.sae for run in wanted]
                 trained = train_saes(train, configs, self.device, held_out=val, **options)
                 for run, one in zip(wanted, trained, strict=True):
                     run.__dict__["_trained"] = run._stored_sae(lambda one=one: one)
@@ -229,7 +226,7 @@ class Run:
     def _chooses_by_head(self) -> bool:
         from ..sae.variants import thresholds as variants
 
-        return getattr(variants.model(self.profile.sae), "needs_head", False)
+        return getattr(variants.model(self.experiment.sae), "needs_head", False)
 
     def _head_of_normalized(self) -> LinearHead:
         """A probe on the training rows as the SAE sees them: what some variants (g-SAE) choose latents by."""
@@ -238,8 +235,8 @@ class Run:
         from ..sae.rows import start
 
         train, device = self.features("train"), _torch_device("cpu")
-        x = start(check_rows(train.cls), self.profile.sae, device)[0].normalize(train.cls)
-        return fit_linear_probe(x, train.labels, self.profile.n_classes, seed=self.profile.seed)
+        x = start(check_rows(train.cls), self.experiment.sae, device)[0].normalize(train.cls)
+        return fit_linear_probe(x, train.labels, self.experiment.n_classes, seed=self.experiment.seed)
 
     def codes(self, set_name: str):
         """Return the sparse codes (N, k) of a set, rows as in ``features(set_name)``."""
@@ -251,11 +248,13 @@ class Run:
 
         def make():
             train = self.features("train")
-            if self.profile.caps.correct_only:
+            if self.experiment.caps.correct_only:
                 train = train.take(train.logits.argmax(axis=1) == train.labels)
-                what = f"profile {self.profile.name!r}, correctly predicted training rows (caps.correct_only = true)"
-                check_classes(train.labels, self.profile.n_classes, what)
-            caps = ClassActivationProfiles.empty(self.profile.n_classes, self.sae.n_latents)
+                what = (
+                    f"experiment {self.experiment.name!r}, correctly predicted training rows (caps.correct_only = true)"
+                )
+                check_classes(train.labels, self.experiment.n_classes, what)
+            caps = ClassActivationProfiles.empty(self.experiment.n_classes, self.sae.n_latents)
             for start in range(0, len(train), _CHUNK):
                 rows = slice(start, start + _CHUNK)
                 caps.update(self.sae.encode(train.cls[rows]), train.labels[rows])
@@ -277,13 +276,12 @@ class Run:
         With ``predicted = "true"`` (an ablation) "val" and "test" are scored under their label; they then carry none,
         since the head's accuracy would be 1 by construction.
         """
-        check_reach(set_name)
         if set_name not in self._observations:
             features = self.features(set_name)
-            known = "/" not in set_name or set_name in self.profile.shifted
+            known = "/" not in set_name or set_name in self.experiment.shifted
             labels = features.labels if known and (features.labels >= 0).any() else None
             predicted = None
-            if self.profile.predicted == "true" and set_name in ("val", "test"):
+            if self.experiment.predicted == "true" and set_name in ("val", "test"):
                 if labels is None or (labels < 0).any():
                     raise ValueError(f'{set_name} has rows without a label: predicted = "true" needs them all')
                 predicted, labels = labels, None
@@ -293,7 +291,7 @@ class Run:
         return self._observations[set_name]
 
     def detectors(self, names: Iterable[str] | None = None) -> dict[str, Any]:
-        """Return detectors by name (default: all), fitted with the profile's options.
+        """Return detectors by name (default: all), fitted with the experiment's options.
 
         They see the training rows, and those whose ``fitted_on`` is "validation" the validation rows as well.
         """
@@ -306,41 +304,39 @@ class Run:
         return {name: self._detectors[name] for name in names}
 
     def detector_options(self, name: str) -> dict[str, Any]:
-        """Return a detector's options: the profile's CAP settings where they apply, then its ``[detectors.NAME]``."""
-        caps = self.profile.caps.model_dump()
+        """Return a detector's options: the CAP settings where they apply, then its ``[detectors.NAME]``."""
+        caps = self.experiment.caps.model_dump()
         known = _detectors.info(name)["defaults"]
-        return {key: value for key, value in caps.items() if key in known} | self.profile.detectors.get(name, {})
+        return {key: value for key, value in caps.items() if key in known} | self.experiment.detectors.get(name, {})
 
     def table(self, names: Iterable[str] | None = None) -> pd.DataFrame:
         """Return :func:`capsae.evaluate`'s table: method, set, group, metric, value, lo, hi, seeds."""
-        check_reach("table")
         names = self._names(names)
 
         def make():
-            settings = {"n_boot": self.profile.n_boot, "seed": self.profile.seed}
-            known = {name: correct(self.observations(name)) for name in ("test", *self.profile.shifted)}
-            return evaluate_scores(self.scores_of_seeds(names), known, self.profile.ood_sets, **settings)
+            settings = {"n_boot": self.experiment.n_boot, "seed": self.experiment.seed}
+            known = {name: correct(self.observations(name)) for name in ("test", *self.experiment.shifted)}
+            return evaluate_scores(self.scores_of_seeds(names), known, self.experiment.ood_sets, **settings)
 
         return self._stored("table", make, _save_frame, _load_frame, names)
 
     def compare(
         self, pairs: Iterable[tuple[str, str]], names: Iterable[str] | None = None, n_boot: int = 2000
     ) -> pd.DataFrame:
-        """Return :func:`capsae.evaluation.evaluate.compare`'s table for (method, other) pairs, of detectors scored together."""
-        right, seed = correct(self.observations("test")), self.profile.seed
+        """Return :func:`capsae.compare`'s table for (method, other) pairs, of detectors scored together."""
+        right, seed = correct(self.observations("test")), self.experiment.seed
         scores, pairs = self.scores_of_seeds(names), list(pairs)
-        return compare_scores(scores, self.profile.ood_sets, pairs, right, n_boot=n_boot, seed=seed)
+        return compare_scores(scores, self.experiment.ood_sets, pairs, right, n_boot=n_boot, seed=seed)
 
     def seed_values(self, names: Iterable[str] | None = None) -> pd.DataFrame:
         """Return every seed's mean over all OOD sets: method, metric, seed (0, 1, ...), value."""
-        return seed_values(self.scores_of_seeds(names), self.profile.ood_sets)
+        return seed_values(self.scores_of_seeds(names), self.experiment.ood_sets)
 
     def scores_of_seeds(self, names: Iterable[str] | None = None) -> dict[str, dict[str, np.ndarray]]:
         """Return method -> set -> scores (S, N): a row a seed for what depends on the SAE, else one.
 
         Sets: "val", "test", those of covariate shift, the OOD sets.
         """
-        check_reach("scores")
         names = self._names(names)
 
         def make():
@@ -351,7 +347,7 @@ class Run:
 
     def _bundles(self, names: list[str]):
         """The detectors and sets of each seed; of all seeds but the first only what depends on the SAE."""
-        sets = ("val", "test", *self.profile.shifted, *self.profile.ood_sets)
+        sets = ("val", "test", *self.experiment.shifted, *self.experiment.ood_sets)
         for run in self.seeds():
             needed = [name for name in names if run is self or "codes" in _detectors.info(name)["needs"]]
             yield run.detectors(needed), {name: run.observations(name) for name in sets}
@@ -361,7 +357,7 @@ class Run:
         frames = []
         for name, sets in self.scores_of_seeds(names).items():
             for where, of in sets.items():
-                group = group_of(where) if where in self.profile.ood_sets else "id"
+                group = group_of(where) if where in self.experiment.ood_sets else "id"
                 cells = {"method": name, "set": where, "group": group, "row": np.arange(of.shape[1]), "score": of[0]}
                 frames.append(pd.DataFrame(cells))
         return pd.concat(frames, ignore_index=True)
@@ -387,20 +383,20 @@ class Run:
         Stages: "features" (all sets together), "head", "sae", "caps", "scores", "table" (of detectors ``names``).
         """
         if stage == "features":
-            return artefact_digest("sets", None, {name: self.inputs.digest(name) for name in self.profile.sets})
+            return artefact_digest("sets", None, {name: self.inputs.digest(name) for name in self.experiment.sets})
         config, inputs = self._recipe(stage, names)
         return artefact_digest(stage, config, inputs, self._code(stage))
 
     def provenance(self) -> dict[str, Any]:
-        """Return what stands behind this run's numbers: profile, seeds, versions, device, digests, wall times."""
+        """Return what stands behind this run's numbers: experiment, seeds, versions, device, digests, wall times."""
         stages = ("head", "sae", "caps", "table")
         digests = {stage: self.digest(stage) for stage in ("features", *stages)}
         made = {stage: self.store.provenance(stage, digests[stage]) for stage in stages}
         return {
             **self._who(),
-            "title": self.profile.title,
-            "backbone": self.profile.backbone.model,
-            "pack": self.profile.pack,
+            "title": self.experiment.title,
+            "backbone": self.experiment.backbone.model,
+            "pack": self.experiment.pack,
             "versions": versions(),
             "digests": digests,
             "wall_s": {stage: record["wall_s"] for stage, record in made.items() if record},
@@ -417,9 +413,9 @@ class Run:
         from ..sae.variants import thresholds as variants
 
         if stage == "head":
-            return code_digest(Run.features, Run.head, *[Inputs.backbone_head] * (self.profile.head == "backbone"))
+            return code_digest(Run.features, Run.head, *[Inputs.backbone_head] * (self.experiment.head == "backbone"))
         if stage == "sae":  # of the variants, the one that is trained
-            made_by = Run.features, Run._trained, Run._training, variants.model(self.profile.sae)
+            made_by = Run.features, Run._trained, Run._training, variants.model(self.experiment.sae)
             made_by += (Run._head_of_normalized,) * self._chooses_by_head
             return code_digest(*made_by, without=((variants, "REGISTRY"), (dictionaries, "METHODS")))
         if stage == "caps":
@@ -429,33 +425,33 @@ class Run:
 
     def _recipe(self, stage: str, names: Iterable[str] | None = None) -> tuple[dict, dict[str, str]]:
         """Return a stage's own settings and the digests of what it is made from."""
-        profile = self.profile
-        amount = {"train_fraction": profile.train_fraction, "seed": profile.seed}
+        experiment = self.experiment
+        amount = {"train_fraction": experiment.train_fraction, "seed": experiment.seed}
         if stage == "head":
-            config = {"head": profile.head, "n_classes": profile.n_classes, "seed": profile.seed}
+            config = {"head": experiment.head, "n_classes": experiment.n_classes, "seed": experiment.seed}
             return config, {"train": self.inputs.digest("train")}
         if stage == "sae":
             sets = {name: self.inputs.digest(name) for name in ("train", "val")}
-            own_head = {"n_classes": profile.n_classes} if self._chooses_by_head else {}
-            return {"sae": asdict(profile.sae), "keep": "best", **amount, **own_head}, sets
+            own_head = {"n_classes": experiment.n_classes} if self._chooses_by_head else {}
+            return {"sae": asdict(experiment.sae), "keep": "best", **amount, **own_head}, sets
         if stage == "caps":
             inputs = {"train": self.inputs.digest("train"), "sae": self.digest("sae")}
-            if profile.caps.correct_only:
+            if experiment.caps.correct_only:
                 inputs["head"] = self.digest("head")
-            return {"correct_only": profile.caps.correct_only, "n_classes": profile.n_classes, **amount}, inputs
+            return {"correct_only": experiment.caps.correct_only, "n_classes": experiment.n_classes, **amount}, inputs
         if stage in ("table", "scores"):
             options = {name: self.detector_options(name) for name in self._names(names)}
-            config = {"detectors": options, "predicted": profile.predicted, "sae_seeds": profile.sae_seeds}
-            sets = {name: self.inputs.digest(name) for name in profile.sets}
+            config = {"detectors": options, "predicted": experiment.predicted, "sae_seeds": experiment.sae_seeds}
+            sets = {name: self.inputs.digest(name) for name in experiment.sets}
             inputs = {**sets, "head": self.digest("head"), "sae": self.digest("sae")}
-            return config | amount | ({"n_boot": profile.n_boot} if stage == "table" else {}), inputs
+            return config | amount | ({"n_boot": experiment.n_boot} if stage == "table" else {}), inputs
         raise ValueError(f"no stage {stage!r}; there are features, head, sae, caps, scores, table")
 
     def left_out(self) -> dict[str, str]:
-        """Return the detectors that this profile's data cannot feed, with the reason; the tables do without them."""
+        """Return the detectors that this experiment's data cannot feed, with the reason; the tables do without them."""
         if self.inputs.has_pixels:
             return {}
-        why = f"pack {self.profile.pack!r} holds no pixel statistics; `capsae extract --pixels` adds them"
+        why = f"pack {self.experiment.pack!r} holds no pixel statistics; `capsae extract --pixels` adds them"
         return {name: why for name in _detectors.available() if "pixels" in _detectors.info(name)["needs"]}
 
     def _names(self, names: Iterable[str] | None) -> list[str]:
@@ -470,24 +466,24 @@ class Run:
         return names
 
     def _who(self) -> dict[str, Any]:
-        first = self.profile.sae.seed
-        seeds = {"profile": self.profile.seed, "sae": first}
-        if self.profile.sae_seeds > 1:
-            seeds["sae"] = f"{first} to {first + self.profile.sae_seeds - 1}"
-        if isinstance(self.profile.val, Holdout):
-            seeds["val"] = self.profile.val.seed
-        return {"profile": self.profile.name, "seeds": seeds, "device": str(_torch_device(self.device))}
+        first = self.experiment.sae.seed
+        seeds = {"experiment": self.experiment.seed, "sae": first}
+        if self.experiment.sae_seeds > 1:
+            seeds["sae"] = f"{first} to {first + self.experiment.sae_seeds - 1}"
+        if isinstance(self.experiment.val, Holdout):
+            seeds["val"] = self.experiment.val.seed
+        return {"experiment": self.experiment.name, "seeds": seeds, "device": str(_torch_device(self.device))}
 
 
 def load_features(
-    profile: str | Path | Profile, set_name: str, device: str = "auto", store: Store | str | Path | None = None
+    experiment: str | Path | Experiment, set_name: str, device: str = "auto", store: Store | str | Path | None = None
 ) -> FeatureSet:
-    """Return the features of one set of a profile with the head's logits attached.
+    """Return the features of one set of an experiment with the head's logits attached.
 
     Parameters
     ----------
-    profile : name, path or Profile
-    set_name : "train", "val", "test" or one of ``profile.ood_sets``
+    experiment : name, path or Experiment
+    set_name : "train", "val", "test" or one of ``experiment.ood_sets``
     device, store : as for :class:`Run`
 
     Raises
@@ -495,15 +491,15 @@ def load_features(
     ValueError
         For an unknown set; the message lists those there are.
     """
-    run = Run(profile, store=store, device=device)
-    run.profile.source(set_name)  # an unknown name is refused with the list of known ones
+    run = Run(experiment, store=store, device=device)
+    run.experiment.source(set_name)  # an unknown name is refused with the list of known ones
     return run.features(set_name)
 
 
-def check_detectors(profile: Profile) -> None:
-    """Raise ProfileError if ``[detectors.NAME]`` names what no detector has."""
+def check_detectors(experiment: Experiment) -> None:
+    """Raise ExperimentError if ``[detectors.NAME]`` names what no detector has."""
     lines = []
-    for name, options in profile.detectors.items():
+    for name, options in experiment.detectors.items():
         if name not in _detectors.available():
             lines.append(f"detectors.{name}: no such detector; known: {', '.join(_detectors.available())}")
             continue
@@ -514,7 +510,7 @@ def check_detectors(profile: Profile) -> None:
             if key not in known
         ]
     if lines:
-        raise ProfileError(f"profile {profile.name!r} cannot be used", lines)
+        raise ExperimentError(f"experiment {experiment.name!r} cannot be used", lines)
 
 
 def _torch_device(device: str):

@@ -101,7 +101,7 @@ class Store:
         make, save, load : callables
             ``save(value, folder)`` writes into a new folder, ``load(folder)`` reads it back.
         provenance : mapping, optional
-            Further entries of provenance.json: profile, seeds, device.
+            Further entries of provenance.json: experiment, seeds, device.
 
         Raises
         ------

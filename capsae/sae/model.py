@@ -45,7 +45,7 @@ def model(config: SAEConfig) -> type[TopKSAE]:
     for key, value in config.options.items():
         if key not in known:
             raise ValueError(f"variant {config.variant!r} has no option {key!r}; it has {', '.join(known) or 'none'}")
-        # A profile may say 1 for true, and numbers only where numbers are meant.
+        # An experiment may say 1 for true, and numbers only where numbers are meant.
         if not isinstance(value, int | float) or (isinstance(value, bool) and not isinstance(known[key], bool)):
             raise TypeError(f"option {key!r} of {config.variant!r} is {value!r}; such as {known[key]!r} would do")
     return cls

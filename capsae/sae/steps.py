@@ -236,7 +236,7 @@ class PlainStep(Step):
 
 
 def choose_products(wish: str, device: torch.device) -> str:
-    """"auto" is portable on a CPU, and on a GPU bf16 where it multiplies that faster than float32."""
+    """ "auto" is portable on a CPU, and on a GPU bf16 where it multiplies that faster than float32."""
     if wish == "portable" and device.type != "cpu":
         log.warning("products='portable' is for CPUs: on %s it is float32, and weights depend on the device", device)
         return "float32"

@@ -38,7 +38,7 @@ def corrected(row: Mapping) -> str:
 
 
 def of_means(compared: pd.DataFrame, method: str, metric: str = HEADLINE) -> pd.DataFrame:
-    """The rows of :func:`capsae.evaluation.evaluate.compare` that compare a method's mean over all sets, best difference first."""
+    """The rows of :func:`capsae.compare` that compare a method's mean over all sets, best difference first."""
     rows = compared[(compared["method"] == method) & (compared["set"] == "mean") & (compared["metric"] == metric)]
     if rows.empty:
         raise ValueError(f"the comparison holds no means of {method!r} in {metric!r}")

@@ -85,13 +85,13 @@ def render_svg(figure: Figure, name: str, alt: str = "") -> str:
 
 
 def provenance_line(run, stage: str = "table") -> str:
-    """Profile, backbone, data and digest of a run, as the text that stands under each figure; a text is itself."""
+    """Experiment, backbone, data and digest of a run, as the text that stands under each figure; a text is itself."""
     if isinstance(run, str):
         return run
-    profile = run.profile
-    data = f"embedded pack {profile.pack}" if getattr(profile, "pack", None) else "computed from its images"
-    backbone, digest = profile.backbone.model, run.digest(stage)[:12]
-    return f"Profile {profile.name} · backbone {backbone} · data: {data} · digest {digest}"
+    experiment = run.experiment
+    data = f"embedded pack {experiment.pack}" if getattr(experiment, "pack", None) else "computed from its images"
+    backbone, digest = experiment.backbone.model, run.digest(stage)[:12]
+    return f"Experiment {experiment.name} · backbone {backbone} · data: {data} · digest {digest}"
 
 
 def _csv_link(data: pd.DataFrame, name: str) -> str:
@@ -145,7 +145,7 @@ def show(function, data: pd.DataFrame, name: str, caption: str, alt: str, run, s
     name, caption, alt : str
         ``alt`` says what the figure shows to whoever cannot see it; an empty one is refused with ValueError.
     run : pipeline.Run
-        Whose profile, backbone, data and digest stand under the caption.
+        Whose experiment, backbone, data and digest stand under the caption.
     stage : str
         The stage of the run that the data come from.
     """

@@ -315,7 +315,8 @@ def results_heatmap(data: pd.DataFrame, metric: str = "fpr95_ood_pos", intervals
 def ablation(data: pd.DataFrame, columns: int = 2) -> Figure:
     """A metric against a setting, with intervals.
 
-    Columns: panel, setting (text, in order), series, value, lo, hi (as shares), chosen (bool: the profile's own value).
+    Columns: panel, setting (text, in order), series, value, lo, hi (as shares), chosen (bool: the experiment's own
+    value).
     """
     panels = list(dict.fromkeys(data["panel"]))
     columns = min(columns, len(panels))
@@ -370,7 +371,7 @@ def explanation(data: pd.DataFrame) -> Figure:
 def image_grid(data: pd.DataFrame, images: Sequence) -> Figure:
     """Rows of images with a title each. Columns: row (its heading), title; ``images`` holds one PIL image a data row.
 
-    Only for profiles with ``show_images``: photographs of others must not end up in a notebook's output.
+    Only for experiments with ``show_images``: photographs of others must not end up in a notebook's output.
     """
     if len(images) != len(data):
         raise ValueError(f"data has {len(data)} rows, images {len(images)}: give one image a row")

@@ -1,4 +1,4 @@
-"""Images behind latents, profiles and scores, for :func:`companion.figures.figures.image_grid`; where ``show_images`` allows."""
+"""Images behind latents, profiles and scores, where ``show_images`` allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .figures import image_grid
 
 def shown(page, name: str, made, *args, **options) -> None:
     """Show ``made(*args)``, a grid of images, on a page (findings.Chapter) whose images may be given away."""
-    if page.run.profile.show_images:
+    if page.run.experiment.show_images:
         data, images = made(*args, **options)
         page.show(image_grid, data, name, images=images)
 
@@ -26,10 +26,10 @@ def top_images(run, classes: int = 4, images: int = 8) -> tuple[pd.DataFrame, li
     """
     codes, caps, names = run.codes("train"), run.caps, class_names(run)
     seen = run.observations("test")
-    epd = energy_profile_divergence(seen.codes, seen.predicted, caps, run.profile.caps.core_fraction)
+    epd = energy_profile_divergence(seen.codes, seen.predicted, caps, run.experiment.caps.core_fraction)
     rows, pictures = [], []
     for c in range(min(classes, caps.n_classes)):
-        latent = int(caps.core(run.profile.caps.core_fraction)[c, 0])
+        latent = int(caps.core(run.experiment.caps.core_fraction)[c, 0])
         activation = np.where(codes.indices == latent, codes.values, 0).sum(axis=1)
         for row in np.argsort(-activation, kind="stable")[:images]:
             rows.append((f"latent {latent}\n({names[c]})", f"{activation[row]:.1f}"))
@@ -44,7 +44,7 @@ def top_images(run, classes: int = 4, images: int = 8) -> tuple[pd.DataFrame, li
 def extreme_images(run, scores: pd.DataFrame, method: str = "epd", images: int = 8) -> tuple[pd.DataFrame, list]:
     """The images with the lowest and highest scores of ID test and of each OOD set."""
     rows, pictures = [], []
-    for name in ("test", *run.profile.ood_sets):
+    for name in ("test", *run.experiment.ood_sets):
         part = scores[(scores["method"] == method) & (scores["set"] == name)].sort_values("score", kind="stable")
         short = name.split("/")[-1].replace("_", " ")
         for heading, ends in ((f"{short}\nlowest", part.head(images)), (f"{short}\nhighest", part.tail(images)[::-1])):

@@ -21,13 +21,13 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
 
 def dictionary(run) -> pd.DataFrame:
     """What stands behind one setting. Columns: item, value. FVU is the mean over seeds, all else of the first seed."""
-    caps, fraction, epd = run.caps, run.profile.caps.core_fraction, run.detectors(["epd"])["epd"]
-    values = {"latents D": run.profile.sae.latents, "active latents k": run.profile.sae.k}
+    caps, fraction, epd = run.caps, run.experiment.caps.core_fraction, run.detectors(["epd"])["epd"]
+    values = {"latents D": run.experiment.sae.latents, "active latents k": run.experiment.sae.k}
     values |= {f"FVU, {row['set']}": row["value"] for row in fvu_of_seeds(run).to_dict("records")}
-    values |= {"epoch kept": int(run.history.attrs["best_epoch"]), "epochs": run.profile.sae.epochs}
+    values |= {"epoch kept": int(run.history.attrs["best_epoch"]), "epochs": run.experiment.sae.epochs}
     overlap = (caps.jaccard(0.05).sum() - caps.n_classes) / max(caps.n_classes * (caps.n_classes - 1), 1)
     values |= {"latents of a core": caps.core_size(fraction), "Jaccard index of two cores, top 5 %": overlap}
-    undefined = {name: epd.degenerate(run.observations(name)).mean() for name in ("test", *run.profile.ood_sets)}
+    undefined = {name: epd.degenerate(run.observations(name)).mean() for name in ("test", *run.experiment.ood_sets)}
     values["EPD undefined, ID test"] = undefined.pop("test")
     values["EPD undefined, mean of the OOD sets"] = sum(undefined.values()) / len(undefined)
     return pd.DataFrame({"item": list(values), "value": [float(value) for value in values.values()]})

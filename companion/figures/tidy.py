@@ -26,16 +26,16 @@ def group_of(set_name: str) -> str:
 
 
 def sets(run) -> pd.DataFrame:
-    """What the profile is made of. Columns: set, role, images, classes."""
+    """What the experiment is made of. Columns: set, role, images, classes."""
     roles = {"train": "trains SAE, profiles and detectors", "val": "ID validation", "test": "ID test"}
-    roles |= dict.fromkeys(run.profile.shifted, "covariate-shifted ID")
+    roles |= dict.fromkeys(run.experiment.shifted, "covariate-shifted ID")
     rows = []
-    for name in run.profile.sets:
+    for name in run.experiment.sets:
         features = run.features(name)
         known = np.unique(features.labels[features.labels >= 0]).size
         role = roles.get(name, f"{group_of(name)} OOD")
         if excluded := features.meta.get("excluded"):
-            role += f", {excluded} images left out by {Path(run.profile.source(name).exclude).name}"
+            role += f", {excluded} images left out by {Path(run.experiment.source(name).exclude).name}"
         rows.append((name, role, len(features), known))
     return pd.DataFrame(rows, columns=["set", "role", "images", "classes"])
 
@@ -121,7 +121,7 @@ def sample_rows(features, limit: int, seed: int = 0):
 def decode_errors(run, sae, limit: int = 20_000) -> pd.DataFrame:
     """Quantiles, by set, of each sample's unexplained share |x - x_hat|^2 / |x|^2 in the SAE's normalised space."""
     shares = {}
-    for name in ("train", "val", "test", *run.profile.ood_sets):
+    for name in ("train", "val", "test", *run.experiment.ood_sets):
         features = sample_rows(run.features(name), limit)
         x, x_hat = sae.normalize(features.cls), sae.decode(sae.encode(features.cls))
         shares[name] = ((x - x_hat) ** 2).sum(axis=1) / np.maximum((x**2).sum(axis=1), 1e-12)
@@ -134,7 +134,7 @@ def embed(run, per_set: int = 300, limit: int = 1500, seed: int = 0) -> pd.DataF
     from sklearn.manifold import TSNE
 
     rng, names = np.random.default_rng(seed), class_names(run)
-    chosen = ["test", *run.profile.ood_sets]
+    chosen = ["test", *run.experiment.ood_sets]
     per_set = min(per_set, limit // (len(chosen) + 1))
     frames, vectors = [], []
     for name in chosen:
@@ -265,7 +265,7 @@ def summary_shown(data: pd.DataFrame) -> pd.DataFrame:
 def provenance(run) -> pd.DataFrame:
     """What stands behind a notebook's numbers, without what changes from run to run. Columns: item, value."""
     found = run.provenance()
-    rows = [("profile", f"{found['profile']}: {found['title']}"), ("backbone", found["backbone"])]
+    rows = [("experiment", f"{found['experiment']}: {found['title']}"), ("backbone", found["backbone"])]
     rows.append(("features", f"embedded pack {found['pack']}" if found.get("pack") else "extracted from the images"))
     rows += [(f"seed, {name}", seed) for name, seed in found["seeds"].items()]
     rows += [(f"digest, {stage}", digest[:20]) for stage, digest in found["digests"].items()]
@@ -298,7 +298,7 @@ def _short(classes: str) -> str:
 
 def silent(why: pd.DataFrame, top: int = 8) -> pd.DataFrame:
     """Latents that the class expects and that are silent in a sample. Columns: latent, expected, classes."""
-    rows = why[(why["profile"] == 0) & (why["latent"] >= 0)].sort_values("expected", ascending=False).head(top)
+    rows = why[(why["experiment"] == 0) & (why["latent"] >= 0)].sort_values("expected", ascending=False).head(top)
     return rows[["latent", "expected", "classes"]].assign(classes=rows["classes"].map(lambda text: _short(text)))
 
 

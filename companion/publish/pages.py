@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ..findings import FAILS, HOLDS, MISSING, UNDECIDED, Finding, Numbers, index_page, judge, of_page, render, text
-from .plan import BOOK_PROFILES, read_notebook, root
+from .plan import BOOK_EXPERIMENTS, read_notebook, root
 from .publish import path_of, template_digest
 from .speed_page import speed_page
 
@@ -77,7 +77,7 @@ def read_claims(path: Path) -> dict[str, Any]:
     return found
 
 
-def claims_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers], experiments=BOOK_PROFILES) -> str:
+def claims_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers], experiments=BOOK_EXPERIMENTS) -> str:
     """The Markdown of claims.md; ``numbers_of`` gives what a page recorded (:func:`published`)."""
     told = {
         name: {"labels": list(of["numbers"].values()), "rows": [], **{key: of.get(key) for key in ("measured", "note")}}
@@ -100,7 +100,7 @@ def claims_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers],
     return _page("claims.md", **given, runs=runs, note=note)
 
 
-def intro_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers], experiments=BOOK_PROFILES) -> str:
+def intro_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers], experiments=BOOK_EXPERIMENTS) -> str:
     """The Markdown of intro.md: where EPD stands on each experiment, and how many claims of the paper hold there."""
     standing, tallies = [], []
     tested = {name: of for name, of in claims["claims"].items() if of.get("family") == "paper"}
@@ -212,7 +212,7 @@ def rpd_page(grid: Path) -> str:
     numbers = [name for name in table.columns if name.startswith(("fpr95", "auroc"))]
     names = {"fpr95_ood_pos": "FPR95 (OOD pos.)", "fpr95_id_pos": "FPR95 (ID pos.)", "auroc": "AUROC"}
     heads = [f"{names[name.split(' ', 1)[0]]}, {name.split(' ', 1)[1]}" for name in numbers]
-    first = {name: table[table["method"] == name].iloc[0] for name in ("profile", "epd", "rmds")}
+    first = {name: table[table["method"] == name].iloc[0] for name in ("experiment", "epd", "rmds")}
     rows = [
         [row["method"]]
         + ["" if pd.isna(row[key]) else f"{row[key]:g}" for key in ("temperature", "epsilon", "weight")]
@@ -220,7 +220,7 @@ def rpd_page(grid: Path) -> str:
         for row in table.to_dict("records")
     ]
     prose = " ".join(_plain(ours["description"]).split())
-    best = {"best": first["profile"], "epd": first["epd"], "rmds": first["rmds"]}
+    best = {"best": first["experiment"], "epd": first["epd"], "rmds": first["rmds"]}
     return _page("rpd.md", formula=ours["formula"], description=prose, heads=heads, grid=rows, **best)
 
 

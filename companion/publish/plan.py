@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-BOOK_PROFILES = ("imagenet20", "mini80", "digits")
+BOOK_EXPERIMENTS = ("imagenet20", "mini80", "digits")
 SWEPT = "imagenet20"
 TUNED = ("imagenet20", "mini80")  # digits has too few rows a class to play OOD with
 ABLATIONS = ("05_ablation", "06_sweep")
 MAIN = ("01_features", "02_train_sae", "03_discover_caps", "04_score_ood", *ABLATIONS)
 """The paper's story: what ``capsae reproduce --main`` executes."""
-# Notebooks on other dictionaries and on what latents hold, with the profiles that each is executed for.
+# Notebooks on other dictionaries and on what latents hold, with the experiments that each is executed for.
 ANALYSES: dict[str, tuple[str, ...]] = {
     "08_zoo": ("imagenet20",),
     "09_dark_matter": ("imagenet20", "mini80"),
@@ -32,11 +32,15 @@ READS = {
         *(f"book/zoo/{name}{end}" for name in TUNED for end in (".csv", ".grid.csv", ".json")),
         "book/zoo/backbones.csv",
     ),
-    "11_shift": ("capsae/packs/{profile}_shift/pack.json",),
-    "14_layers": ("book/layers/{profile}.csv", "book/layers/{profile}_against_final.csv", "book/layers/{profile}.json"),
+    "11_shift": ("capsae/packs/{experiment}_shift/pack.json",),
+    "14_layers": (
+        "book/layers/{experiment}.csv",
+        "book/layers/{experiment}_against_final.csv",
+        "book/layers/{experiment}.json",
+    ),
 }
 
-# Parameters of notebook 05, by the key of the profile that each overrides.
+# Parameters of notebook 05, by the key of the experiment that each overrides.
 OVERRIDES = {
     "sae_k": "sae.k",
     "sae_latents": "sae.latents",
@@ -53,7 +57,7 @@ DIVERGENCES = ("kl", "reverse_kl", "symmetric_kl", "hellinger", "cosine", "eucli
 
 @dataclass(frozen=True)
 class Sweep:
-    """One ablation: a parameter of notebook 05 and its settings, ``None`` where the setting is the profile's own."""
+    """One ablation: a parameter of notebook 05 and its settings, ``None`` where the setting is the experiment's own."""
 
     title: str
     parameter: str
@@ -79,9 +83,9 @@ class Page:
 
     name: str
     notebook: str
-    profile: str
+    experiment: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    title: str | None = None  # None: the notebook's own, with the profile
+    title: str | None = None  # None: the notebook's own, with the experiment
     after: tuple[str, ...] = ()  # pages whose results it reads
     reads: tuple[str, ...] = ()  # committed files that it reads, of the repository; data of the package are found
 
@@ -95,63 +99,73 @@ def root() -> Path:
     raise FileNotFoundError("no notebooks/ and _toc.yml here or above: run this inside a clone of the repository")
 
 
-def own_value(parameter: str, profile: str = SWEPT) -> Any:
-    """The profile's own value of a parameter of notebook 05."""
+def own_value(parameter: str, experiment: str = SWEPT) -> Any:
+    """The experiment's own value of a parameter of notebook 05."""
     if parameter == "divergence":
         return "kl"
-    value = _profile(profile)
+    value = _experiment(experiment)
     for key in OVERRIDES[parameter].split("."):
         value = getattr(value, key)
     return value
 
 
 @cache
-def _profile(name: str):
-    from capsae.pipeline.experiments import load_profile
+def _experiment(name: str):
+    from capsae.pipeline.experiments import load_experiment
 
-    return load_profile(name)
+    return load_experiment(name)
 
 
-def sweep_pages(sweep: str, profile: str = SWEPT) -> list[tuple[Any, Page]]:
-    """The settings of a sweep with their pages; the profile's own setting is one page for all sweeps."""
+def sweep_pages(sweep: str, experiment: str = SWEPT) -> list[tuple[Any, Page]]:
+    """The settings of a sweep with their pages; the experiment's own setting is one page for all sweeps."""
     of = SWEEPS[sweep]
-    own, pages = own_value(of.parameter, profile), []
+    own, pages = own_value(of.parameter, experiment), []
     settings = of.settings if own in of.settings else sorted({*of.settings, own})
     for setting in settings:
         if setting == own:
-            pages.append((setting, base_page(profile)))
+            pages.append((setting, base_page(experiment)))
             continue
-        name = f"{profile}/ablation/{of.slug.format(setting)}"
-        parameters = {"profile": profile, of.parameter: setting}
-        pages.append((setting, Page(name, "05_ablation", profile, parameters, f"{of.title}: {setting}")))
+        name = f"{experiment}/ablation/{of.slug.format(setting)}"
+        parameters = {"experiment": experiment, of.parameter: setting}
+        pages.append((setting, Page(name, "05_ablation", experiment, parameters, f"{of.title}: {setting}")))
     return pages
 
 
-def base_page(profile: str = SWEPT) -> Page:
-    """The ablation notebook at the profile's own settings."""
-    return Page(f"{profile}/ablation/base", "05_ablation", profile, {"profile": profile}, "The profile's own settings")
+def base_page(experiment: str = SWEPT) -> Page:
+    """The ablation notebook at the experiment's own settings."""
+    return Page(
+        f"{experiment}/ablation/base",
+        "05_ablation",
+        experiment,
+        {"experiment": experiment},
+        "The experiment's own settings",
+    )
 
 
 def pages() -> dict[str, Page]:
     """Every page of the book that is an executed notebook, by name."""
     found = [
-        Page(f"{profile}/{notebook}", notebook, profile, {"profile": profile})
-        for profile in BOOK_PROFILES
+        Page(f"{experiment}/{notebook}", notebook, experiment, {"experiment": experiment})
+        for experiment in BOOK_EXPERIMENTS
         for notebook in ("01_features", "02_train_sae", "03_discover_caps", "04_score_ood")
     ]
-    found += [Page(f"{profile}/07_tuning", "07_tuning", profile, {"profile": profile}) for profile in TUNED]
+    found += [
+        Page(f"{experiment}/07_tuning", "07_tuning", experiment, {"experiment": experiment}) for experiment in TUNED
+    ]
     for notebook, of in ANALYSES.items():
-        for profile in of:
-            reads = tuple(name.format(profile=profile) for name in READS.get(notebook, ()))
-            found.append(Page(f"{profile}/{notebook}", notebook, profile, {"profile": profile}, reads=reads))
+        for experiment in of:
+            reads = tuple(name.format(experiment=experiment) for name in READS.get(notebook, ()))
+            found.append(
+                Page(f"{experiment}/{notebook}", notebook, experiment, {"experiment": experiment}, reads=reads)
+            )
     runs = [page for sweep in SWEEPS for _, page in sweep_pages(sweep)]
     found += runs
     for sweep, of in SWEEPS.items():
         after = tuple(page.name for _, page in sweep_pages(sweep))
-        parameters = {"profile": SWEPT, "sweep": sweep}
+        parameters = {"experiment": SWEPT, "sweep": sweep}
         found.append(Page(f"{SWEPT}/ablation/sweep-{sweep}", "06_sweep", SWEPT, parameters, of.title, after))
     everything = tuple(dict.fromkeys(page.name for page in runs))
-    overview = {"profile": SWEPT, "sweep": "all"}
+    overview = {"experiment": SWEPT, "sweep": "all"}
     name = f"{SWEPT}/ablation/overview"
     found.append(Page(name, "06_sweep", SWEPT, overview, "All ablations at a glance", everything))
     return {page.name: page for page in found}
@@ -166,7 +180,7 @@ def read_notebook(path: Path) -> dict:
 
 
 def overrides(**parameters: Any) -> dict[str, Any]:
-    """Overrides of the profile for the parameters of notebook 05 that are not None.
+    """Overrides of the experiment for the parameters of notebook 05 that are not None.
 
     >>> overrides(sae_k=64, seed=None)
     {'sae.k': 64}
@@ -177,13 +191,13 @@ def overrides(**parameters: Any) -> dict[str, Any]:
     return {OVERRIDES[name]: value for name, value in parameters.items() if value is not None}
 
 
-def few_seeds(profile: str, seed: int | None = None) -> dict[str, Any]:
+def few_seeds(experiment: str, seed: int | None = None) -> dict[str, Any]:
     """The override that lets an ablation do with at most five seeds of the SAE; with one if it names the seed."""
-    return {"sae_seeds": 1 if seed is not None else min(5, _profile(profile).sae_seeds)}
+    return {"sae_seeds": 1 if seed is not None else min(5, _experiment(experiment).sae_seeds)}
 
 
 def detector_of(divergence: str | None) -> str:
-    """The detector that compares profiles by a divergence; None and "kl" are EPD itself. ValueError if unknown."""
+    """The detector that compares experiments by a divergence; None and "kl" are EPD itself. ValueError if unknown."""
     if divergence not in (None, *DIVERGENCES):
         raise ValueError(f"divergence is {divergence!r}; use one of {', '.join(DIVERGENCES)}")
     return "epd" if divergence in (None, "kl") else divergence
@@ -199,11 +213,12 @@ def default_parameters(notebook: Mapping) -> dict[str, Any]:
 
 
 def check_parameters(notebook: str, parameters: Mapping[str, Any], template: Mapping | None = None) -> dict[str, Any]:
-    """Parameters of a notebook with its defaults, checked against the notebook and the profile before any work starts.
+    """Parameters of a notebook with its defaults, checked against the notebook and the experiment before any work
+    starts.
 
     Raises
     ------
-    ValueError (ProfileError)
+    ValueError (ExperimentError)
         Unknown parameter, wrong type, impossible value: with the name, the value and what would do.
     """
     known = default_parameters(template or read_notebook(root() / "notebooks" / f"{notebook}.ipynb"))
@@ -214,7 +229,7 @@ def check_parameters(notebook: str, parameters: Mapping[str, Any], template: Map
     detector_of(full.get("divergence"))
     if full.get("sweep", "all") not in ("all", *SWEEPS):
         raise ValueError(f"sweep is {full['sweep']!r}; use one of all, {', '.join(SWEEPS)}")
-    from capsae.pipeline.experiments import load_profile
+    from capsae.pipeline.experiments import load_experiment
 
-    load_profile(full["profile"], overrides(**{name: full[name] for name in OVERRIDES if name in full}))
+    load_experiment(full["experiment"], overrides(**{name: full[name] for name in OVERRIDES if name in full}))
     return full

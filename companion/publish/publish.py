@@ -1,8 +1,8 @@
 """Executes the notebooks and publishes what succeeded: the pages under ``book/runs``.
 
-A page is one notebook with parameters for one profile (:mod:`companion.publish.plan`). It is executed under a temporary
-name, cleaned of what changes from run to run, stamped with digests of what it was made from, and only then moved into
-place. Whether a committed page is fresh follows from these digests alone: :func:`why_stale`.
+A page is one notebook with parameters for one experiment (:mod:`companion.publish.plan`). It is executed under a
+temporary name, cleaned of what changes from run to run, stamped with digests of what it was made from, and only then
+moved into place. Whether a committed page is fresh follows from these digests alone: :func:`why_stale`.
 
 ``python -m companion.build run PAGE...`` and ``python -m companion.build status`` are what the Snakefile calls.
 """
@@ -82,11 +82,11 @@ def page_inputs(page: Page) -> dict[str, str]:
 
     template = read_notebook(root() / "notebooks" / f"{page.notebook}.ipynb")
     cells = "\n".join("".join(c["source"]) for c in template["cells"] if c["cell_type"] == "code")
-    run = _run(page.profile, json.dumps(overrides(**{n: v for n, v in page.parameters.items() if n in OVERRIDES})))
+    run = _run(page.experiment, json.dumps(overrides(**{n: v for n, v in page.parameters.items() if n in OVERRIDES})))
     inputs = {
         "notebook": template_digest(template),
         "parameters": _hash([dict(page.parameters), page.title, SCHEMA]),
-        "profile": _hash(run.profile.to_dict()),
+        "experiment": _hash(run.experiment.to_dict()),
         "features": run.digest("features")[:20],
         "code": notebook_digest(cells, without=(Run._code,))[:20],  # it names artefacts, it makes none
     }
@@ -96,22 +96,22 @@ def page_inputs(page: Page) -> dict[str, str]:
     return inputs | {f"page {name}": page_digest(pages()[name]) for name in page.after}
 
 
-@cache  # one a process: opening the sources of a profile takes a second
-def _run(profile: str, changed: str):
+@cache  # one a process: opening the sources of an experiment takes a second
+def _run(experiment: str, changed: str):
     from capsae.pipeline.run import Run
 
-    return Run(profile, json.loads(changed), progress=False)
+    return Run(experiment, json.loads(changed), progress=False)
 
 
 @cache
-def _cached_digest(name: str, notebook: str, profile: str, parameters: str, *rest) -> str:
-    return _hash(page_inputs(Page(name, notebook, profile, json.loads(parameters), *rest)))
+def _cached_digest(name: str, notebook: str, experiment: str, parameters: str, *rest) -> str:
+    return _hash(page_inputs(Page(name, notebook, experiment, json.loads(parameters), *rest)))
 
 
 def page_digest(page: Page) -> str:
     """One digest of :func:`page_inputs`."""
     parameters = json.dumps(dict(page.parameters), sort_keys=True)
-    return _cached_digest(page.name, page.notebook, page.profile, parameters, page.title, page.after, page.reads)
+    return _cached_digest(page.name, page.notebook, page.experiment, parameters, page.title, page.after, page.reads)
 
 
 # --- executing
@@ -143,7 +143,7 @@ def execute(page: Page, folder: Path, template: Path | None = None, kernel: Shar
     template = template or root() / "notebooks" / f"{page.notebook}.ipynb"
     parameters = check_parameters(page.notebook, page.parameters, read_notebook(template))
     given = {name: parameters[name] for name in page.parameters}
-    stamped = stamp(page, parameters)  # before the run: a profile that cannot be used is refused here
+    stamped = stamp(page, parameters)  # before the run: an experiment that cannot be used is refused here
     raw, out = folder / "raw.ipynb", folder / f"{Path(page.name).name}.ipynb"
     try:
         quiet: dict[str, Any] = {"progress_bar": False, "stderr_file": sys.stderr}
@@ -173,7 +173,7 @@ def stamp(page: Page, parameters: Mapping[str, Any]) -> dict[str, Any]:
         "schema": SCHEMA,
         "page": page.name,
         "notebook": page.notebook,
-        "profile": page.profile,
+        "experiment": page.experiment,
         "parameters": dict(parameters),
         "inputs": inputs,
         "digest": _hash(inputs),
@@ -228,7 +228,7 @@ def set_title(notebook: dict, page: Page) -> None:
     for cell in notebook["cells"]:
         lines = "".join(cell["source"]).splitlines()
         if cell["cell_type"] == "markdown" and lines and lines[0].startswith("# "):
-            lines[0] = f"# {page.title}" if page.title else f"{lines[0]} ({page.profile})"
+            lines[0] = f"# {page.title}" if page.title else f"{lines[0]} ({page.experiment})"
             cell["source"] = "\n".join(lines)
             return
     raise ValueError(f"notebook {page.notebook} has no heading of the first level")
@@ -297,16 +297,16 @@ def results(name: str) -> dict[str, Any]:
     return read_notebook(path)["metadata"]["capsae"]["results"]
 
 
-def sweep_table(sweep: str, profile: str = SWEPT):
+def sweep_table(sweep: str, experiment: str = SWEPT):
     """Results of a sweep's runs as a data frame: sweep, setting, chosen, method, metric, group, value, lo, hi, page."""
     import pandas as pd
 
     from capsae.detectors import OURS
 
     rows = []
-    for setting, page in sweep_pages(sweep, profile):
+    for setting, page in sweep_pages(sweep, experiment):
         found = results(page.name)
-        own = page.name == base_page(profile).name
+        own = page.name == base_page(experiment).name
         at = {"sweep": SWEEPS[sweep].title, "setting": str(setting), "chosen": own}
         for row in found["metrics"]:
             # In the sweep over divergences each run is about its own; elsewhere the methods are those of the run.

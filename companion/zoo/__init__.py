@@ -6,7 +6,7 @@
     sae = zoo.fit("jumprelu", Run("imagenet20"))   # as the committed tables had it
     table = zoo.load("imagenet20")                 # the committed table, tidy
 
-`capsae zoo` (or `make zoo`) makes the tables anew: `book/zoo/<profile>.csv`, with `<profile>.json` beside it.
+`capsae zoo` (or `make zoo`) makes the tables anew: `book/zoo/<experiment>.csv`, with `<experiment>.json` beside it.
 """
 
 from .fitting import Member, member, members

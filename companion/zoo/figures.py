@@ -1,4 +1,4 @@
-"""Figures of the zoo's page: one function a figure, tidy data in, matplotlib Figure out (see :mod:`companion.figures.figures`)."""
+"""Figures of the zoo's page: one function a figure, tidy data in, matplotlib Figure out."""
 
 from __future__ import annotations
 

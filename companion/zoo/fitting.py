@@ -22,7 +22,7 @@ from capsae.sae.variants import thresholds as variants
 
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SEEDS = (0, 1, 2, 3, 4)
-# All members of a profile have the same; fewer than the profile's own SAE, so that all of the zoo takes half an hour.
+# All members of an experiment have the same: fewer than its own SAE, so that all of the zoo takes half an hour.
 EPOCHS = {"imagenet20": 8, "mini80": 4}
 NEAR = 0.1  # a mean L0 that is off its target by at most this share counts as equal
 KINDS = {"variant": "sparse autoencoder", "dictionary": "dictionary without gradients", "control": "control"}
@@ -90,9 +90,11 @@ def seeds_of(name: str, seeds: Iterable[int] = SEEDS) -> tuple[int, ...]:
     return seeds if member(name).seeded else seeds[:1]
 
 
-def settings(profile) -> SAEConfig:
-    """What all members of a profile share: its SAE's settings with the zoo's epochs."""
-    return replace(profile.sae, epochs=EPOCHS.get(profile.name, profile.sae.epochs), variant="topk", options={})
+def settings(experiment) -> SAEConfig:
+    """What all members of an experiment share: its SAE's settings with the zoo's epochs."""
+    return replace(
+        experiment.sae, epochs=EPOCHS.get(experiment.name, experiment.sae.epochs), variant="topk", options={}
+    )
 
 
 def needs_head(name: str) -> bool:
@@ -100,21 +102,25 @@ def needs_head(name: str) -> bool:
 
 
 def normalised_head(run):
-    """A linear probe on the rows as the encoder sees them, for g-SAE; once a profile, kept in the run's store."""
+    """A linear probe on the rows as the encoder sees them, for g-SAE; once an experiment, kept in the run's store."""
     from capsae.features.featureset import LinearHead
     from capsae.features.probe import fit_linear_probe
 
     def make():
         train = run.features("train")
-        rows = TopKSAE(train.cls.shape[1], settings(run.profile)).normalize(train.cls)
-        return fit_linear_probe(rows, train.labels, run.profile.n_classes, seed=run.profile.seed)
+        rows = TopKSAE(train.cls.shape[1], settings(run.experiment)).normalize(train.cls)
+        return fit_linear_probe(rows, train.labels, run.experiment.n_classes, seed=run.experiment.seed)
 
-    if run.profile.sae.normalize == "dataset":
+    if run.experiment.sae.normalize == "dataset":
         raise ValueError("normalize is 'dataset': a head on normalised rows needs 'sample', 'l2' or 'none'")
-    recipe = {"normalize": run.profile.sae.normalize, "n_classes": run.profile.n_classes, "seed": run.profile.seed}
+    recipe = {
+        "normalize": run.experiment.sae.normalize,
+        "n_classes": run.experiment.n_classes,
+        "seed": run.experiment.seed,
+    }
     return run.store.get_or_make(
         "zoo-head",
-        recipe | {"train_fraction": run.profile.train_fraction},
+        recipe | {"train_fraction": run.experiment.train_fraction},
         {"train": run.inputs.digest("train")},
         code_digest(normalised_head),
         make,

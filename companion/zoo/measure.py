@@ -38,10 +38,10 @@ def measure(run, model, n_boot: int = N_BOOT) -> pd.DataFrame:
     Reconstruction and the head on test rows; profiles, monosemanticity and separability on training rows; probing is
     fitted on training rows and measured on test rows.
     """
-    observed = {name: observe(run, model, name) for name in ("train", "test", *run.profile.ood_sets)}
+    observed = {name: observe(run, model, name) for name in ("train", "test", *run.experiment.ood_sets)}
     tables = [
         reconstruction(model, observed["train"], observed["test"], run.features("test").labels, run.head),
-        latents(observed["train"], observed["test"], run.features("test").labels, run.profile.n_classes),
+        latents(observed["train"], observed["test"], run.features("test").labels, run.experiment.n_classes),
         ood(run, observed, n_boot),
     ]
     return pd.concat(tables, ignore_index=True)[COLUMNS]
@@ -90,8 +90,8 @@ def ood(run, observed: Mapping[str, Observations], n_boot: int) -> pd.DataFrame:
     fitted = {}
     for name in METHODS:
         fitted[name] = _detectors.create(name, **run.detector_options(name)).fit(observed["train"])
-    sets = {name: observed[name] for name in run.profile.ood_sets}
-    table = evaluate(fitted, observed["test"], sets, n_boot, run.profile.seed)
+    sets = {name: observed[name] for name in run.experiment.ood_sets}
+    table = evaluate(fitted, observed["test"], sets, n_boot, run.experiment.seed)
     return table[table["metric"].isin(OOD_METRICS)].rename(columns={"metric": "measure"})
 
 
@@ -137,7 +137,7 @@ def backbones(run, other, latents: int, k: int, seeds: Sequence[int] = (0, 1)) -
 
     Parameters
     ----------
-    run, other : Run of one profile with two backbones; ids of their training rows must be equal
+    run, other : Run of one experiment with two backbones; ids of their training rows must be equal
     latents, k : of the dictionaries
     seeds : of ITDA; the first is that of both backbones, the second tells how much the order of the rows does
 
@@ -154,7 +154,7 @@ def backbones(run, other, latents: int, k: int, seeds: Sequence[int] = (0, 1)) -
         raise ValueError("the two runs have other training images, or in another order: Jaccard of rows means nothing")
 
     def taken(rows, seed):
-        return dictionaries.create("itda", latents, k, run.profile.sae.normalize, seed).fit(rows).rows
+        return dictionaries.create("itda", latents, k, run.experiment.sae.normalize, seed).fit(rows).rows
 
     one, two, again = taken(a.cls, seeds[0]), taken(b.cls, seeds[0]), taken(a.cls, seeds[1])
     both = len(one) * len(two) / len(a)

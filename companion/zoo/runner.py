@@ -1,4 +1,4 @@
-"""`capsae zoo`: all fits and measures of a profile, in processes of one thread each, and the tables they make.
+"""`capsae zoo`: all fits and measures of an experiment, in processes of one thread each, and the tables they make.
 
 In this order, and no earlier stage knows of a later one: every rate of the grid with the first seed; the choice of the
 rates, on held-out ID rows; the other seeds; then, for the first time, test and OOD rows.
@@ -24,8 +24,8 @@ from . import measure, tables
 from .fitting import RATES, SEEDS, choose, member, members, rates, seeds_of, settings
 from .tasks import Task, perform, seconds
 
-PROFILES = ("imagenet20", "mini80")
-BACKBONES = "digits"  # two backbones that saw the same images: the one profile whose backbone can be trained here
+EXPERIMENTS = ("imagenet20", "mini80")
+BACKBONES = "digits"  # two backbones that saw the same images: the one experiment whose backbone can be trained here
 ITDA_ATOMS, ITDA_K = 128, 16
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 # About how long a task takes beside others of its kind: for the estimate of what is left, and to start long ones first.
@@ -63,7 +63,7 @@ class Progress:
 
 
 def run_zoo(
-    profile: str,
+    experiment: str,
     names: Iterable[str] | None = None,
     seeds: Sequence[int] = SEEDS,
     jobs: int = 2,
@@ -71,11 +71,11 @@ def run_zoo(
     executor: Executor | None = None,
     write: Callable[[str], object] = sys.stderr.write,
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    """Fit and measure members of a profile; what the store holds is not made again.
+    """Fit and measure members of an experiment; what the store holds is not made again.
 
     Parameters
     ----------
-    profile : name or path
+    experiment : name or path
     names : members, default all
     seeds : the first chooses the rates
     jobs : processes
@@ -92,10 +92,10 @@ def run_zoo(
     names, seeds = list(names or members()), tuple(seeds)
     for name in names:
         member(name)
-    run, started = _run(str(profile)), time.perf_counter()
-    for name in run.profile.sets:
+    run, started = _run(str(experiment)), time.perf_counter()
+    for name in run.experiment.sets:
         run.features(name)  # what all processes need is made once, here
-    first = [Task("fit", str(profile), name, lr, seeds[:1]) for name in names for lr in rates(name, grid)]
+    first = [Task("fit", str(experiment), name, lr, seeds[:1]) for name in names for lr in rates(name, grid)]
     expected = [Task("fit", "", name, None, (s,)) for name in names for s in seeds_of(name, seeds)[1:]]
     expected += [Task("measure", "", name, None, (s,)) for name in names for s in seeds_of(name, seeds)]
     expected += [Task("stability", "", name, None, seeds) for name in names if len(seeds_of(name, seeds)) > 1]
@@ -103,15 +103,15 @@ def run_zoo(
     with _pool(jobs, executor) as pool:
         tried = pd.concat([found.assign(member=task.member, lr=task.lr, seed=task.seeds[0])
                            for task, found in _all(pool, first, progress)], ignore_index=True)  # fmt: skip
-        chosen = choose(tried, run.profile.sae.k)
+        chosen = choose(tried, run.experiment.sae.k)
         rate = {name: None if pd.isna(lr) else float(lr) for name, lr in chosen.items()}
         more = [(name, seed) for name in names for seed in seeds_of(name, seeds)[1:]]
-        fits = [Task("fit", str(profile), name, rate[name], (seed,)) for name, seed in more]
+        fits = [Task("fit", str(experiment), name, rate[name], (seed,)) for name, seed in more]
         again = [found.assign(member=task.member, lr=task.lr, seed=task.seeds[0])
                  for task, found in _all(pool, fits, progress)]  # fmt: skip
         both = [(name, seed) for name in names for seed in seeds_of(name, seeds)]
-        last = [Task("measure", str(profile), name, rate[name], (seed,)) for name, seed in both]
-        last += [Task("stability", str(profile), name, rate[name], seeds_of(name, seeds))
+        last = [Task("measure", str(experiment), name, rate[name], (seed,)) for name, seed in both]
+        last += [Task("stability", str(experiment), name, rate[name], seeds_of(name, seeds))
                  for name in names if len(seeds_of(name, seeds)) > 1]  # fmt: skip
         measured = [found.assign(member=task.member, seed=task.seeds[0] if task.kind == "measure" else -1, lr=task.lr)
                     for task, found in _all(pool, last, progress)]  # fmt: skip
@@ -122,12 +122,12 @@ def run_zoo(
     return (
         table,
         tried,
-        tables.about(run, names, seeds, grid, time.perf_counter() - started, work, settings(run.profile)),
+        tables.about(run, names, seeds, grid, time.perf_counter() - started, work, settings(run.experiment)),
     )
 
 
 def run_backbones(jobs: int = 2) -> pd.DataFrame:
-    """`measure.backbones` of the profile whose backbone is trained here, with the backbone of another seed."""
+    """`measure.backbones` of the experiment whose backbone is trained here, with the backbone of another seed."""
     run, other = _run(BACKBONES), Run(BACKBONES, {"seed": 1, "pack": "none"}, device="cpu", progress=False)
     return measure.backbones(run, other, ITDA_ATOMS, ITDA_K)
 
@@ -159,12 +159,12 @@ def _told(found: pd.DataFrame) -> str:
 
 
 def _perform(task: Task) -> pd.DataFrame:
-    return perform(_run(task.profile), task)
+    return perform(_run(task.experiment), task)
 
 
 @cache  # one a process
-def _run(profile: str) -> Run:
-    return Run(profile, device="cpu", progress=False)
+def _run(experiment: str) -> Run:
+    return Run(experiment, device="cpu", progress=False)
 
 
 @contextlib.contextmanager

@@ -17,24 +17,24 @@ OOD_COLUMNS = {"latents": "{:.0f}", "L0": "{:.1f}", "FVU": "{:.3f}"} | dict.from
 def page(run: Run) -> tuple[Chapter, SimpleNamespace, SimpleNamespace, Numbers]:
     """The chapter, :func:`of` the run's experiment and of `SECOND`, and the numbers of the findings."""
     own, other = of(run), of(Run(SECOND, progress=False))
-    both = {run.profile.name: own, SECOND: other}
+    both = {run.experiment.name: own, SECOND: other}
     numbers = verdicts.numbers(
         {name: one.table for name, one in both.items()},
         {name: one.grid for name, one in both.items()},
         {name: one.known for name, one in both.items()},
         tables.backbones(),
         summary.own_sae(run),
-        run.profile.sae.k,
+        run.experiment.sae.k,
     )
     return Chapter("08_zoo", run), own, other, numbers
 
 
 def of(run: Run) -> SimpleNamespace:
     """One experiment's tables: table, grid, line, fits, members, known, order (best first for OOD), compared, means."""
-    name = run.profile.name
+    name = run.experiment.name
     table = load(name)
     fits = summary.fits(table)
-    members = summary.by_member(fits, table, run.profile.sae.k)
+    members = summary.by_member(fits, table, run.experiment.sae.k)
     return SimpleNamespace(
         table=table,
         grid=load_grid(name),

@@ -179,10 +179,10 @@ def own_sae(run) -> dict[str, float]:
 
     from .measure import observe, ood
 
-    observed = {name: observe(run, run.sae, name) for name in ("train", "test", *run.profile.ood_sets)}
+    observed = {name: observe(run, run.sae, name) for name in ("train", "test", *run.experiment.ood_sets)}
     found = ood(run, observed, 2)
     found = found[(found["set"] == "mean") & (found["group"] == "all") & (found["measure"] == "fpr95_ood_pos")]
-    sae = run.profile.sae
+    sae = run.experiment.sae
     about = {"lr": sae.lr, "epochs": sae.epochs, "dead": float(dead_fraction(observed["train"].codes))}
     return about | {row.method: float(row.value) for row in found.itertuples()}
 
@@ -226,7 +226,7 @@ def with_nulls(members: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
 
 def with_data_nulls(members: pd.DataFrame, run) -> pd.DataFrame:
     """:func:`with_nulls` of a run's own training rows."""
-    x, config = run.features("train").cls, settings(run.profile)
+    x, config = run.features("train").cls, settings(run.experiment)
     sizes = [(config.latents, True), (config.latents, False), (x.shape[1], True)]
     return with_nulls(members, nulls(TopKSAE(x.shape[1], config).normalize(x), sizes))
 

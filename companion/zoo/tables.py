@@ -1,4 +1,4 @@
-"""The committed tables of the zoo: `book/zoo/<profile>.csv`, `<profile>.grid.csv` and `<profile>.json`."""
+"""The committed tables of the zoo: `book/zoo/<experiment>.csv`, `<experiment>.grid.csv` and `<experiment>.json`."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ RULE = (
 )
 
 
-def load(profile: str, folder: Path | None = None) -> pd.DataFrame:
-    """The committed table of a profile, with the members' titles.
+def load(experiment: str, folder: Path | None = None) -> pd.DataFrame:
+    """The committed table of an experiment, with the members' titles.
 
     Columns: member, title, kind, seed (-1: all), lr, measure, method, set, group, value, lo, hi. FileNotFoundError
-    where it was not made: `capsae zoo --profile ...` makes it.
+    where it was not made: `capsae zoo --experiment ...` makes it.
     """
-    table = _read(profile, ".csv", folder)
+    table = _read(experiment, ".csv", folder)
     table[["method", "set", "group"]] = table[["method", "set", "group"]].fillna("")
     table.insert(1, "title", table["member"].map(lambda name: member(name).title))
     return table
 
 
-def load_grid(profile: str, folder: Path | None = None) -> pd.DataFrame:
-    """Every fit of a profile: all rates with the first seed, the chosen one with all. Columns: `GRID`."""
-    return _read(profile, ".grid.csv", folder)
+def load_grid(experiment: str, folder: Path | None = None) -> pd.DataFrame:
+    """Every fit of an experiment: all rates with the first seed, the chosen one with all. Columns: `GRID`."""
+    return _read(experiment, ".grid.csv", folder)
 
 
-def provenance(profile: str, folder: Path | None = None) -> dict:
+def provenance(experiment: str, folder: Path | None = None) -> dict:
     """What stands behind a committed table: digests, code, machine, versions, date, times."""
-    return json.loads(_path(profile, ".json", folder).read_text(encoding="utf-8"))
+    return json.loads(_path(experiment, ".json", folder).read_text(encoding="utf-8"))
 
 
-def chosen_rates(profile: str, folder: Path | None = None) -> dict[str, float]:
+def chosen_rates(experiment: str, folder: Path | None = None) -> dict[str, float]:
     """The learning rate of each trained member of a committed table; empty where there is none."""
     try:
-        grid = load_grid(profile, folder)
+        grid = load_grid(experiment, folder)
     except FileNotFoundError:
         return {}
     rows = grid[grid["chosen"] & grid["lr"].notna()]
@@ -63,21 +63,21 @@ def backbones(folder: Path | None = None) -> pd.DataFrame:
     return _read("backbones", ".csv", folder)
 
 
-def made_short(profile: str, folder: Path | None = None) -> dict:
+def made_short(experiment: str, folder: Path | None = None) -> dict:
     """When and how long a committed table was made, for the page's record."""
-    of = provenance(profile, folder)
+    of = provenance(experiment, folder)
     return {"date": of["date"], "work_s": of["work_s"], "cpu": of["machine"]["cpu"], "epochs": of["settings"]["epochs"]}
 
 
 def save(table: pd.DataFrame, grid: pd.DataFrame, about: Mapping, folder: Path | None = None) -> Path:
-    """Write the three files, named for the profile; returns the table's path."""
-    profile = about["profile"]
-    path = _path(profile, ".csv", folder)
+    """Write the three files, named for the experiment; returns the table's path."""
+    experiment = about["experiment"]
+    path = _path(experiment, ".csv", folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     for data, suffix in ((table, ".csv"), (grid, ".grid.csv")):
         text = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-        _path(profile, suffix, folder).write_text(text, encoding="utf-8")
-    _path(profile, ".json", folder).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        _path(experiment, suffix, folder).write_text(text, encoding="utf-8")
+    _path(experiment, ".json", folder).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -109,9 +109,9 @@ def about(run, names, seeds, grid, wall_s: float, work_s: float, shared) -> dict
     from .tasks import code_digests
 
     return {
-        "profile": run.profile.name,
-        "title": run.profile.title,
-        "backbone": run.profile.backbone.model,
+        "experiment": run.experiment.name,
+        "title": run.experiment.title,
+        "backbone": run.experiment.backbone.model,
         "settings": asdict(shared) | {"lr": None, "seed": None},
         "rates": list(grid),
         "seeds": list(seeds),
@@ -126,21 +126,24 @@ def about(run, names, seeds, grid, wall_s: float, work_s: float, shared) -> dict
     }
 
 
-def line(profile: str, folder: Path | None = None) -> str:
+def line(experiment: str, folder: Path | None = None) -> str:
     """What stands under a figure that is drawn from a committed table."""
-    of = provenance(profile, folder)
+    of = provenance(experiment, folder)
     seeds, settings = of["seeds"], of["settings"]
     return (
-        f"Zoo of {profile} · backbone {of['backbone']} · seeds {min(seeds)} to {max(seeds)} · "
+        f"Zoo of {experiment} · backbone {of['backbone']} · seeds {min(seeds)} to {max(seeds)} · "
         f"{settings['epochs']} epochs · made {of['date']} on {of['machine']['cpu']} · features "
         f"{of['digests']['features'][:12]} · measures {of['code']['measures'][:12]}"
     )
 
 
-def made(profile: str, folder: Path | None = None) -> pd.DataFrame:
+def made(experiment: str, folder: Path | None = None) -> pd.DataFrame:
     """The provenance of a committed table as a table: item, value."""
-    of = provenance(profile, folder)
-    rows = [("profile", f"{of['profile']}: {of['title']}"), ("learning rates tried", ", ".join(map(str, of["rates"])))]
+    of = provenance(experiment, folder)
+    rows = [
+        ("experiment", f"{of['experiment']}: {of['title']}"),
+        ("learning rates tried", ", ".join(map(str, of["rates"]))),
+    ]
     rows += [("rule of choice", of["rule"]), ("seeds", ", ".join(map(str, of["seeds"])))]
     rows += [(f"setting, {key}", value) for key, value in of["settings"].items() if value not in (None, {}, "")]
     rows += [("made", of["date"]), ("work of one process, minutes", f"{of['work_s'] / 60:.1f}")]
@@ -161,14 +164,14 @@ def cpu_model() -> str:
         return platform.processor() or "unknown"
 
 
-def _path(profile: str, suffix: str, folder: Path | None) -> Path:
-    return (folder or root() / FOLDER) / f"{profile}{suffix}"
+def _path(experiment: str, suffix: str, folder: Path | None) -> Path:
+    return (folder or root() / FOLDER) / f"{experiment}{suffix}"
 
 
-def _read(profile: str, suffix: str, folder: Path | None) -> pd.DataFrame:
-    path = _path(profile, suffix, folder)
+def _read(experiment: str, suffix: str, folder: Path | None) -> pd.DataFrame:
+    path = _path(experiment, suffix, folder)
     if not path.is_file():
-        raise FileNotFoundError(f"no table {path}: capsae zoo --profile {profile} makes it")
+        raise FileNotFoundError(f"no table {path}: capsae zoo --experiment {experiment} makes it")
     return pd.read_csv(path)
 
 
@@ -182,10 +185,11 @@ def fit(name: str, run, seed: int = 0, lr: float | None = None) -> SparseCoder:
         Whose training rows it is fitted on; its validation rows choose the epoch.
     seed : int
     lr : float or None
-        None takes the rate that the committed table of the profile chose; the profile's own where there is none.
+        None takes the rate that the committed table of the experiment chose; the experiment's own where there is none.
     """
     if lr is None and member(name).trained:
-
-        lr = chosen_rates(run.profile.name).get(name, run.profile.sae.lr)
+        lr = chosen_rates(run.experiment.name).get(name, run.experiment.sae.lr)
     head = normalised_head(run) if needs_head(name) else None
-    return fit_rows(name, settings(run.profile), run.features("train").cls, run.features("val").cls, seed, lr, head)[0]
+    return fit_rows(name, settings(run.experiment), run.features("train").cls, run.features("val").cls, seed, lr, head)[
+        0
+    ]

@@ -17,7 +17,6 @@ from capsae.pipeline.store import artefact_digest
 from capsae.sae.dictionaries import methods as dictionaries
 from capsae.sae.model import SparseCoder, TopKSAE
 
-from ..chapters.tuning.sealed import tuning
 from . import measure
 from .fitting import fit_code, fit_rows, member, needs_head, normalised_head, settings
 
@@ -27,14 +26,14 @@ class Task:
     """One artefact: kind "fit", "measure" or "stability" (of all `seeds`)."""
 
     kind: str
-    profile: str
+    experiment: str
     member: str
     lr: float | None
     seeds: tuple[int, ...]
 
     def __str__(self) -> str:
         rate = "" if self.lr is None else f" lr {self.lr:g}"
-        return f"{self.kind} {Path(self.profile).stem} {self.member}{rate} seed {','.join(map(str, self.seeds))}"
+        return f"{self.kind} {Path(self.experiment).stem} {self.member}{rate} seed {','.join(map(str, self.seeds))}"
 
 
 def perform(run: Run, task: Task) -> pd.DataFrame:
@@ -53,12 +52,11 @@ def fitted(run: Run, name: str, lr: float | None, seed: int) -> tuple[SparseCode
 
     def make():
         head = normalised_head(run) if needs_head(name) else None
-        with tuning(f"the zoo's {name}"):
-            train, val = run.features("train").cls, run.features("val").cls
-            try:
-                return fit_rows(name, settings(run.profile), train, val, seed, lr, head)
-            except FloatingPointError as error:
-                return None, {"held_out_fvu": np.nan, "held_out_l0": np.nan, "diverged": str(error)}
+        train, val = run.features("train").cls, run.features("val").cls
+        try:
+            return fit_rows(name, settings(run.experiment), train, val, seed, lr, head)
+        except FloatingPointError as error:
+            return None, {"held_out_fvu": np.nan, "held_out_l0": np.nan, "diverged": str(error)}
 
     def save(value, folder: Path):
         model, record = value
@@ -72,11 +70,15 @@ def fitted(run: Run, name: str, lr: float | None, seed: int) -> tuple[SparseCode
             return None, record
         return (TopKSAE.load if member(name).trained else dictionaries.load)(folder), record
 
-    return run.store.get_or_make(stage, config, inputs, code, make, save, load, {"profile": run.profile.name})
+    return run.store.get_or_make(stage, config, inputs, code, make, save, load, {"experiment": run.experiment.name})
 
 
 def _recipe(run: Run, name: str, lr: float | None, seed: int):
-    shared = asdict(settings(run.profile)) | {"lr": lr, "seed": seed, "train_fraction": run.profile.train_fraction}
+    shared = asdict(settings(run.experiment)) | {
+        "lr": lr,
+        "seed": seed,
+        "train_fraction": run.experiment.train_fraction,
+    }
     inputs = {one: run.inputs.digest(one) for one in ("train", "val")}
     return "zoo-fit", {"member": name, **shared}, inputs, fit_code(name)
 
@@ -88,10 +90,10 @@ def recipe(run: Run, task: Task) -> tuple:
     fits = {str(seed): artefact_digest(*_recipe(run, task.member, task.lr, seed)) for seed in task.seeds}
     if task.kind == "stability":
         return "zoo-stability", {}, fits, code_digest(measure.stability)
-    inputs = {name: run.inputs.digest(name) for name in run.profile.sets}
+    inputs = {name: run.inputs.digest(name) for name in run.experiment.sets}
     inputs |= {"fit": fits[str(task.seeds[0])], "head": run.digest("head")}
     options = {name: run.detector_options(name) for name in measure.METHODS}
-    config = {"n_boot": measure.N_BOOT, "detectors": options, "seed": run.profile.seed}
+    config = {"n_boot": measure.N_BOOT, "detectors": options, "seed": run.experiment.seed}
     return "zoo-measures", config, inputs, code_digest(measure.measure)
 
 
@@ -124,7 +126,7 @@ def _frame(run: Run, task: Task, make) -> pd.DataFrame:
         make,
         save=lambda table, folder: table.to_parquet(folder / "table.parquet", index=False),
         load=lambda folder: pd.read_parquet(folder / "table.parquet"),
-        provenance={"profile": run.profile.name},
+        provenance={"experiment": run.experiment.name},
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import small_profile
+import small_experiment
 from PIL import Image
 
 import capsae.features.extract
@@ -18,7 +18,7 @@ import capsae.pipeline.own_images
 from capsae.__main__ import main
 from capsae.data.images import BadImage
 from capsae.features.featureset import FeatureSet
-from capsae.pipeline.experiments import Profile, available, load_profile
+from capsae.pipeline.experiments import Experiment, available, load_experiment
 from capsae.pipeline.own_images import find_images
 
 SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[3] / "shared"))
@@ -34,8 +34,8 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    return str(small_profile.write(tmp_path_factory.mktemp("profile")))
+def experiment(tmp_path_factory):
+    return str(small_experiment.write(tmp_path_factory.mktemp("experiment")))
 
 
 @pytest.fixture
@@ -60,47 +60,47 @@ def test_help_leads_through_every_command(capsae_):
     assert status == 0
     order = [
         out.index(f"  capsae {word}")
-        for word in ("profiles", "extract", "train", "score", "explain", "evaluate", "reproduce")
+        for word in ("experiments", "extract", "train", "score", "explain", "evaluate", "reproduce")
     ]
     assert order == sorted(order)
-    for word in ("profiles", "extract", "train", "score", "explain", "evaluate", "detectors", "reproduce"):
+    for word in ("experiments", "extract", "train", "score", "explain", "evaluate", "detectors", "reproduce"):
         status, out, _ = capsae_(word, "--help")
         assert status == 0 and "usage" in out
 
 
 def test_it_runs_as_a_module_and_tells_status():
     run = subprocess.run(
-        [sys.executable, "-m", "capsae", "profiles", "nowhere"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "capsae", "experiments", "nowhere"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith("capsae: no profile 'nowhere'") and "Traceback" not in run.stderr
+    assert run.stderr.startswith("capsae: no experiment 'nowhere'") and "Traceback" not in run.stderr
 
 
-def test_profiles_lists_all_with_what_they_need(capsae_):
-    status, out, _ = capsae_("profiles")
+def test_experiments_lists_all_with_what_they_need(capsae_):
+    status, out, _ = capsae_("experiments")
     assert status == 0
     assert [line for line in out.splitlines() if line in available()] == available()
     assert out.count("  needs ") == len(available()) and "14278 images, 6.5 MB" in out and "150 GB" in out
 
 
-def test_profiles_prints_one_with_overrides(capsae_):
-    status, out, _ = capsae_("profiles", "imagenet20", "--set", "sae.k=64")
+def test_experiments_prints_one_with_overrides(capsae_):
+    status, out, _ = capsae_("experiments", "imagenet20", "--set", "sae.k=64")
     assert status == 0 and "sae.k = 64\n" in out and "sae.latents = 1920\n" in out
 
 
 @pytest.mark.parametrize("name", available())
-def test_a_printed_profile_is_a_profile_file(capsae_, name, tmp_path):
-    status, out, _ = capsae_("profiles", name, "--set", "n_boot=7")
+def test_a_printed_experiment_is_a_experiment_file(capsae_, name, tmp_path):
+    status, out, _ = capsae_("experiments", name, "--set", "n_boot=7")
     assert status == 0
-    profile = load_profile(name, {"n_boot": 7})
-    assert Profile.model_validate(tomllib.loads(out)) == profile
+    experiment = load_experiment(name, {"n_boot": 7})
+    assert Experiment.model_validate(tomllib.loads(out)) == experiment
     line = next(line for line in out.splitlines() if line.startswith("ood."))  # as printed, with TOML's quotes
-    status, again, _ = capsae_("profiles", name, "--set", "pack=none", "--set", line.replace(" = ", "=", 1))
+    status, again, _ = capsae_("experiments", name, "--set", "pack=none", "--set", line.replace(" = ", "=", 1))
     assert status == 0 and f"{line}\n" in again
-    if profile.pack or name == "digits":  # the others need their images
+    if experiment.pack or name == "digits":  # the others need their images
         (tmp_path / "own.toml").write_text(out, encoding="utf-8")
-        own = load_profile(tmp_path / "own.toml")
-        assert own.model_copy(update={"data_root": None}) == profile
+        own = load_experiment(tmp_path / "own.toml")
+        assert own.model_copy(update={"data_root": None}) == experiment
 
 
 def test_detectors_are_listed_with_formula_and_options(capsae_):
@@ -117,7 +117,7 @@ def test_detectors_are_listed_with_formula_and_options(capsae_):
         (["train", "--out", "x", "--set", "sae.kk=3"], "did you mean sae.k?"),
         (["train", "--out", "x", "--set", "sae.k=1e3"], "write 1000"),
         (["train", "--out", "x", "--set", "sae.k"], "write KEY=VALUE"),
-        (["train", "mini80", "--profile", "digits", "--out", "x"], "two profiles"),
+        (["train", "mini80", "--experiment", "digits", "--out", "x"], "two experiments"),
         (["score", "no/such.jpg"], "no image or folder 'no/such.jpg'"),
         (["score", __file__, "--out", "no/such/folder/scores.csv"], "no folder"),
         (["score", __file__, "--checkpoint", "no.safetensors"], "--checkpoint 'no.safetensors': no such file"),
@@ -154,39 +154,45 @@ def test_debug_shows_the_traceback(home):
 # --- train
 
 
-def test_train_writes_a_folder_that_can_be_read_back(capsae_, profile, tmp_path):
+def test_train_writes_a_folder_that_can_be_read_back(capsae_, experiment, tmp_path):
     from capsae import ClassActivationProfiles, TopKSAE
 
-    status, out, _ = capsae_("train", "--profile", profile, "--out", tmp_path / "sae", "--set", "sae.k=4", "--quiet")
+    status, out, _ = capsae_(
+        "train", "--experiment", experiment, "--out", tmp_path / "sae", "--set", "sae.k=4", "--quiet"
+    )
     assert status == 0 and "FVU" in out
     assert TopKSAE.load(tmp_path / "sae").config.k == 4
     assert ClassActivationProfiles.load(tmp_path / "sae" / "caps.safetensors").n_classes == 4
     assert {"provenance.json", "history.csv", "head.safetensors"} <= {p.name for p in (tmp_path / "sae").iterdir()}
 
 
-def test_extract_makes_a_pack_again_from_the_profiles_images(capsae_, monkeypatch, tmp_path):
+def test_extract_makes_a_pack_again_from_the_experiments_images(capsae_, monkeypatch, tmp_path):
     """The real extraction is compared in test_packs; here: the right sources, backbone and folder."""
     import capsae.pipeline.packs
 
     made = {}
-    sets = {name: small_profile.features(name, 2) for name in ("train", "test", "near/shifted", "far/noise")}
-    profile = small_profile.write(tmp_path, sets)
+    sets = {name: small_experiment.features(name, 2) for name in ("train", "test", "near/shifted", "far/noise")}
+    experiment = small_experiment.write(tmp_path, sets)
     for name in ("train", "test", "shifted", "noise"):
         for c in range(4):
             draw(tmp_path / name / f"class{c}", "0.png", "1.png")
     monkeypatch.setattr(capsae.pipeline.own_images, "load_weights", lambda run: "backbone")
     monkeypatch.setattr(
-        capsae.pipeline.packs, "make_pack", lambda name, sources, backbone, out, **_: made.update(out=out, sources=sources)
+        capsae.pipeline.packs,
+        "make_pack",
+        lambda name, sources, backbone, out, **_: made.update(out=out, sources=sources),
     )
-    status, out, _ = capsae_("extract", profile, "--out", tmp_path / "new")
+    status, out, _ = capsae_("extract", experiment, "--out", tmp_path / "new")
     assert status == 0 and made["out"] == tmp_path / "new" and "--set pack=" in out
     assert {name: len(source) for name, source in made["sources"].items()} == dict.fromkeys(sets, 8)
     monkeypatch.setattr(capsae.pipeline.own_images, "load_weights", lambda run: pytest.fail("pixels need no backbone"))
-    monkeypatch.setattr(capsae.pipeline.packs, "add_pixels", lambda name, sources, out: made.update(pixels=sorted(sources)))
-    status, out, _ = capsae_("extract", profile, "--pixels", "--out", tmp_path / "new")
+    monkeypatch.setattr(
+        capsae.pipeline.packs, "add_pixels", lambda name, sources, out: made.update(pixels=sorted(sources))
+    )
+    status, out, _ = capsae_("extract", experiment, "--pixels", "--out", tmp_path / "new")
     assert status == 0 and made["pixels"] == sorted(sets) and "pixel statistics new" in out
     (tmp_path / "noise").rename(tmp_path / "gone")
-    status, _, err = capsae_("extract", profile, "--out", tmp_path / "new")
+    status, _, err = capsae_("extract", experiment, "--out", tmp_path / "new")
     assert status == 2 and "ood.far/noise.path" in err
 
 
@@ -204,9 +210,9 @@ def stubbed(monkeypatch):
             except BadImage as error:
                 bad.append({"id": error.id, "why": error.why})
         stems = [Path(source.ids[row]).stem.split("-") for row in rows]
-        sets = {name: small_profile.features(name, 5, seed=1) for name in ("test", "far/noise")}
+        sets = {name: small_experiment.features(name, 5, seed=1) for name in ("test", "far/noise")}
         known = {"id": sets["test"], "ood": sets["far/noise"]}
-        cls = np.array([known[kind].cls[int(at)] for kind, at in stems]).reshape(len(rows), small_profile.DIM)
+        cls = np.array([known[kind].cls[int(at)] for kind, at in stems]).reshape(len(rows), small_experiment.DIM)
         return FeatureSet(cls, np.full(len(rows), -1), source.ids[rows], meta={"bad_images": bad})
 
     monkeypatch.setattr(capsae.features.extract, "extract", extract)
@@ -220,14 +226,14 @@ def draw(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_score_writes_a_row_an_image_with_flags_and_reasons(capsae_, profile, stubbed, tmp_path):
+def test_score_writes_a_row_an_image_with_flags_and_reasons(capsae_, experiment, stubbed, tmp_path):
     images = draw(tmp_path / "images", "id-1.png", "id-12.png", "ood-3.png", "deep-0.png")
     (images / "inside").mkdir()
     (images / "deep-0.png").rename(images / "inside" / "ood-7.png")
     (images / "zero.jpg").touch()
     (images / "notes.txt").write_text("not an image")
     out = tmp_path / "scores.csv"
-    options = ["--profile", profile, "--set", "val.fraction=0.4", "--out", out, "-q"]
+    options = ["--experiment", experiment, "--set", "val.fraction=0.4", "--out", out, "-q"]
     status, _, err = capsae_("score", images, images / "id-1.png", *options)
     table = pd.read_csv(out)
     assert status == 0
@@ -242,44 +248,46 @@ def test_score_writes_a_row_an_image_with_flags_and_reasons(capsae_, profile, st
     assert "zero.jpg: empty file" in err and "2 of 4 images flagged" in err
 
 
-def test_score_of_nothing_readable_is_an_error_with_its_rows(capsae_, profile, stubbed, tmp_path):
+def test_score_of_nothing_readable_is_an_error_with_its_rows(capsae_, experiment, stubbed, tmp_path):
     (tmp_path / "zero.jpg").touch()
-    status, out, err = capsae_("score", "-p", profile, tmp_path / "zero.jpg", "-q")
+    status, out, err = capsae_("score", "-p", experiment, tmp_path / "zero.jpg", "-q")
     assert status == 2 and "empty file" in out and "empty file" in err
 
 
-def test_score_can_flag_by_our_own(capsae_, profile, stubbed, tmp_path):
-    status, out, _ = capsae_("score", "-p", profile, draw(tmp_path, "ood-1.png"), "--method", "ours", "-q")
+def test_score_can_flag_by_our_own(capsae_, experiment, stubbed, tmp_path):
+    status, out, _ = capsae_("score", "-p", experiment, draw(tmp_path, "ood-1.png"), "--method", "ours", "-q")
     table = pd.read_csv(io.StringIO(out))
     assert status == 0 and "epd" not in table and table["flag"][0] == (table["rpd"] > table["rpd_threshold"])[0]
 
 
-def test_explain_an_image(capsae_, profile, stubbed, tmp_path):
+def test_explain_an_image(capsae_, experiment, stubbed, tmp_path):
     image = draw(tmp_path, "id-12.png") / "id-12.png"
-    status, out, _ = capsae_("explain", "-p", profile, image, "-q", "--out", tmp_path / "why.csv")
+    status, out, _ = capsae_("explain", "-p", experiment, image, "-q", "--out", tmp_path / "why.csv")
     assert status == 0 and "predicted kind 2" in out and "in distribution" in out
     score = float(out.split("epd ")[1].split(",")[0])
     assert pd.read_csv(tmp_path / "why.csv")["share"].sum() == pytest.approx(score, abs=1e-4)
 
 
-def test_explain_a_row_of_a_set(capsae_, profile):
-    status, out, _ = capsae_("explain", "-p", profile, "--from-set", "far/noise", "--row", 3, "--method", "ours", "-q")
+def test_explain_a_row_of_a_set(capsae_, experiment):
+    status, out, _ = capsae_(
+        "explain", "-p", experiment, "--from-set", "far/noise", "--row", 3, "--method", "ours", "-q"
+    )
     assert status == 0 and out.startswith("far/noise, row 3: predicted kind") and "rpd" in out
-    status, _, err = capsae_("explain", "-p", profile, "--from-set", "far/noise", "--row", 80, "-q")
+    status, _, err = capsae_("explain", "-p", experiment, "--from-set", "far/noise", "--row", 80, "-q")
     assert status == 2 and "use 0..79" in err
 
 
 @pytest.mark.parametrize("settings", [["abs_topk"], ["gsae", "sae.options.beta=2.0"], ["mp"]])
-def test_another_variant_is_trained_scores_and_explains(capsae_, profile, stubbed, tmp_path, settings):
+def test_another_variant_is_trained_scores_and_explains(capsae_, experiment, stubbed, tmp_path, settings):
     from capsae.sae import load
 
     chosen = [word for text in (f"sae.variant={settings[0]}", *settings[1:]) for word in ("--set", text)]
-    status, _, _ = capsae_("train", "-p", profile, "--out", tmp_path / "sae", "-q", *chosen)
+    status, _, _ = capsae_("train", "-p", experiment, "--out", tmp_path / "sae", "-q", *chosen)
     sae = load(tmp_path / "sae")
     assert status == 0 and sae.config.variant == settings[0] and len(sae.config.options) == len(settings) - 1
-    status, out, _ = capsae_("score", "-p", profile, draw(tmp_path, "id-1.png", "ood-1.png"), "-q", *chosen)
+    status, out, _ = capsae_("score", "-p", experiment, draw(tmp_path, "id-1.png", "ood-1.png"), "-q", *chosen)
     assert status == 0 and np.isfinite(pd.read_csv(io.StringIO(out))["epd"]).tolist() == [True, True]
-    status, out, _ = capsae_("explain", "-p", profile, "--from-set", "far/noise", "--row", 3, "-q", *chosen)
+    status, out, _ = capsae_("explain", "-p", experiment, "--from-set", "far/noise", "--row", 3, "-q", *chosen)
     assert status == 0 and out.startswith("far/noise, row 3: predicted kind")
 
 
@@ -289,7 +297,7 @@ def test_folders_without_images_are_refused(tmp_path):
         find_images([tmp_path])
 
 
-def test_reproduce_asks_for_the_profiles_pages(capsae_, monkeypatch):
+def test_reproduce_asks_for_the_experiments_pages(capsae_, monkeypatch):
     from companion import build
 
     asked = {}
@@ -344,10 +352,10 @@ def test_the_store_is_listed_and_cleaned_of_what_no_settings_use(capsae_, tmp_pa
     monkeypatch.setenv("CAPSAE_HOME", str(tmp_path))
     store, run = Store(tmp_path), Run("imagenet20", store=tmp_path, progress=False)
 
-    def keep(stage, profile, config=None, inputs=None, made_by="other"):
+    def keep(stage, experiment, config=None, inputs=None, made_by="other"):
         given = {"save": lambda value, folder: (folder / "x").write_text("x"), "load": lambda folder: "x"}
         config, inputs = config or {"a": 1}, inputs or {}
-        store.get_or_make(stage, config, inputs, made_by, lambda: "x", **given, provenance={"profile": profile})
+        store.get_or_make(stage, config, inputs, made_by, lambda: "x", **given, provenance={"experiment": experiment})
 
     keep("caps", "imagenet20", *run._recipe("caps"), run._code("caps"))
     keep("caps", "imagenet20")
@@ -360,7 +368,7 @@ def test_the_store_is_listed_and_cleaned_of_what_no_settings_use(capsae_, tmp_pa
     assert "2 artefacts, 0.0 MB would be removed" in capsae_("store", "clean", "--dry-run")[1]
     assert len(list(store.entries())) == 5
     assert "2 artefacts, 0.0 MB removed" in capsae_("store", "clean")[1]
-    assert sorted((e.stage, e.provenance["profile"]) for e in store.entries()) == [
+    assert sorted((e.stage, e.provenance["experiment"]) for e in store.entries()) == [
         ("caps", "imagenet20"), ("caps", "my-own.toml"), ("zoo-fit", "imagenet20"),
     ]  # fmt: skip
 
@@ -405,7 +413,7 @@ def test_help_waits_for_no_library():
 
 def test_a_public_name_is_what_it_was_however_its_module_was_imported():
     code = (
-        "import capsae, capsae.evaluate, capsae.pipeline.run\nassert capsae.evaluation.evaluate.__name__ == 'evaluate'\n"
+        "import capsae.evaluation.evaluate, capsae.pipeline.run\nassert capsae.evaluate.__name__ == 'evaluate'\n"
         "from capsae import evaluate, detectors, TopKSAE\nassert callable(evaluate) and detectors.create('msp')\n"
         "assert set(capsae.__all__) <= set(dir(capsae))\n"
     )

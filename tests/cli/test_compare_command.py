@@ -1,4 +1,4 @@
-"""``capsae compare A B`` on sets of a profile, on folders of images, and on what is too small for it."""
+"""``capsae compare A B`` on sets of an experiment, on folders of images, and on what is too small for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import small_profile
+import small_experiment
 
 from capsae.__main__ import main
 from capsae.cli import report_compare as compare_report
@@ -29,8 +29,8 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    return str(small_profile.write(tmp_path_factory.mktemp("profile")))
+def experiment(tmp_path_factory):
+    return str(small_experiment.write(tmp_path_factory.mktemp("experiment")))
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def compare(home, capsys):
     return call
 
 
-def test_two_sets_of_a_profile_without_any_image(compare, profile, tmp_path):
+def test_two_sets_of_a_experiment_without_any_image(compare, experiment, tmp_path):
     out = tmp_path / "differences.csv"
-    status, said, _ = compare("test", "near/shifted", "-p", profile, "--out", out, "--top", 2)
+    status, said, _ = compare("test", "near/shifted", "-p", experiment, "--out", out, "--top", 2)
     table = pd.read_csv(out)
     tested, differs = table["q"].notna().sum(), table["differs"].sum()
-    assert status == 0 and "A: set test of profile small, 80 images" in said and "B: set near/shifted" in said
+    assert status == 0 and "A: set test of experiment small, 80 images" in said and "B: set near/shifted" in said
     assert f"{tested} of {len(table)} latents" in said and f") {differs} differ: " in said
     more = said.split("More often in B; ")[1].split("\n\n")[0].splitlines()[1:]
     first = table[table["more"] == "B"].nlargest(1, "difference").iloc[0]
@@ -59,12 +59,12 @@ def test_two_sets_of_a_profile_without_any_image(compare, profile, tmp_path):
     assert {"name", "kind", "classes", "examples_a", "lo", "hi", "q_strength"} <= set(table)
     first = table[table["fired_b"] > 0].iloc[0]
     assert first["examples_b"].startswith("near/shifted-")
-    strict = compare("test", "near/shifted", "-p", profile, "--fdr", "0.000001", "--out", out)
+    strict = compare("test", "near/shifted", "-p", experiment, "--fdr", "0.000001", "--out", out)
     assert strict[0] == 0 and pd.read_csv(out)["differs"].sum() < table["differs"].sum()
 
 
-def test_a_set_and_itself_do_not_differ(home, profile):
-    run = Run(profile, progress=False)
+def test_a_set_and_itself_do_not_differ(home, experiment):
+    run = Run(experiment, progress=False)
     one = compare_report.side(run, "test")
     said = compare_report.report(compare_report.compare_sides(one, one, of_run(run)), one, one)
     assert ") 0 differ: 0 more in B, 0 more in A" in said and "The most certain difference" in said
@@ -75,22 +75,22 @@ def test_a_set_and_itself_do_not_differ(home, profile):
 def test_the_help_has_an_example_with_two_folders(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
-    assert "capsae compare --profile imagenet20 holiday/ archive/" in capsys.readouterr().out
+    assert "capsae compare --experiment imagenet20 holiday/ archive/" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["test", "nowhere"], "B, 'nowhere', is no folder of images and no set of profile 'small', which has train"),
+        (["test", "nowhere"], "B, 'nowhere', is no folder of images and no set of experiment 'small', which has train"),
         (["EMPTY", "test"], "holds no images"),
         (["test", "near/shifted", "--fdr", "5"], "--fdr 5.0"),
         (["test", "near/shifted", "--out", "no/such/folder/x.csv"], "no folder"),
     ],
 )
-def test_wrong_input_is_named(compare, profile, tmp_path, arguments, words):
+def test_wrong_input_is_named(compare, experiment, tmp_path, arguments, words):
     (tmp_path / "EMPTY").mkdir()
     arguments = [str(tmp_path / a) if a == "EMPTY" else a for a in arguments]
-    status, out, err = compare("-p", profile, *arguments)
+    status, out, err = compare("-p", experiment, *arguments)
     assert status == 2 and words in err and not out
 
 
@@ -142,6 +142,6 @@ def test_few_images_and_none_that_can_be_read(compare, folders):
     assert status == 2 and "none of its 1 images can be read" in err
 
 
-def test_the_same_set_twice_is_refused_at_once(compare, profile):
-    status, _, err = compare("test", "test", "-p", profile)
+def test_the_same_set_twice_is_refused_at_once(compare, experiment):
+    status, _, err = compare("test", "test", "-p", experiment)
     assert status == 2 and "A and B are both 'test'" in err

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import small_profile
+import small_experiment
 from PIL import Image
 
 import capsae.cli.images
@@ -175,14 +175,14 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    return str(small_profile.write(tmp_path_factory.mktemp("profile")))
+def experiment(tmp_path_factory):
+    return str(small_experiment.write(tmp_path_factory.mktemp("experiment")))
 
 
 @pytest.fixture
 def extracted(home, monkeypatch):
     """An extractor that knows the features from a file's number; the names of the images it was asked for."""
-    asked, known = [], small_profile.features("test", 5, seed=1).cls
+    asked, known = [], small_experiment.features("test", 5, seed=1).cls
 
     def extract(source, backbone, work, *, device, progress, logits, max_bad):
         rows, bad = [], []
@@ -194,7 +194,7 @@ def extracted(home, monkeypatch):
                 bad.append({"id": error.id, "why": error.why})
         asked.extend(source.ids[rows].tolist())
         numbers = [int("".join(filter(str.isdigit, Path(source.ids[row]).stem))) for row in rows]
-        cls = known[numbers].reshape(len(rows), small_profile.DIM)
+        cls = known[numbers].reshape(len(rows), small_experiment.DIM)
         return FeatureSet(cls, np.full(len(rows), -1), source.ids[rows], meta={"bad_images": bad})
 
     monkeypatch.setattr(capsae.features.extract, "extract", extract)
@@ -214,12 +214,12 @@ def drawn(folder: Path, *names: str | bytes) -> Path:
 
 
 @pytest.mark.parametrize("kill", [KeyboardInterrupt, MemoryError, OSError(errno.ENOSPC, "No space left on device")])
-def test_a_stopped_score_keeps_its_rows_and_goes_on(kill, extracted, profile, tmp_path, monkeypatch, capsys):
+def test_a_stopped_score_keeps_its_rows_and_goes_on(kill, extracted, experiment, tmp_path, monkeypatch, capsys):
     images = drawn(tmp_path / "images", *(f"{i}.png" for i in range(6)))
     (images / "7-zero.png").touch()
     out, command = (
         tmp_path / "s.csv",
-        ["score", "-p", profile, str(images), "-q", "--set", f"seed={hash(str(kill)) % 97}"],
+        ["score", "-p", experiment, str(images), "-q", "--set", f"seed={hash(str(kill)) % 97}"],
     )
     assert main([*command, "--out", str(tmp_path / "whole.csv")]) == 0
     whole, stub = pd.read_csv(tmp_path / "whole.csv"), capsae.features.extract.extract
@@ -249,24 +249,24 @@ def test_a_stopped_score_keeps_its_rows_and_goes_on(kill, extracted, profile, tm
     assert [Path(name).name for name in extracted] == ["0.png"]
 
 
-def test_features_of_the_images_are_kept_if_asked(extracted, profile, tmp_path):
+def test_features_of_the_images_are_kept_if_asked(extracted, experiment, tmp_path):
     images = drawn(tmp_path / "images", *(f"{i}.png" for i in range(5)))
     (images / "9-zero.png").touch()
-    command = ["score", "-p", profile, str(images), "-q", "--out", str(tmp_path / "s.csv")]
+    command = ["score", "-p", experiment, str(images), "-q", "--out", str(tmp_path / "s.csv")]
     assert main([*command, "--features", str(tmp_path / "f.safetensors")]) == 0
     kept = FeatureSet.load(tmp_path / "f.safetensors")
-    np.testing.assert_array_equal(kept.cls, small_profile.features("test", 5, seed=1).cls[:5])
+    np.testing.assert_array_equal(kept.cls, small_experiment.features("test", 5, seed=1).cls[:5])
     assert [Path(name).name for name in kept.ids] == [f"{i}.png" for i in range(5)]
     assert [Path(each["id"]).name for each in kept.meta["bad_images"]] == ["9-zero.png"]
     assert main([*command[:-1], "same", "--features", "same"]) == 2
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS knows no file names that are not UTF-8")
-def test_names_that_are_no_utf8_lose_nothing(extracted, profile, tmp_path, monkeypatch):
+def test_names_that_are_no_utf8_lose_nothing(extracted, experiment, tmp_path, monkeypatch):
     images = drawn(tmp_path / "images", "1.png", b"caf\xe9 2.png", "ﬁ\r\n3.png")
     out = tmp_path / "s.csv"
     features = ["--features", str(tmp_path / "f.safetensors")]
-    assert main(["score", "-p", profile, str(images), "-q", "--out", str(out), *features]) == 0
+    assert main(["score", "-p", experiment, str(images), "-q", "--out", str(out), *features]) == 0
     table = pd.read_csv(out)
     assert (
         len(table) == 3 and table["epd"].notna().all() and table["path"].str.contains(r"caf\udce9", regex=False).any()
@@ -274,7 +274,7 @@ def test_names_that_are_no_utf8_lose_nothing(extracted, profile, tmp_path, monke
     assert any("caf\udce9" in name for name in FeatureSet.load(tmp_path / "f.safetensors").ids)
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", stream)
-    assert main(["score", "-p", profile, str(images), "-q"]) == 0
+    assert main(["score", "-p", experiment, str(images), "-q"]) == 0
     text = stream.buffer.getvalue().decode("ascii")
     assert len(pd.read_csv(io.StringIO(text))) == 3 and r"caf\udce9" in text
 
@@ -282,24 +282,28 @@ def test_names_that_are_no_utf8_lose_nothing(extracted, profile, tmp_path, monke
 # --- a trained folder is enough to deploy
 
 
-def test_train_leaves_a_strangers_folder_alone(home, profile, tmp_path, monkeypatch, capsys):
+def test_train_leaves_a_strangers_folder_alone(home, experiment, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("capsae.sae.train_sae", lambda *_, **__: pytest.fail("work had started"))
     (tmp_path / "cfg.json").write_text('{"architecture": "topk"}')
-    assert main(["train", "-p", profile, "--out", str(tmp_path), "--set", "seed=5", "-q"]) == 2
+    assert main(["train", "-p", experiment, "--out", str(tmp_path), "--set", "seed=5", "-q"]) == 2
     assert "cfg.json, which this command did not write" in capsys.readouterr().err
     assert (tmp_path / "cfg.json").read_text() == '{"architecture": "topk"}'
 
 
-def test_a_trained_folder_scores_without_profile_images_and_store(extracted, profile, tmp_path, monkeypatch, capsys):
+def test_a_trained_folder_scores_without_experiment_images_and_store(
+    extracted, experiment, tmp_path, monkeypatch, capsys
+):
     images = drawn(tmp_path / "images", *(f"{i}.png" for i in range(4)))
     (images / "5-zero.png").touch()
     folder = str(tmp_path / "sae")
     for _ in range(2):  # again over its own
-        assert main(["train", "-p", profile, "--out", folder, "-q"]) == 0
+        assert main(["train", "-p", experiment, "--out", folder, "-q"]) == 0
     assert sorted(os.listdir(folder)) == sorted(capsae.cli.images.TRAINED)
-    assert main(["score", "-p", profile, str(images), "-q", "--out", str(tmp_path / "a.csv")]) == 0
+    assert main(["score", "-p", experiment, str(images), "-q", "--out", str(tmp_path / "a.csv")]) == 0
     monkeypatch.setenv("CAPSAE_HOME", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr("capsae.pipeline.experiments.load_profile", lambda *_: pytest.fail("no profile is needed"))
+    monkeypatch.setattr(
+        "capsae.pipeline.experiments.load_experiment", lambda *_: pytest.fail("no experiment is needed")
+    )
     assert main(["score", "--sae", folder, str(images), "-q", "--out", str(tmp_path / "b.csv")]) == 0
     one, two = pd.read_csv(tmp_path / "a.csv"), pd.read_csv(tmp_path / "b.csv")
     pd.testing.assert_frame_equal(one, two, rtol=1e-9)
@@ -312,7 +316,7 @@ def test_a_trained_folder_scores_without_profile_images_and_store(extracted, pro
     for arguments, words in {
         ("--sae", folder, "--method", "knn"): "no threshold of 'knn'; it holds those of epd, rpd",
         ("--sae", str(images)): "holds no scorer.json",
-        ("--sae", folder, "-p", profile): "leave --profile and --set out",
+        ("--sae", folder, "-p", experiment): "leave --experiment and --set out",
     }.items():
         assert main(["score", str(images), "-q", *arguments]) == 2
         assert words in capsys.readouterr().err
@@ -323,12 +327,12 @@ def test_a_scorer_takes_what_a_service_has_at_hand(home, tmp_path, monkeypatch):
 
     def extract(source, *_, **__):
         seen.extend(source.image(row).size for row in range(len(source)))
-        cls = small_profile.features("test", 1).cls[: len(source)]
+        cls = small_experiment.features("test", 1).cls[: len(source)]
         return FeatureSet(cls, np.full(len(source), -1), source.ids, meta={"bad_images": []})
 
     monkeypatch.setattr(capsae.features.extract, "extract", extract)
     monkeypatch.setattr(capsae.pipeline.own_images, "weights_of", lambda settings, checkpoint=None: None)
-    assert main(["train", "-p", str(small_profile.write(tmp_path)), "--out", str(tmp_path / "sae"), "-q"]) == 0
+    assert main(["train", "-p", str(small_experiment.write(tmp_path)), "--out", str(tmp_path / "sae"), "-q"]) == 0
     image, file = Image.new("RGB", (8, 4)), io.BytesIO()
     image.save(file, "PNG")
     image.save(tmp_path / "a.png")

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import small_profile
+import small_experiment
 from PIL import Image
 
 import capsae.features.extract
 from capsae.__main__ import main
 from capsae.cli.init import LISTS, look
 from capsae.features.featureset import FeatureSet
-from capsae.pipeline.experiment_errors import ProfileError
-from capsae.pipeline.experiments import load_profile
+from capsae.pipeline.experiment_errors import ExperimentError
+from capsae.pipeline.experiments import load_experiment
 from capsae.pipeline.run import Run
 
 MODEL = "test_vit"  # timm's smallest, 64 columns
@@ -48,15 +48,15 @@ def folders(root: Path, *parts: str, n: int = 3) -> Path:
         (["train/a", "train/b", "train/c", "test/a", "shifted/fog/a", "@eaDir", ".cache/a"], {"far/noise"}, 3),
     ],
 )
-def test_a_folder_becomes_a_profile(parts, sets, n_classes, tmp_path):
+def test_a_folder_becomes_a_experiment(parts, sets, n_classes, tmp_path):
     root = folders(tmp_path / "my photos", *parts)
     text, lists = look(root, MODEL)
     (root / "capsae.toml").write_text(text, encoding="utf-8")
-    profile = load_profile(root / "capsae.toml")
-    assert set(profile.ood_sets) == sets and profile.n_classes == n_classes and not lists
-    assert profile.title == "my photos" and profile.sae.latents == 640 and len(text.splitlines()) <= 12
+    experiment = load_experiment(root / "capsae.toml")
+    assert set(experiment.ood_sets) == sets and experiment.n_classes == n_classes and not lists
+    assert experiment.title == "my photos" and experiment.sae.latents == 640 and len(text.splitlines()) <= 12
     assert ("val" in tomllib.loads(text)) == (any(p.startswith("val") for p in parts) and "test/a" in parts)
-    assert list(profile.shifted) == (["shifted/fog"] if "shifted/fog/a" in parts else [])
+    assert list(experiment.shifted) == (["shifted/fog"] if "shifted/fog/a" in parts else [])
 
 
 def test_class_folders_alone_are_split_by_lists(tmp_path):
@@ -94,10 +94,10 @@ def test_from_a_folder_and_weights_to_scores(tmp_path, capsys):
     assert f'checkpoint = "{MODEL}-mine.safetensors"' in capsys.readouterr().out
     assert main(["init", str(root)]) == 2 and "is there" in capsys.readouterr().err
     settings = ["--set", "sae.epochs=2", "--set", "sae.latents=48", "--set", "sae.k=4", "--device", "cpu", "-q"]
-    profile, sae = str(root / "capsae.toml"), str(tmp_path / "sae")
-    assert main(["train", "-p", profile, "--seed", "3", "--out", sae, *settings]) == 0
+    experiment, sae = str(root / "capsae.toml"), str(tmp_path / "sae")
+    assert main(["train", "-p", experiment, "--seed", "3", "--out", sae, *settings]) == 0
     test = [str(path) for path in sorted(root.glob("*/4.png"))]
-    assert main(["score", "-p", profile, "--seed", "3", *settings, *test, "--out", str(tmp_path / "a.csv")]) == 0
+    assert main(["score", "-p", experiment, "--seed", "3", *settings, *test, "--out", str(tmp_path / "a.csv")]) == 0
     for path in [*root.rglob("*.png"), *root.glob("*.safetensors"), root / "capsae.toml"]:
         path.rename(tmp_path / path.name) if str(path) not in test and "png" not in path.name else None
     assert main(["score", "--sae", sae, *test, "--out", str(tmp_path / "b.csv"), "--device", "cpu", "-q"]) == 0
@@ -107,8 +107,8 @@ def test_from_a_folder_and_weights_to_scores(tmp_path, capsys):
 
 
 def test_a_new_ood_set_stands_beside_an_embedded_pack(tmp_path, monkeypatch):
-    mine, cls = folders(tmp_path / "mine", "a"), np.ones((3, small_profile.DIM))
-    profile = str(small_profile.write(tmp_path))
+    mine, cls = folders(tmp_path / "mine", "a"), np.ones((3, small_experiment.DIM))
+    experiment = str(small_experiment.write(tmp_path))
     monkeypatch.setattr("capsae.features.backbone.load_backbone", lambda settings: settings)
 
     def extract(source, backbone, shards, *, device, name, progress):
@@ -117,16 +117,16 @@ def test_a_new_ood_set_stands_beside_an_embedded_pack(tmp_path, monkeypatch):
     monkeypatch.setattr(capsae.features.extract, "extract", extract)
     monkeypatch.chdir(tmp_path)
     for value in (str(mine), "mine", {"kind": "folder", "path": str(mine)}):
-        run = Run(profile, {"ood.far/mine": value, "backbone.pretrained": True}, progress=False)
-        assert run.profile.ood_sets == ["near/shifted", "far/noise", "far/mine"]
+        run = Run(experiment, {"ood.far/mine": value, "backbone.pretrained": True}, progress=False)
+        assert run.experiment.ood_sets == ["near/shifted", "far/noise", "far/mine"]
         np.testing.assert_array_equal(run.features("far/mine").cls, cls)
         assert len(run.features("far/noise")) == 80
     assert set(run.table(["msp"])["set"]) >= {"far/mine", "far/noise"}
-    with pytest.raises(ProfileError, match="would change nothing"):
-        Run(profile, {"ood.far/noise": str(mine)})
+    with pytest.raises(ExperimentError, match="would change nothing"):
+        Run(experiment, {"ood.far/noise": str(mine)})
     for gone, words in (
         ({"ood.far/gone": "no/such"}, "no/such"),
         ({"ood.far/rel.kind": "folder", "ood.far/rel.path": "x"}, "rel"),
     ):
-        with pytest.raises(ProfileError, match=words):
-            Run(profile, gone)
+        with pytest.raises(ExperimentError, match=words):
+            Run(experiment, gone)

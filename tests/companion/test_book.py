@@ -63,7 +63,7 @@ def test_published_runs_are_clean(path):
     assert len(text) < 1_500_000  # two heat maps of 40 detectors, light and dark, are most of the largest page
     assert not re.search(r"(?<![\w.])/(work|root|home|tmp|Users|mnt)/", text)
     assert str(ROOT) not in text
-    if not plan._profile(notebook["metadata"]["capsae"]["profile"]).show_images:
+    if not plan._experiment(notebook["metadata"]["capsae"]["experiment"]).show_images:
         assert 'id=\\"fig-top_images' not in text and 'id=\\"fig-extremes' not in text and "image/jpeg" not in text
 
 
@@ -311,6 +311,6 @@ def test_rpd_has_the_constants_its_selection_found():
     grid = pd.read_csv(publish.root() / pages.SELECTION)
     parts = [name for name in grid.columns if name.startswith("fpr95")]
     assert (grid.criterion - grid[parts].mean(axis=1)).abs().max() < 1e-4
-    best = grid[grid.method == "profile"].sort_values("criterion").iloc[0]
+    best = grid[grid.method == "experiment"].sort_values("criterion").iloc[0]
     defaults = detectors.info("rpd")["defaults"]
     assert (best.temperature, best.epsilon, best.weight) == (defaults["temperature"], defaults["epsilon"], 1)

@@ -74,7 +74,7 @@ def test_content_tells_apart_what_differs():
     caps = ClassActivationProfiles.empty(2, 3)
     values = [None, 0, 0.5, "0", True, [0], {"a": 0}, np.zeros(3), np.zeros(3, np.float32), np.zeros((3, 1)), caps]
     values += [capsae.SAEConfig(latents=4, k=1), capsae.SAEConfig(latents=4, k=2), pd.DataFrame({"a": [1]})]
-    values += [pd.DataFrame({"b": [1]}), pd.DataFrame({"a": ["x"]}), capsae.load_profile("digits")]
+    values += [pd.DataFrame({"b": [1]}), pd.DataFrame({"a": ["x"]}), capsae.load_experiment("digits")]
     assert len({content(value) for value in values}) == len(values)
     assert content([np.arange(3)]) == content((np.arange(3),))
     with pytest.raises(TypeError, match="type object has no content"):

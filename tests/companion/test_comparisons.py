@@ -154,10 +154,10 @@ def test_figures_are_drawn_in_both_themes(compared):
             assert all(ax.get_xlabel() for ax in figure.axes if ax.get_visible())
 
 
-@pytest.mark.parametrize("profile", plan.BOOK_PROFILES)
-def test_a_published_page_records_the_numbers_of_its_tables(profile):
+@pytest.mark.parametrize("experiment", plan.BOOK_EXPERIMENTS)
+def test_a_published_page_records_the_numbers_of_its_tables(experiment):
     """The CSV of the differences holds every comparison: what is recorded for findings and claims is its rounding."""
-    page = f"{profile}/04_score_ood"
+    page = f"{experiment}/04_score_ood"
     recorded, data = of_page(page), publish.path_of(page).parent / "data" / "04_score_ood"
     if not recorded:
         pytest.skip("this page was executed before it recorded numbers")
@@ -207,9 +207,9 @@ def test_what_the_page_on_tuning_records():
     assert comparisons.left_out_shown(left_out)["peeking at each set"].tolist() == [30, 40]
 
 
-@pytest.mark.parametrize("profile", plan.TUNED)
-def test_a_published_page_on_tuning_records_its_table(profile):
-    page = f"{profile}/07_tuning"
+@pytest.mark.parametrize("experiment", plan.TUNED)
+def test_a_published_page_on_tuning_records_its_table(experiment):
+    page = f"{experiment}/07_tuning"
     recorded = of_page(page)
     if not recorded:
         pytest.skip("this page was executed before it recorded numbers")

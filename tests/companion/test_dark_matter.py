@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import small_profile
+import small_experiment
 
 from capsae import Observations, SAEConfig, detectors
 from capsae.evaluation.evaluate import compare, evaluate
@@ -191,19 +191,20 @@ def test_parts_sum_to_the_input_and_shares_to_one():
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dark")
     sets = {
-        name: small_profile.features(name, n) for name, n in (small_profile.SETS | {"train": 80, "test": 30}).items()
+        name: small_experiment.features(name, n)
+        for name, n in (small_experiment.SETS | {"train": 80, "test": 30}).items()
     }
-    run = Run(small_profile.write(folder, sets), {"sae.epochs": 10}, store=folder / "store", progress=False)
+    run = Run(small_experiment.write(folder, sets), {"sae.epochs": 10}, store=folder / "store", progress=False)
     train, val = (run.features(name).cls for name in ("train", "val"))
     linear = dark_matter.linear_part(run.sae, train, val)
-    seen = dark_matter_scores.observe(run, linear, ("train", "val", "test", *run.profile.ood_sets))
+    seen = dark_matter_scores.observe(run, linear, ("train", "val", "test", *run.experiment.ood_sets))
     return run, seen, dark_matter_scores.fitted(run, seen["train"], seen["val"])
 
 
 @pytest.fixture(scope="module")
 def tables(page):
     run, seen, scorers = page
-    ood = {name: seen[name] for name in run.profile.ood_sets}
+    ood = {name: seen[name] for name in run.experiment.ood_sets}
     table = dark_matter_scores.part_table(scorers, seen["test"], ood, n_boot=50)
     return table, dark_matter_scores.compared(scorers, seen["test"], ood, n_boot=200)
 
@@ -247,7 +248,7 @@ def test_scores_stand_where_they_apply(page):
 def test_the_table_is_evaluates(page, tables):
     run, seen, scorers = page
     some = {name: scorers[name] for name in ("mds++ | rest | val", "epd | reconstruction | train")}
-    ood = {name: seen[name] for name in run.profile.ood_sets}
+    ood = {name: seen[name] for name in run.experiment.ood_sets}
     keys = ["method", "set", "group", "metric"]
     ours = (
         tables[0].assign(method=tables[0][["method", "part", "fit"]].agg(" | ".join, axis=1)).set_index(keys)["value"]
@@ -261,7 +262,7 @@ def test_the_table_is_evaluates(page, tables):
 
 def test_comparisons_are_those_of_the_pairs(page, tables):
     run, seen, scorers = page
-    ood = {name: seen[name] for name in run.profile.ood_sets}
+    ood = {name: seen[name] for name in run.experiment.ood_sets}
     metrics = (HEADLINE, "auroc")
     again = compare(scorers, seen["test"], ood, dark_matter_scores.pairs(), metrics=metrics, n_boot=200)
     assert again["p_holm"].tolist() == tables[1]["p_holm"].tolist()
@@ -276,7 +277,7 @@ def test_comparisons_are_those_of_the_pairs(page, tables):
 
 def test_epd_with_the_errors_length_is_compared_set_by_set(page):
     run, seen, scorers = page
-    ood = {name: seen[name] for name in run.profile.ood_sets}
+    ood = {name: seen[name] for name in run.experiment.ood_sets}
     found = dark_matter_scores.beside_epd(scorers, seen["test"], ood, n_boot=200)
     assert found["set"].tolist() == list(ood)
     assert found["p_holm"].to_numpy() == pytest.approx(holm(found["p"]))
@@ -326,7 +327,7 @@ def _found(vector, norm2=(0.5, 0.4, 0.6), fvu=(0.1, 0.2), train=-1.0, one=0.2, c
 
 def test_numbers_of_the_findings_are_those_of_the_tables(page, tables):
     run, seen, scorers = page
-    ood = {name: seen[name] for name in run.profile.ood_sets}
+    ood = {name: seen[name] for name in run.experiment.ood_sets}
     controls = ["shuffled rows", "random dictionary", "PCA, largest 16 of 24", "SAE, k = 8", "SAE, k = 96"]
     r2 = [_found((0.3, 0.2, 0.4), one=0.1), *(_found((0.1, 0.0, 0.2), coder=name) for name in controls)]
     found = SimpleNamespace(
@@ -384,9 +385,9 @@ def test_figures_are_drawn_in_both_themes(tables):
             assert len(display.render_svg(figure, "figure")) > 1000
 
 
-@pytest.mark.parametrize("profile", plan.ANALYSES["09_dark_matter"])
-def test_the_tables_of_a_published_page_agree_with_each_other(profile):
-    path = publish.path_of(f"{profile}/09_dark_matter")
+@pytest.mark.parametrize("experiment", plan.ANALYSES["09_dark_matter"])
+def test_the_tables_of_a_published_page_agree_with_each_other(experiment):
+    path = publish.path_of(f"{experiment}/09_dark_matter")
     data = path.parent / "data" / path.stem
     table, cells = pd.read_csv(data / "r2.csv"), pd.read_csv(data / "all_cells.csv")
     compared = pd.read_csv(data / "differences.csv")

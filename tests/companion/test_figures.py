@@ -180,7 +180,9 @@ def test_every_public_figure_is_tested_here():
     own = {
         name
         for name, value in vars(figures).items()
-        if callable(value) and getattr(value, "__module__", "") == "companion.figures.figures" and not name.startswith("_")
+        if callable(value)
+        and getattr(value, "__module__", "") == "companion.figures.figures"
+        and not name.startswith("_")
     }
     assert own - {"set_label", "image_grid"} == set(FIGURES)
 

@@ -15,7 +15,7 @@ from companion.publish.plan import pages, read_notebook, root
 TYPED = """# A chapter
 
 **Finding** (gain). EPD gains by
-its profiles.
+its experiments.
 
 Text between.
 
@@ -106,7 +106,7 @@ def test_text_and_yml_must_belong_together():
         load("**Finding** (long). " + "word " * 41, {"long": {"test": "a > 0"}})
     with pytest.raises(ValueError, match="typed twice"):
         findings.sentences(TYPED + "\n**Finding** (gain). Again.")
-    assert findings.sentences(TYPED)["gain"] == "EPD gains by its profiles."
+    assert findings.sentences(TYPED)["gain"] == "EPD gains by its experiments."
 
 
 def test_a_family_is_corrected_together():
@@ -121,7 +121,7 @@ def test_a_family_is_corrected_together():
 
 
 def test_the_box_escapes_what_it_is_given_and_names_each_mark():
-    rows = judge(load(TYPED.replace("its profiles", "<b>its</b> profiles"), ENTRIES), numbers())
+    rows = judge(load(TYPED.replace("its experiments", "<b>its</b> experiments"), ENTRIES), numbers())
     html = findings.box(rows, "digits", '<a href="x">CSV</a>')
     assert 'class="key-findings"' in html and "&lt;b&gt;its" in html and '<a href="x">CSV</a>' in html
     assert re.findall(r'class="mark mark-(\w+)"', html) == ["holds", "holds", "not"]

@@ -23,7 +23,9 @@ from companion.figures import display
 from companion.publish import plan
 
 CONFIG = SAEConfig(latents=48, k=6, epochs=12, batch_size=64, lr=0.01)
-PUBLISHED = [profile for profile in plan.ANALYSES.get("14_layers", ()) if layers.files(profile)["table"].is_file()]
+PUBLISHED = [
+    experiment for experiment in plan.ANALYSES.get("14_layers", ()) if layers.files(experiment)["table"].is_file()
+]
 
 
 def _sets(clear: float):
@@ -67,7 +69,7 @@ def test_a_site_is_measured(measured):
     assert (early["epd", 0]["test"] != early["epd_site", 0]["test"]).any()
 
 
-def test_nearest_profile_and_likeness_of_classes():
+def test_nearest_experiment_and_likeness_of_classes():
     codes = SparseCodes(np.array([[2.0, 0], [3, 1], [0, 1], [0, 4]], np.float32), np.array([[0, 1]] * 4, np.int32), 3)
     caps = ClassActivationProfiles.fit(codes, np.array([0, 0, 1, 1]), 2)
     assert layers.nearest_cap(codes, caps).tolist() == [0, 0, 1, 1]
@@ -231,22 +233,22 @@ def test_numbers_of_the_findings_are_those_of_the_tables(tables):
     assert ("block_cap_accuracy_cls" in numbers) == (share >= 0.9)
 
 
-@pytest.mark.parametrize("profile", PUBLISHED)
-def test_the_findings_of_the_committed_tables_are_measured(profile):
-    table, against, _ = layers.read(profile)
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_the_findings_of_the_committed_tables_are_measured(experiment):
+    table, against, _ = layers.read(experiment)
     found = SimpleNamespace(table=table, against=against, chosen=layers_study.chosen_rows(table, against))
     rows = findings.judge(findings.of_notebook("14_layers"), layers_study.numbers(found))
     assert findings.MISSING not in {row["mark"] for row in rows}
     assert sum(row["mark"] == findings.HOLDS for row in rows) >= len(rows) / 2
 
 
-def test_the_end_must_be_the_profiles():
+def test_the_end_must_be_the_experiments():
     x = np.ones((3, 4), np.float32)
-    assert layers.end_against_profile({"test": x}, lambda name: x) == {"test": 0}
-    assert layers.end_against_profile({"test": x}, lambda name: x.astype(np.float16) * 1.001)["test"] < 0.01
+    assert layers.end_against_experiment({"test": x}, lambda name: x) == {"test": 0}
+    assert layers.end_against_experiment({"test": x}, lambda name: x.astype(np.float16) * 1.001)["test"] < 0.01
     for other in (1.02 * x, x[:, ::-1] * np.arange(4), np.nan * x):
         with pytest.raises(ValueError, match="test: final/cls as read here lies up to"):
-            layers.end_against_profile({"test": x}, lambda name, other=other: other)
+            layers.end_against_experiment({"test": x}, lambda name, other=other: other)
 
 
 def test_other_vectors_at_the_end_stop_the_table(monkeypatch):
@@ -257,7 +259,7 @@ def test_other_vectors_at_the_end_stop_the_table(monkeypatch):
     monkeypatch.setattr(sites, "run_sites", lambda run, name, *rest, **options: sets[name])
 
     class Run:
-        profile = type("Profile", (), {"sets": tuple(sets)})
+        experiment = type("Experiment", (), {"sets": tuple(sets)})
 
         def features(self, name):
             return _sets(2.0 if name != "test" else 1.9)[name]
@@ -287,21 +289,23 @@ def test_figures_are_drawn_in_both_themes(tables):
 
 
 def test_tables_are_written_and_read_back(tables, tmp_path, monkeypatch):
-    import small_profile
+    import small_experiment
 
     from capsae.pipeline.run import Run
 
     monkeypatch.setattr(plan, "root", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match="python -m companion.chapters.layers.maths --profile small"):
+    with pytest.raises(FileNotFoundError, match="python -m companion.chapters.layers.maths --experiment small"):
         layers.read("small")
-    run = Run(small_profile.write(tmp_path / "profile"), store=tmp_path / "store", device="cpu", progress=False)
+    run = Run(small_experiment.write(tmp_path / "experiment"), store=tmp_path / "store", device="cpu", progress=False)
     sources = type("Source", (), {"digest": lambda self: "0" * 40})()
     monkeypatch.setattr(run.inputs, "source", lambda name: sources)
     seen = {"end": {"test": 0.0, "train": 0.00027}, "vectors": {"test": "1" * 20}}
     layers.write(run, *tables, seen, cpu_s=1.0, weights="abc" + 61 * "0")
     table, against, made = layers.read("small")
     pd.testing.assert_frame_equal(table, tables[0].reset_index(drop=True), rtol=1e-4, check_dtype=False)
-    assert against["verdict"].tolist() == tables[1]["verdict"].tolist() and made["end_against_profile"] == seen["end"]
+    assert (
+        against["verdict"].tolist() == tables[1]["verdict"].tolist() and made["end_against_experiment"] == seen["end"]
+    )
     line, digest = layers_study.source_line(made), layers_study._sha256("small", "table")
     assert "weights abc000000000" in line and digest[:12] in line and "pack" not in line
     shown = layers_study.made_rows(made).set_index("item")["value"]
@@ -318,14 +322,14 @@ def test_tables_are_written_and_read_back(tables, tmp_path, monkeypatch):
     assert layers.outdated("small").startswith("the code changed since the tables were made: python -m capsae.an")
 
 
-@pytest.mark.parametrize("profile", PUBLISHED)
-def test_the_committed_tables_are_of_todays_code(profile):
-    assert layers.outdated(profile) is None, layers.outdated(profile)
-    table, against, made = layers.read(profile)
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_the_committed_tables_are_of_todays_code(experiment):
+    assert layers.outdated(experiment) is None, layers.outdated(experiment)
+    table, against, made = layers.read(experiment)
     assert set(table["site"]) == set(made["sites"]) and FINAL in made["sites"]
     assert set(against["site"]) == set(made["sites"]) - {FINAL}
     assert set(table["method"]) == {"site", *layers.METHODS}
-    ends = made["end_against_profile"]
+    ends = made["end_against_experiment"]
     assert set(ends) == set(made["vectors"]) >= {"train", "val", "test"} and max(ends.values()) <= layers.END_TOLERANCE
     assert "/work" not in json.dumps(made) and "/home" not in json.dumps(made)
 

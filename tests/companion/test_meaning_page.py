@@ -18,7 +18,7 @@ from companion.chapters.meaning import tables as meaning_tables
 from companion.figures import display
 from companion.publish import plan, publish
 
-PAGES = [f"{profile}/13_meaning" for profile in plan.ANALYSES["13_meaning"]]
+PAGES = [f"{experiment}/13_meaning" for experiment in plan.ANALYSES["13_meaning"]]
 
 
 def _shares(named=0.2, synset=0.1, narrow=0.05):
@@ -132,6 +132,6 @@ def test_published_names_are_those_of_their_rows(page):
 
 
 def test_images_stand_only_where_they_may_be_shown(page):
-    _, path, profile = page
-    shown = plan._profile(profile).show_images
+    _, path, experiment = page
+    shown = plan._experiment(experiment).show_images
     assert ("fig-top_images" in json.dumps(plan.read_notebook(path))) == shown

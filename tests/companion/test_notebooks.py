@@ -73,17 +73,17 @@ def test_what_a_notebook_calls_exists(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_parameters_are_marked_and_default_to_the_main_profile(path):
+def test_parameters_are_marked_and_default_to_the_main_experiment(path):
     defaults = plan.default_parameters(plan.read_notebook(path))
-    assert defaults["profile"] == "imagenet20"
+    assert defaults["experiment"] == "imagenet20"
     assert plan.check_parameters(path.stem, {}) == defaults
 
 
 def test_the_ablation_notebook_has_the_parameters_of_the_plan():
     path = next(path for path in NOTEBOOKS if path.stem == "05_ablation")
     defaults = plan.default_parameters(plan.read_notebook(path))
-    assert set(defaults) == {"profile", "divergence", *plan.OVERRIDES}
-    assert all(value is None for name, value in defaults.items() if name != "profile")
+    assert set(defaults) == {"experiment", "divergence", *plan.OVERRIDES}
+    assert all(value is None for name, value in defaults.items() if name != "experiment")
     handed_on = re.search(r"plan\.overrides\((.*?)\)", _code(path), re.S)[1]
     assert set(re.findall(r"(\w+)=\1\b", handed_on)) == set(plan.OVERRIDES)
 
@@ -108,7 +108,7 @@ def test_the_ablation_notebook_runs_by_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(plan.root()))
     out = tmp_path / "out.ipynb"
     papermill.execute_notebook(
-        plan.root() / "notebooks" / "05_ablation.ipynb", out, {"profile": str(tmp_path / "tiny.toml"), "sae_k": 8},
+        plan.root() / "notebooks" / "05_ablation.ipynb", out, {"experiment": str(tmp_path / "tiny.toml"), "sae_k": 8},
         cwd=tmp_path, kernel_name="python3", progress_bar=False,
     )  # fmt: skip
     text = json.dumps(json.loads(out.read_text()))
@@ -126,7 +126,7 @@ def test_the_ablation_notebook_takes_another_variant(tmp_path, monkeypatch):
     out = tmp_path / "out.ipynb"
     papermill.execute_notebook(
         plan.root() / "notebooks" / "05_ablation.ipynb", out,
-        {"profile": str(tmp_path / "tiny.toml"), "sae_variant": "matryoshka"},
+        {"experiment": str(tmp_path / "tiny.toml"), "sae_variant": "matryoshka"},
         cwd=tmp_path, kernel_name="python3", progress_bar=False,
     )  # fmt: skip
     assert "'sae.variant': 'matryoshka'" in json.dumps(json.loads(out.read_text()))

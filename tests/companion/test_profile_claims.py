@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import small_profile
+import small_experiment
 
 from capsae.caps import ClassActivationProfiles, core_activations
 from capsae.pipeline.run import Run
@@ -59,7 +59,7 @@ def test_measures_of_a_sample(codes):
 
 def test_two_dictionaries_that_are_one_do_not_differ(tmp_path):
     """Trained against itself: the differences and their errors are zero; single numbers keep theirs."""
-    run = Run(small_profile.write(tmp_path), {"sae_seeds": 2}, tmp_path, "cpu", progress=False)
+    run = Run(small_experiment.write(tmp_path), {"sae_seeds": 2}, tmp_path, "cpu", progress=False)
     same = [{"trained": one["trained"], "untrained": one["trained"]} for one in profile_claims._seeds(run, 3)]
     table, dots = profile_claims.combined(same)
     assert tuple(dict.fromkeys(table["measure"])) == profile_claims.MEASURES
@@ -81,7 +81,7 @@ def test_two_dictionaries_that_are_one_do_not_differ(tmp_path):
 
 
 def test_what_the_page_records_and_draws(tmp_path):
-    run = Run(small_profile.write(tmp_path), {"sae_seeds": 2}, tmp_path, "cpu", progress=False)
+    run = Run(small_experiment.write(tmp_path), {"sae_seeds": 2}, tmp_path, "cpu", progress=False)
     table, seeds = profile_claims.claims(run, n_boot=2)
     numbers = profile_claims.recorded(table, run.caps)
     assert numbers["stability_difference"].p is not None and numbers["core_share_trained"].p is not None

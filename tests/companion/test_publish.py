@@ -22,7 +22,7 @@ folder.mkdir(parents=True)
 print(sweep)"""
 
 
-def _notebook(*sources, parameters='profile = "imagenet20"\nsweep = "all"', title="# A page\n\nText."):
+def _notebook(*sources, parameters='experiment = "imagenet20"\nsweep = "all"', title="# A page\n\nText."):
     def cell(number, kind, text, **metadata):
         made = {"cell_type": kind, "id": f"c{number}", "metadata": metadata, "source": text.splitlines(keepends=True)}
         return made | ({"execution_count": None, "outputs": []} if kind == "code" else {})
@@ -50,7 +50,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def _page(**changes):
-    given = {"name": "imagenet20/ablation/one", "notebook": "06_sweep", "profile": "imagenet20"}
+    given = {"name": "imagenet20/ablation/one", "notebook": "06_sweep", "experiment": "imagenet20"}
     return plan.Page(**given | {"parameters": {"sweep": "k"}} | changes)
 
 
@@ -67,8 +67,8 @@ def test_a_page_is_published_clean_titled_and_stamped(repository, capfd):
     assert tags == {("parameters", "remove-input"), ("hide-input", "injected-parameters")}
     assert set(notebook["metadata"]) == {"kernelspec", "language_info", "capsae"}
     stamp = notebook["metadata"]["capsae"]
-    assert stamp["parameters"] == {"profile": "imagenet20", "sweep": "k"}
-    assert {"profile", "inputs", "digest", "versions", "results"} <= set(stamp)
+    assert stamp["parameters"] == {"experiment": "imagenet20", "sweep": "k"}
+    assert {"experiment", "inputs", "digest", "versions", "results"} <= set(stamp)
     assert [each.name for each in (repository.path / "build").iterdir()] == ["ran"]
     assert verify.ran_here(repository.path, _page().name)
 
@@ -97,7 +97,7 @@ def test_pages_in_one_kernel_see_nothing_of_each_other(repository):
         assert made("four", kernel) == first, "a dead kernel is replaced"
 
 
-def test_without_a_title_the_page_has_the_notebooks_own_and_its_profile(repository):
+def test_without_a_title_the_page_has_the_notebooks_own_and_its_experiment(repository):
     notebook = json.loads(publish.publish(_page()).read_text())
     assert "".join(notebook["cells"][0]["source"]).splitlines()[0] == "# A page (imagenet20)"
 
@@ -195,7 +195,7 @@ def test_a_page_with_an_error_in_it_is_never_fresh(repository):
         ({"core_fraction": 0}, "core_fraction"),
         ({"predicted": "guessed"}, "predicted"),
         ({"divergence": "jensen"}, "divergence is 'jensen'"),
-        ({"profile": "imagenet21"}, "imagenet21"),
+        ({"experiment": "imagenet21"}, "imagenet21"),
     ],
 )
 def test_wrong_parameters_are_refused_before_a_kernel_starts(given, message, monkeypatch):
@@ -212,7 +212,7 @@ def test_overrides_leaves_out_what_is_none_and_refuses_the_unknown():
         plan.overrides(k=3)
 
 
-def test_sweeps_hold_the_profiles_own_setting_once_and_names_sort_as_settings_do():
+def test_sweeps_hold_the_experiments_own_setting_once_and_names_sort_as_settings_do():
     for sweep, of in plan.SWEEPS.items():
         found = plan.sweep_pages(sweep)
         own = [page for _, page in found if page.name.endswith("/base")]
@@ -220,7 +220,7 @@ def test_sweeps_hold_the_profiles_own_setting_once_and_names_sort_as_settings_do
         others = [page.name for _, page in found if page not in own]
         if sweep not in ("normalize", "divergence", "predicted", "correct"):
             assert others == sorted(others), sweep
-        assert all(list(page.parameters) == ["profile", of.parameter] for _, page in found if page not in own)
+        assert all(list(page.parameters) == ["experiment", of.parameter] for _, page in found if page not in own)
 
 
 def test_every_sweep_waits_for_its_runs():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from small_profile import write
+from small_experiment import write
 
 from capsae.features.probe import fit_linear_probe
 from capsae.pipeline.run import Run
@@ -68,8 +68,8 @@ def test_sets_are_the_packs_and_what_cannot_be_is_named(run, pack, tmp_path):
     (other / "pack.json").write_text(json.dumps(info | {"backbone": {"model": "resnet"}}))
     with pytest.raises(ValueError, match="was made with backbone model = 'resnet'"):
         shift.sets(run, other)
-    without = SimpleNamespace(profile=run.profile.model_copy(update={"pack": None}), features=run.features)
-    with pytest.raises(ValueError, match="backbone of profile 'small' with"):
+    without = SimpleNamespace(experiment=run.experiment.model_copy(update={"pack": None}), features=run.features)
+    with pytest.raises(ValueError, match="backbone of experiment 'small' with"):
         shift.sets(without, other)
     (other / "pack.json").write_text(json.dumps(info))
     strange = found["noise/5"]
@@ -303,9 +303,9 @@ def test_figures_are_drawn_in_both_themes(evaluated):
 # --- the published page
 
 
-@pytest.mark.parametrize("profile", plan.ANALYSES["11_shift"])
-def test_the_tables_of_the_published_page_agree_with_each_other(profile):
-    folder = publish.path_of(f"{profile}/11_shift").parent / "data" / "11_shift"
+@pytest.mark.parametrize("experiment", plan.ANALYSES["11_shift"])
+def test_the_tables_of_the_published_page_agree_with_each_other(experiment):
+    folder = publish.path_of(f"{experiment}/11_shift").parent / "data" / "11_shift"
     measured, compared, rises, alarms = (
         pd.read_csv(folder / f"{name}.csv") for name in ("measured", "compared", "rises", "alarms")
     )

@@ -73,7 +73,7 @@ def test_its_pixel_statistics_tell_the_corruptions():
 
 @needs_images
 def test_the_pack_is_what_our_extractor_makes(tmp_path):
-    """Strength 0 gives the rows of the profile's own pack, some of the others those of this one."""
+    """Strength 0 gives the rows of the experiment's own pack, some of the others those of this one."""
     backbone = load_backbone({"model": "deit_tiny_patch16_224", "checkpoint": str(WEIGHTS), "crop": 1.0})
     source = open_source({"kind": "parquet", "path": str(SHARED / "imagenet20" / "validation.parquet")})
     kept = shift_pack.balanced_rows(source.labels, shift_pack.PER_CLASS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_profile
+import small_experiment
 import torch
 from PIL import Image
 
@@ -169,7 +169,7 @@ def test_the_digits_vit_has_sites():
     assert len(site_names(backbone)) == 13
 
 
-def test_sites_of_a_profile_have_its_rows_and_are_stored(checkpoint, tmp_path, monkeypatch):
+def test_sites_of_a_experiment_have_its_rows_and_are_stored(checkpoint, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for folder, classes in {"train": "abcd", "test": "abcd", "shifted": "x", "noise": "y"}.items():
         for name in classes:
@@ -179,7 +179,7 @@ def test_sites_of_a_profile_have_its_rows_and_are_stored(checkpoint, tmp_path, m
                 image.save(tmp_path / folder / name / f"{row}.png")
     path = tmp_path / "folders.toml"
     settings = f'model = "vit_tiny_patch16_224"\nimage_size = 32\ncheckpoint = {json.dumps(checkpoint)}'
-    path.write_text(small_profile.TOML.format(pack='"none"').replace('model = "vit_tiny_patch16_224"', settings))
+    path.write_text(small_experiment.TOML.format(pack='"none"').replace('model = "vit_tiny_patch16_224"', settings))
     run = Run(path, store=tmp_path / "store", device="cpu", progress=False)
     sites = ("block05/cls", FINAL)
     found = {name: run_sites(run, name, sites) for name in ("train", "val", "near/shifted")}

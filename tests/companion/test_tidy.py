@@ -34,7 +34,7 @@ def run():
     seen = {n: SimpleNamespace(codes=codes[n], predicted=(labels[n] + 1) % CLASSES, labels=labels[n]) for n in sizes}
     caps = SimpleNamespace(core_fraction=0.25)
     return SimpleNamespace(
-        profile=SimpleNamespace(n_classes=CLASSES, ood_sets=["near/a", "far/b"], caps=caps),
+        experiment=SimpleNamespace(n_classes=CLASSES, ood_sets=["near/a", "far/b"], caps=caps),
         caps=ClassActivationProfiles.fit(codes["train"], labels["train"], CLASSES),
         features=features.__getitem__, codes=codes.__getitem__, observations=seen.__getitem__,
     )  # fmt: skip
@@ -83,8 +83,8 @@ def test_one_sample_under_each_class_is_scored_as_the_score_does(run):
         assert by_class[c] == energy_profile_divergence(codes[4:5], np.array([c]), run.caps, 0.25)[0]
     shown = profile_data.profile_under(codes, 4, 1, run.caps, 0.25, "panel")
     assert shown["expected"].is_monotonic_decreasing and shown["expected"].sum() == pytest.approx(1)
-    fires = shown[shown["profile"] > 0]
-    assert (fires["profile"] * np.log(fires["profile"] / fires["expected"])).sum() == pytest.approx(by_class[1])
+    fires = shown[shown["experiment"] > 0]
+    assert (fires["experiment"] * np.log(fires["experiment"] / fires["expected"])).sum() == pytest.approx(by_class[1])
 
 
 def test_an_explanation_cut_short_still_sums_to_the_score(run):
@@ -160,11 +160,11 @@ def test_sample_rows_keeps_order_and_small_sets():
 
 
 def test_unexplained_variance_is_the_mean_over_seeds_with_both_sources(tmp_path):
-    import small_profile
+    import small_experiment
 
     from capsae.pipeline.run import Run
 
-    run = Run(small_profile.write(tmp_path), {"sae_seeds": 3}, tmp_path, "cpu", progress=False)
+    run = Run(small_experiment.write(tmp_path), {"sae_seeds": 3}, tmp_path, "cpu", progress=False)
     found = tidy.fvu_of_seeds(run).set_index("set")
     values = [one.sae.fvu(run.features("test").cls) for one in run.seeds()]
     assert found.loc["test", "value"] == pytest.approx(np.mean(values), rel=1e-4) and found.loc["test", "seeds"] == 3

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-import small_profile
+import small_experiment
+from companion.chapters.tuning.sealed import Sealed, SealedError, freeze
 
 from capsae import Observations, SAEConfig
 from capsae.detectors import Detector, available, base, info
 from capsae.pipeline.run import Run
 from companion.chapters.tuning import criterion as tuning
 from companion.chapters.tuning.criterion import HeldOutClasses, leave_one_set_out, tune
-from companion.chapters.tuning.sealed import Sealed, SealedError, freeze
 
 CLASSES = 8
 
@@ -84,8 +84,8 @@ def test_the_default_stays_where_nothing_is_better(world, dial):
 
 
 def test_a_criterion_cannot_reach_the_test_sets(world, dial, tmp_path):
-    run = Run(small_profile.write(tmp_path), store=tmp_path / "store", progress=False)
-    sealed = Sealed(run.profile.ood_sets, run.observations)
+    run = Run(small_experiment.write(tmp_path), store=tmp_path / "store", progress=False)
+    sealed = Sealed(run.experiment.ood_sets, run.observations)
     frozen = freeze({"dial": {"turn": 2}})
     run.table(["msp"]), run.scores(["msp"])  # in the store from here on
     reaches = {
@@ -109,7 +109,7 @@ def test_a_criterion_cannot_reach_the_test_sets(world, dial, tmp_path):
 
 
 def test_a_set_loaded_before_is_out_of_reach_too(world, dial, tmp_path):
-    run = Run(small_profile.write(tmp_path), store=tmp_path / "store", progress=False)
+    run = Run(small_experiment.write(tmp_path), store=tmp_path / "store", progress=False)
     run.observations("near/shifted")
     with pytest.raises(SealedError, match="dial is being tuned: 'near/shifted' is out of reach"):
         tune("dial", {"turn": (2,)}, *world, criterion=lambda *_: len(run.observations("near/shifted")))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import small_profile
+import small_experiment
+from companion.chapters.tuning.sealed import SealedError
 from scipy import stats
 
 from capsae.__main__ import main
@@ -19,7 +19,6 @@ from capsae.pipeline.run import Run
 from capsae.sae.dictionaries import methods as dictionaries
 from capsae.sae.variants import thresholds as variants
 from companion import findings, zoo
-from companion.chapters.tuning.sealed import SealedError
 from companion.figures import display
 from companion.zoo import figures, fitting, measure, page, runner, summary, tables, tasks, verdicts
 
@@ -40,8 +39,8 @@ class Inline:
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    return str(small_profile.write(tmp_path_factory.mktemp("small")))
+def experiment(tmp_path_factory):
+    return str(small_experiment.write(tmp_path_factory.mktemp("small")))
 
 
 @pytest.fixture
@@ -104,20 +103,20 @@ def test_the_rate_is_chosen_by_held_out_fvu_at_equal_l0():
         zoo.fitting.choose(grid[(grid["member"] == "d") & (grid["lr"] == 1)], 32)
 
 
-def test_no_fit_reaches_test_or_ood_rows(profile, home, monkeypatch):
-    run = Run(profile, progress=False)
+def test_no_fit_reaches_test_or_ood_rows(experiment, home, monkeypatch):
+    run = Run(experiment, progress=False)
     for where in ("test", "near/shifted"):
         monkeypatch.setattr(tasks, "fit_rows", lambda *_, where=where: run.features(where))
         with pytest.raises(SealedError, match="out of reach"):
             tasks.fitted(run, "random", None, 0)
 
 
-def test_a_diverged_training_is_a_row_of_the_grid(profile, home, monkeypatch):
+def test_a_diverged_training_is_a_row_of_the_grid(experiment, home, monkeypatch):
     def fail(*_):
         raise FloatingPointError("too high")
 
     monkeypatch.setattr(tasks, "fit_rows", fail)
-    run = Run(profile, progress=False)
+    run = Run(experiment, progress=False)
     for _ in range(2):  # made, then read
         model, record = tasks.fitted(run, "topk", 1.0, 0)
         assert model is None and np.isnan(record["held_out_fvu"]) and "too high" in record["diverged"]
@@ -126,10 +125,10 @@ def test_a_diverged_training_is_a_row_of_the_grid(profile, home, monkeypatch):
 # --- a whole run, small
 
 
-def test_a_run_measures_all_and_goes_on_where_it_stood(profile, home, monkeypatch):
+def test_a_run_measures_all_and_goes_on_where_it_stood(experiment, home, monkeypatch):
     lines, names = [], ["topk", "gsae", "abs_topk", "semi_nmf", "random", "pca"]
     given = {"names": names, "seeds": (0, 1), "grid": (0.005, 0.01), "executor": Inline(), "write": lines.append}
-    table, grid, about = runner.run_zoo(profile, **given)
+    table, grid, about = runner.run_zoo(experiment, **given)
     assert list(table.columns) == tables.COLUMNS and list(dict.fromkeys(table["member"])) == names
     assert len(lines) == 6 + 3 + 5 + 11 + 5 and "100%" in lines[-1] and "left" in lines[0]
     wide = summary.fits(table.assign(title=table["member"]))
@@ -150,13 +149,13 @@ def test_a_run_measures_all_and_goes_on_where_it_stood(profile, home, monkeypatc
     for name in ("fit_rows", "normalised_head"):
         monkeypatch.setattr(tasks, name, never)
     monkeypatch.setattr(measure, "reconstruction", never)
-    again, grid_again, _ = runner.run_zoo(profile, **given)
+    again, grid_again, _ = runner.run_zoo(experiment, **given)
     pd.testing.assert_frame_equal(table, again)
     pd.testing.assert_frame_equal(grid, grid_again)
 
 
-def test_measures_are_those_of_the_model(profile, home):
-    run = Run(profile, progress=False)
+def test_measures_are_those_of_the_model(experiment, home):
+    run = Run(experiment, progress=False)
     sae = zoo.fit("topk", run, seed=3, lr=0.01)
     assert sae.config.seed == 3 and sae.config.lr == 0.01
     found = measure.measure(run, sae, n_boot=20).set_index(["measure", "method", "set", "group"])["value"]
@@ -167,12 +166,12 @@ def test_measures_are_those_of_the_model(profile, home):
     x_hat = sae.reconstruct(test)
     right = (x_hat @ run.head.weight.T + run.head.bias).argmax(1) == run.features("test").labels
     assert found["head_accuracy", "", "test", ""] == pytest.approx(right.mean())
-    means = [found["auroc", "epd", where, where.split("/")[0]] for where in run.profile.ood_sets]
+    means = [found["auroc", "epd", where, where.split("/")[0]] for where in run.experiment.ood_sets]
     assert found["auroc", "epd", "mean", "all"] == pytest.approx(np.mean(means))
 
 
-def test_stability_of_a_dictionary_with_itself_and_by_chance(profile, home):
-    run = Run(profile, progress=False)
+def test_stability_of_a_dictionary_with_itself_and_by_chance(experiment, home):
+    run = Run(experiment, progress=False)
     one, two = (tasks.fitted(run, "random", None, seed)[0] for seed in (0, 1))
     found = measure.stability([one, one, two]).set_index(["measure", "group"])["value"]
     assert found["stability", "0-1"] == pytest.approx(1) and found["stability", "0-2"] < 0.9
@@ -183,15 +182,15 @@ def test_stability_of_a_dictionary_with_itself_and_by_chance(profile, home):
     assert measure.by_chance(48, 16, signed=False) > measure.by_chance(48, 16, signed=True)
 
 
-def test_itda_between_backbones_needs_the_same_images(profile, home, tmp_path):
-    run = Run(profile, progress=False)
+def test_itda_between_backbones_needs_the_same_images(experiment, home, tmp_path):
+    run = Run(experiment, progress=False)
     found = measure.backbones(run, run, 24, 6).set_index(["measure", "group"])["value"]
     assert found["jaccard", "backbones"] == 1 and found["jaccard", "seeds"] < 1
     n = len(run.features("train"))
     size = found["atoms", "first"]
     assert found["jaccard", "chance"] == pytest.approx((size**2 / n) / (2 * size - size**2 / n))
-    features = {name: small_profile.features(name, 10) for name in small_profile.SETS}
-    other = Run(small_profile.write(tmp_path, features), progress=False)
+    features = {name: small_experiment.features(name, 10) for name in small_experiment.SETS}
+    other = Run(small_experiment.write(tmp_path, features), progress=False)
     with pytest.raises(ValueError, match="other training images"):
         measure.backbones(run, other, 24, 6)
 
@@ -201,16 +200,16 @@ def test_the_command_hands_on_its_options_and_keeps_committed_tables(tmp_path, m
 
     def run_zoo(*given):
         called.append(given)
-        return pd.DataFrame({"a": [1]}), pd.DataFrame({"a": [1]}), {"profile": given[0]}
+        return pd.DataFrame({"a": [1]}), pd.DataFrame({"a": [1]}), {"experiment": given[0]}
 
     monkeypatch.setattr(runner, "run_zoo", run_zoo)
     monkeypatch.setattr(runner, "run_backbones", lambda: pd.DataFrame({"b": [2]}))
     monkeypatch.setattr("companion.publish.plan.root", lambda: tmp_path)
-    assert main(["zoo", "--profile", "mini80", "--members", "topk,random", "--seeds", "0", "1", "--jobs", "3"]) == 0
+    assert main(["zoo", "--experiment", "mini80", "--members", "topk,random", "--seeds", "0", "1", "--jobs", "3"]) == 0
     assert called == [("mini80", ["topk", "random"], (0, 1), 3)]
     assert (tmp_path / "build/zoo/mini80.csv").is_file() and not (tmp_path / "book").exists()
     assert main(["zoo"]) == 0
-    assert [given[0] for given in called[1:]] == list(runner.PROFILES)
+    assert [given[0] for given in called[1:]] == list(runner.EXPERIMENTS)
     written = {path.name for path in (tmp_path / "book/zoo").iterdir()}
     assert {"imagenet20.csv", "mini80.csv", "mini80.grid.csv", "mini80.json", "backbones.csv"} <= written
     assert commands.zoo and "backbones.csv" in capsys.readouterr().out
@@ -409,49 +408,45 @@ def test_intervals_hold_seeds_and_images():
     assert (row["hi"] - row["lo"]) / 2 > stats.norm.ppf(0.975) * np.hypot(0.01, values.std(ddof=1) / 5**0.5)
 
 
-def test_figures_are_drawn_in_both_themes():
+def test_figures_are_drawn():
     wide, members = _both()
-    for theme, (function, data, options) in itertools.product(
-        ("light", "dark"),
-        [
-            (figures.over_seeds, summary.panels(wide, [EPD, RPD], summary.best_first(members, EPD)), {}),
-            (figures.scatter, summary.pairs(wide, "FVU", EPD), {"x": "a", "y": "b"}),
-            (figures.rank_heatmap, summary.ranked(members), {}),
-        ],
+    for function, data, options in (
+        (figures.over_seeds, summary.panels(wide, [EPD, RPD], summary.best_first(members, EPD)), {}),
+        (figures.scatter, summary.pairs(wide, "FVU", EPD), {"x": "a", "y": "b"}),
+        (figures.rank_heatmap, summary.ranked(members), {}),
     ):
         with display.style():
-            figure = function(data, **options)
-            assert len(display.render_svg(figure, "figure")) > 1000
+            assert len(display.render_svg(function(data, **options), "figure")) > 1000
 
 
 # --- what is committed
 
 
-@pytest.mark.parametrize("profile", PUBLISHED)
-def test_a_committed_table_is_of_todays_code(profile):
-    if not (tables.root() / tables.FOLDER / f"{profile}.csv").is_file():
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_a_committed_table_is_of_todays_code(experiment):
+    if not (tables.root() / tables.FOLDER / f"{experiment}.csv").is_file():
         pytest.skip("not made yet: make zoo")
-    about = zoo.provenance(profile)
+    about = zoo.provenance(experiment)
     now = tasks.code_digests(zoo.members())
     stale = [name for name, digest in now["fit"].items() if about["code"]["fit"].get(name) != digest]
     stale += [name for name in ("measures", "stability") if about["code"][name] != now[name]]
-    assert not stale, f"{stale} changed since the table was made: run capsae zoo --profile {profile}"
+    assert not stale, f"{stale} changed since the table was made: run capsae zoo --experiment {experiment}"
     assert about["seeds"] == list(fitting.SEEDS) and about["rates"] == list(fitting.RATES)
-    assert about["settings"]["epochs"] == fitting.EPOCHS[profile]
+    assert about["settings"]["epochs"] == fitting.EPOCHS[experiment]
 
 
-@pytest.mark.parametrize("profile", PUBLISHED)
-def test_a_committed_table_is_whole_and_its_rates_follow_from_its_grid(profile):
-    if not (tables.root() / tables.FOLDER / f"{profile}.csv").is_file():
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_a_committed_table_is_whole_and_its_rates_follow_from_its_grid(experiment):
+    if not (tables.root() / tables.FOLDER / f"{experiment}.csv").is_file():
         pytest.skip("not made yet: make zoo")
-    table, grid = zoo.load(profile), zoo.load_grid(profile)
+    table, grid = zoo.load(experiment), zoo.load_grid(experiment)
     wide = summary.fits(table)
     for name in zoo.members():
         assert set(wide.loc[wide["member"] == name, "seed"]) == set(fitting.seeds_of(name))
     assert not wide.drop(columns="lr").isna().any().any()
     first = grid[grid["seed"] == fitting.SEEDS[0]]
-    chosen = fitting.choose(first, zoo.provenance(profile)["settings"]["k"]).dropna()
-    assert chosen.to_dict() == tables.chosen_rates(profile)
+    chosen = fitting.choose(first, zoo.provenance(experiment)["settings"]["k"]).dropna()
+    assert chosen.to_dict() == tables.chosen_rates(experiment)
     used = wide.dropna(subset="lr").groupby("member")["lr"].unique()
     assert all(used[name].tolist() == [rate] for name, rate in chosen.items())
 

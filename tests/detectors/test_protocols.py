@@ -8,8 +8,8 @@ from PIL import Image
 
 import capsae
 from capsae.data.open import open_source
-from capsae.pipeline.experiment_errors import ProfileError
-from capsae.pipeline.experiments import load_profile
+from capsae.pipeline.experiment_errors import ExperimentError
+from capsae.pipeline.experiments import load_experiment
 from capsae.pipeline.run import Run
 from companion.figures import tidy
 
@@ -81,14 +81,14 @@ def run(openood, tmp_path_factory):
 
 
 def test_shifted_sets_have_labels_and_count_as_id_in_the_full_spectrum(run):
-    assert run.profile.sets[-3:] == ["shifted/imagenet_v2", "shifted/imagenet_c", "shifted/imagenet_r"]
-    sizes = {name: len(run.features(name)) for name in run.profile.sets}
+    assert run.experiment.sets[-3:] == ["shifted/imagenet_v2", "shifted/imagenet_c", "shifted/imagenet_r"]
+    sizes = {name: len(run.features(name)) for name in run.experiment.sets}
     assert sizes["shifted/imagenet_v2"] == 9 and sizes["shifted/imagenet_r"] == 6 and sizes["near/ninco"] == 12
     assert run.observations("near/ninco").labels is None
     assert run.observations("shifted/imagenet_c").labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     table = run.table(["msp", "sharpness"]).set_index(["method", "set", "group", "metric"])["value"]
-    score = {name: run.detectors(["msp"])["msp"].score(run.observations(name)) for name in run.profile.sets}
-    everything = np.concatenate([score["test"], *(score[name] for name in run.profile.shifted)])
+    score = {name: run.detectors(["msp"])["msp"].score(run.observations(name)) for name in run.experiment.sets}
+    everything = np.concatenate([score["test"], *(score[name] for name in run.experiment.shifted)])
     for group, id_scores in {"near": score["test"], "full-spectrum near": everything}.items():
         expected = capsae.metrics.auroc(id_scores, score["near/ninco"])
         assert table["msp", "near/ninco", group, "auroc"] == pytest.approx(expected, abs=1e-12)
@@ -103,20 +103,20 @@ def test_an_own_crop_reaches_the_images(run):
 
 
 def test_shifted_sets_can_be_left_out(openood):
-    profile = load_profile(openood, {"shifted": {}})
+    profile = load_experiment(openood, {"shifted": {}})
     assert profile.shifted == {} and not any(name.startswith("shifted") for name in profile.sets)
 
 
 def test_sets_lie_in_the_table_of_their_kind(openood):
     folder = {"kind": "folder", "path": "images_largescale/ninco"}
-    with pytest.raises(ProfileError, match="set names must read shifted/<set>, found 'near/x'"):
-        load_profile(openood, {"shifted": {"near/x": folder}})
-    with pytest.raises(ProfileError, match="set names must read near/<set> or far/<set>, found 'shifted/x'"):
-        load_profile(openood, {"ood": {"shifted/x": folder}})
-    with pytest.raises(ProfileError, match=r"shifted\.shifted/x\.path = 'gone'"):
-        load_profile(openood, {"shifted": {"shifted/x": {"kind": "folder", "path": "gone"}}})
-    with pytest.raises(ProfileError, match=r"ood\.near/ninco\.crop"):
-        load_profile(openood, {"ood.near/ninco.crop": 1.5})
+    with pytest.raises(ExperimentError, match="set names must read shifted/<set>, found 'near/x'"):
+        load_experiment(openood, {"shifted": {"near/x": folder}})
+    with pytest.raises(ExperimentError, match="set names must read near/<set> or far/<set>, found 'shifted/x'"):
+        load_experiment(openood, {"ood": {"shifted/x": folder}})
+    with pytest.raises(ExperimentError, match=r"shifted\.shifted/x\.path = 'gone'"):
+        load_experiment(openood, {"shifted": {"shifted/x": {"kind": "folder", "path": "gone"}}})
+    with pytest.raises(ExperimentError, match=r"ood\.near/ninco\.crop"):
+        load_experiment(openood, {"ood.near/ninco.crop": 1.5})
 
 
 # --- contamination

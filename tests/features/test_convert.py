@@ -50,7 +50,7 @@ def test_old_names_of_the_mlp_and_unknown_keys(pair):
 
 
 def test_vit_b_16_from_a_file(tmp_path):
-    """The real model, one image, through the backbone that the profile names."""
+    """The real model, one image, through the backbone that the experiment names."""
     from torchvision.models import vit_b_16
 
     torch.manual_seed(0)

@@ -259,7 +259,9 @@ print(sources.digest(sources.units("small.road:score")))"""
 def copy(tmp_path_factory):
     """The sources of a copy of capsae, after `old` is replaced by `new` in files."""
     folder = tmp_path_factory.mktemp("copy") / "capsae"
-    shutil.copytree(Path(capsae.__file__).parent, folder, ignore=shutil.ignore_patterns("packs", "*.pyc", "profiles"))
+    shutil.copytree(
+        Path(capsae.__file__).parent, folder, ignore=shutil.ignore_patterns("packs", "*.pyc", "experiments")
+    )
 
     @cache
     def edited(*edits):

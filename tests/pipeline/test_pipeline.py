@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import small_profile
+import small_experiment
 
 import capsae
 import capsae.features.extract
@@ -13,16 +13,16 @@ import capsae.pipeline.packs
 from capsae.data.splits import check_classes, holdout_mask, stratified_mask
 from capsae.detectors.baselines.pixels import pixel_controls_verdict
 from capsae.features.featureset import FeatureSet
-from capsae.pipeline.experiment_errors import ProfileError
-from capsae.pipeline.experiments import load_profile
+from capsae.pipeline.experiment_errors import ExperimentError
+from capsae.pipeline.experiments import load_experiment
 from capsae.pipeline.run import Run, load_features
 
 METHODS = ["epd", "msp"]
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory):
-    return small_profile.write(tmp_path_factory.mktemp("profile"))
+def experiment(tmp_path_factory):
+    return small_experiment.write(tmp_path_factory.mktemp("experiment"))
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture
-def run(profile, store):
+def run(experiment, store):
     return lambda **overrides: Run(
-        profile, {key.replace("__", "."): value for key, value in overrides.items()}, store, "cpu", progress=False
+        experiment, {key.replace("__", "."): value for key, value in overrides.items()}, store, "cpu", progress=False
     )
 
 
@@ -53,9 +53,9 @@ def test_with_pixel_statistics_the_controls_are_in_the_table(tmp_path, store):
     from capsae.data.images import PIXEL_STATISTICS
 
     rng = np.random.default_rng(0)
-    sets = {name: small_profile.features(name, n) for name, n in small_profile.SETS.items()}
+    sets = {name: small_experiment.features(name, n) for name, n in small_experiment.SETS.items()}
     sets = {k: replace(v, pixels=rng.lognormal(size=(len(v), len(PIXEL_STATISTICS)))) for k, v in sets.items()}
-    path = small_profile.write(tmp_path, sets)
+    path = small_experiment.write(tmp_path, sets)
     info = json.loads((tmp_path / "pack" / "pack.json").read_text())
     (tmp_path / "pack" / "pack.json").write_text(json.dumps(info | {"pixel_statistics": list(PIXEL_STATISTICS)}))
     one = Run(path, store=store, device="cpu", progress=False)
@@ -99,7 +99,7 @@ def test_classes_without_samples_and_labels_out_of_range_are_named():
 def test_train_and_val_part_the_pack_by_class(run):
     one = run()
     train, val = one.features("train"), one.features("val")
-    whole = capsae.pipeline.packs.load_pack(one.profile.pack, "train")
+    whole = capsae.pipeline.packs.load_pack(one.experiment.pack, "train")
     assert len(train) == 4 * 36 and len(val) == 4 * 4
     assert sorted([*train.ids, *val.ids]) == sorted(whole.ids)
     assert np.bincount(val.labels).tolist() == [4] * 4
@@ -123,12 +123,12 @@ def test_less_training_data_leaves_the_head_alone(run):
     assert part.caps.counts.tolist() == [9] * 4
 
 
-def test_load_features_is_the_runs(profile, store, run):
-    one = load_features(load_profile(profile), "far/noise", device="cpu", store=store)
+def test_load_features_is_the_runs(experiment, store, run):
+    one = load_features(load_experiment(experiment), "far/noise", device="cpu", store=store)
     assert one.digest() == run().features("far/noise").digest()
     assert capsae.load_features is load_features
     with pytest.raises(ValueError, match="far/nois'.*far/noise"):
-        load_features(profile, "far/nois", store=store)
+        load_features(experiment, "far/nois", store=store)
 
 
 # --- what is stored and when it is made anew
@@ -165,9 +165,9 @@ def test_a_setting_changes_the_digests_of_what_it_reaches(run, override, changed
     assert {stage for stage in stages if base.digest(stage) != other.digest(stage)} == changed
 
 
-def test_digests_compute_nothing(profile, tmp_path, monkeypatch):
+def test_digests_compute_nothing(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr("capsae.pipeline.packs.load_pack", lambda *_: pytest.fail("read features"))
-    run = Run(profile, store=tmp_path)
+    run = Run(experiment, store=tmp_path)
     assert len(run.digest("table")) == 64 and run.digest("table", METHODS) != run.digest("table")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="no stage 'codes'"):
@@ -178,7 +178,7 @@ def test_provenance_names_everything(run):
     one = run()
     one.table(METHODS)
     record = one.provenance()
-    assert record["profile"] == "small" and record["seeds"] == {"profile": 0, "sae": 0, "val": 0}
+    assert record["experiment"] == "small" and record["seeds"] == {"experiment": 0, "sae": 0, "val": 0}
     assert set(record["digests"]) == {"features", "head", "sae", "caps", "table"} and record["device"] == "cpu"
     assert record["versions"]["torch"] and record["wall_s"]["sae"] >= 0
 
@@ -222,7 +222,7 @@ def test_true_class_scores_id_under_its_label_and_claims_no_accuracy(run):
     assert "accuracy" in set(base.table(METHODS)["metric"]) and "accuracy" not in set(other.table(METHODS)["metric"])
 
 
-def test_profile_options_reach_the_detectors(run):
+def test_experiment_options_reach_the_detectors(run):
     one = run(caps__core_fraction=0.4, detectors__knn__k=3)
     assert one.detectors(["epd"])["epd"].core_fraction == 0.4
     assert one.detectors("knn")["knn"].k == 3
@@ -256,31 +256,31 @@ def test_scores_hold_every_row_of_every_set(run):
         ({"pack": "nowhere"}, "no pack 'nowhere'"),
     ],
 )
-def test_refused_at_the_start(profile, tmp_path, overrides, words):
+def test_refused_at_the_start(experiment, tmp_path, overrides, words):
     with pytest.raises(ValueError, match=words):
-        Run(profile, overrides, tmp_path)
+        Run(experiment, overrides, tmp_path)
 
 
-def test_unknown_detector_is_refused_before_training(profile, tmp_path, monkeypatch):
+def test_unknown_detector_is_refused_before_training(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr("capsae.sae.train_sae", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(ValueError, match="epdd"):
-        Run(profile, store=tmp_path).table(["epdd"])
+        Run(experiment, store=tmp_path).table(["epdd"])
 
 
 def test_a_pack_of_another_backbone_or_without_a_set_is_refused(tmp_path):
-    path = small_profile.write(tmp_path)
+    path = small_experiment.write(tmp_path)
     path.write_text(path.read_text().replace("vit_tiny_patch16_224", "vit_small_patch16_224"))
-    with pytest.raises(ProfileError, match="backbone.model = 'vit_small.*holds features made with 'vit_tiny"):
+    with pytest.raises(ExperimentError, match="backbone.model = 'vit_small.*holds features made with 'vit_tiny"):
         Run(path)
     path.write_text(path.read_text().replace("vit_small", "vit_tiny").replace("far/noise", "far/other"))
-    with pytest.raises(ProfileError, match="it has no far/other"):
+    with pytest.raises(ExperimentError, match="it has no far/other"):
         Run(path)
 
 
 def test_a_pack_without_a_class_is_refused(tmp_path):
-    train = small_profile.features("train", 10)
-    sets = {name: small_profile.features(name, 5) for name in small_profile.SETS}
-    path = small_profile.write(tmp_path, sets | {"train": train.take(train.labels != 2)})
+    train = small_experiment.features("train", 10)
+    sets = {name: small_experiment.features(name, 5) for name in small_experiment.SETS}
+    path = small_experiment.write(tmp_path, sets | {"train": train.take(train.labels != 2)})
     with pytest.raises(ValueError, match=r"class 2 \(of 4\) has no training sample"):
         Run(path, store=tmp_path / "store").features("train")
 
@@ -288,7 +288,7 @@ def test_a_pack_without_a_class_is_refused(tmp_path):
 # --- seeds of the SAE
 
 
-def test_seeds_are_trained_together_and_are_those_of_runs_of_their_own(run, profile, tmp_path, monkeypatch):
+def test_seeds_are_trained_together_and_are_those_of_runs_of_their_own(run, experiment, tmp_path, monkeypatch):
     import capsae.sae
 
     calls, train_saes = [], capsae.sae.train_saes
@@ -298,7 +298,7 @@ def test_seeds_are_trained_together_and_are_those_of_runs_of_their_own(run, prof
         return train_saes(x, configs, *args, **options)
 
     monkeypatch.setattr("capsae.sae.train_saes", counted)
-    one = Run(profile, {"sae_seeds": 3}, tmp_path, "cpu", progress=False)
+    one = Run(experiment, {"sae_seeds": 3}, tmp_path, "cpu", progress=False)
     found = one.scores_of_seeds(METHODS)
     assert [[config.seed for config in configs] for configs in calls] == [[0, 1, 2]]
     assert {name: of["test"].shape[0] for name, of in found.items()} == {"epd": 3, "msp": 1}
@@ -309,10 +309,10 @@ def test_seeds_are_trained_together_and_are_those_of_runs_of_their_own(run, prof
         np.testing.assert_array_equal(
             found["epd"]["far/noise"][seed], alone.scores_of_seeds(["epd"])["epd"]["far/noise"][0]
         )
-    again = Run(profile, {"sae_seeds": 3}, tmp_path, "cpu", progress=False)
+    again = Run(experiment, {"sae_seeds": 3}, tmp_path, "cpu", progress=False)
     again.scores_of_seeds(METHODS), [r.sae for r in again.seeds()]
     assert len(calls) == 1, "read from the store"
-    other = Run(profile, {"sae_seeds": 4}, tmp_path, "cpu", progress=False)
+    other = Run(experiment, {"sae_seeds": 4}, tmp_path, "cpu", progress=False)
     assert [one.sae.config.seed for one in other.seeds()] == [0, 1, 2, 3]
     assert len(calls) == 1, "one alone needs no company"
 
@@ -345,7 +345,7 @@ def test_tables_are_means_over_seeds_and_tell_how_many(run):
 
 @pytest.fixture
 def images(tmp_path, monkeypatch):
-    """A profile of image folders, and an extractor that only looks at mean colours."""
+    """An experiment of image folders, and an extractor that only looks at mean colours."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -365,7 +365,7 @@ def images(tmp_path, monkeypatch):
 
     monkeypatch.setattr(capsae.features.extract, "extract", extract)
     path = tmp_path / "folders.toml"
-    path.write_text(small_profile.TOML.format(pack='"none"'))
+    path.write_text(small_experiment.TOML.format(pack='"none"'))
     return path, calls
 
 
@@ -413,14 +413,14 @@ def test_another_image_is_another_digest(images, tmp_path):
 def test_unknown_backbone_is_refused_with_near_names(images, tmp_path):
     path, _ = images
     with pytest.raises(
-        ProfileError, match="backbone.model = 'deit_tinny_patch16_224'.*did you mean.*deit_tiny_patch16_224"
+        ExperimentError, match="backbone.model = 'deit_tinny_patch16_224'.*did you mean.*deit_tiny_patch16_224"
     ):
         Run(path, {"backbone.model": "deit_tinny_patch16_224"}, tmp_path / "store")
-    with pytest.raises(ProfileError, match="torchvision/vit_b_16"):
+    with pytest.raises(ExperimentError, match="torchvision/vit_b_16"):
         Run(path, {"backbone.model": "torchvision/vit_b_17"}, tmp_path / "store")
 
 
-def test_a_killed_training_goes_on_where_it_stood(profile, tmp_path, monkeypatch):
+def test_a_killed_training_goes_on_where_it_stood(experiment, tmp_path, monkeypatch):
     from capsae.sae.checkpoint import Checkpoint
     from capsae.sae.steps import Step
 
@@ -431,17 +431,17 @@ def test_a_killed_training_goes_on_where_it_stood(profile, tmp_path, monkeypatch
         original(self, *state)
         raise Killed
 
-    whole = Run(profile, None, tmp_path / "whole", "cpu", progress=False)
+    whole = Run(experiment, None, tmp_path / "whole", "cpu", progress=False)
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(Checkpoint, "due", property(lambda self: self.identity and len(steps) == 3))
         patched.setattr(Checkpoint, "save", save)
         steps = []
         patched.setattr(Step, "update_average", lambda _: steps.append(1))
-        _ = Run(profile, None, tmp_path / "killed", "cpu", progress=False).sae
+        _ = Run(experiment, None, tmp_path / "killed", "cpu", progress=False).sae
     assert [f.name for f in tmp_path.glob("killed/scratch/sae-*/*")] == ["cpu-1.safetensors"]
     counted, original = [], Step.update_average
     monkeypatch.setattr(Step, "update_average", lambda s: counted.append(1) or original(s))
-    resumed = Run(profile, None, tmp_path / "killed", "cpu", progress=False)
+    resumed = Run(experiment, None, tmp_path / "killed", "cpu", progress=False)
     _ = resumed.sae
     rest = len(counted)
     _ = whole.sae
@@ -477,7 +477,7 @@ def test_a_variant_is_another_sae_and_its_options_count(run):
         run(sae__variant="gsae", sae__options__beta=2.0).digest("sae"),
     }
     assert len(digests) == 3 and run(sae__variant="topk").digest("sae") in digests
-    with pytest.raises(ProfileError, match="has no option 'alpha'; it has beta"):
+    with pytest.raises(ExperimentError, match="has no option 'alpha'; it has beta"):
         run(sae__variant="gsae", sae__options__alpha=2.0)
-    with pytest.raises(ProfileError, match="variant is 'top_q'"):
+    with pytest.raises(ExperimentError, match="variant is 'top_q'"):
         run(sae__variant="top_q")

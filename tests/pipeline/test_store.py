@@ -29,7 +29,7 @@ def load(folder):
 
 def get(store, config=None, inputs=None, make=lambda: np.arange(1000.0), code=CODE, save=save, load=load):
     return store.get_or_make(
-        "stage", config or {"a": 1}, inputs or {"b": "c"}, code, make, save, load, {"profile": "p"}
+        "stage", config or {"a": 1}, inputs or {"b": "c"}, code, make, save, load, {"experiment": "p"}
     )
 
 
@@ -57,7 +57,7 @@ def test_provenance_says_what_was_done(tmp_path):
     get(store)
     digest = artefact_digest("stage", {"a": 1}, {"b": "c"}, CODE)
     record = store.provenance("stage", digest)
-    assert record["profile"] == "p" and record["config"] == {"a": 1} and record["inputs"] == {"b": "c"}
+    assert record["experiment"] == "p" and record["config"] == {"a": 1} and record["inputs"] == {"b": "c"}
     assert record["wall_s"] >= 0 and record["peak_rss_mb"] > 10 and "torch" in record["versions"]
     assert record["files"]["x.safetensors"]["bytes"] == (folder(store) / "x.safetensors").stat().st_size
     assert store.provenance("stage", "0" * 64) is None
@@ -119,7 +119,9 @@ get(Store({root!r}), **({{"make": slow_make}} if {where!r} == "make" else {{"sav
 @pytest.mark.parametrize("where", ["make", "save"])
 def test_kill_9_leaves_the_old_state(tmp_path, where):
     ready, root = tmp_path / "ready", tmp_path / "store"
-    code = KILLED.format(tests=os.path.dirname(os.path.dirname(__file__)), ready=str(ready), root=str(root), where=where)
+    code = KILLED.format(
+        tests=os.path.dirname(os.path.dirname(__file__)), ready=str(ready), root=str(root), where=where
+    )
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     deadline = time.time() + 60
     while not ready.exists() and time.time() < deadline and process.poll() is None:
@@ -263,7 +265,7 @@ def test_entries_are_what_is_kept_and_can_be_removed(tmp_path):
     one, scratch = sorted(store.entries(), key=lambda entry: entry.stage == "scratch")
     assert (one.stage, one.key, one.path) == ("stage", folder(store).name, folder(store))
     assert one.size == (folder(store) / "x.safetensors").stat().st_size and 0 <= one.age < 600
-    assert one.provenance["profile"] == "p" and scratch.provenance == {} and scratch.key.startswith("sae-")
+    assert one.provenance["experiment"] == "p" and scratch.provenance == {} and scratch.key.startswith("sae-")
     store.remove(one)
     assert not list((tmp_path / "stage").iterdir())
     assert len(get(store)) == 1000

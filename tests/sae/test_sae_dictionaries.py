@@ -310,8 +310,8 @@ def test_what_is_refused(tmp_path):
         dictionaries.load(topk)
 
 
-def test_profiles_read_split_codes():
-    """EPD's road: codes of a signed method go through profiles as any others."""
+def test_experiments_read_split_codes():
+    """EPD's road: codes of a signed method go through experiments as any others."""
     from capsae import ClassActivationProfiles, energy_profile_divergence
 
     x, _ = planted(active=1, atoms=4)

@@ -329,7 +329,7 @@ def test_the_books_page_runs(tmp_path, monkeypatch):
     names = {}
     with pytest.warns(UserWarning, match="its input is sae.normalize"):
         exec(page.partition("```python\n")[2].partition("```")[0], names)
-    assert names["sae"].config == names["profile"].sae
+    assert names["sae"].config == names["experiment"].sae
 
 
 # --- what fires over a level: JumpReLU, BatchTopK, gated

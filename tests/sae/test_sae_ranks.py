@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import ranks
-import small_profile
+import small_experiment
 import torch
 
 from capsae.features.featureset import read_tensors
@@ -139,11 +139,11 @@ def test_sharded_alone_is_plain_training():
 
 @pytest.mark.slow
 def test_capsae_train_under_torchrun(tmp_path):
-    profile = small_profile.write(tmp_path / "profile")
+    experiment = small_experiment.write(tmp_path / "experiment")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = ["-m", "capsae", "train", "--profile", profile, "--device", "cpu", "--quiet"]
+    arguments = ["-m", "capsae", "train", "--experiment", experiment, "--device", "cpu", "--quiet"]
     arguments += ["--set", "sae.products=float32", "--out"]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port]
     outputs = {}

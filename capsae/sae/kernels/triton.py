@@ -134,9 +134,7 @@ def _collect(
 
 
 @triton.jit
-def _rank(
-    values, indices, counts, ranks, n_rows, n_latents, ROWS: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr
-):
+def _rank(values, indices, counts, ranks, n_rows, n_latents, ROWS: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr):
     """For a block of rows: how often each latent fires, and how many rows above in the block fire it too."""
     block = tl.program_id(0)
     slot = tl.arange(0, SLOTS)

@@ -364,4 +364,4 @@ def at_equal_suppression(data: pd.DataFrame, method: str, seed: int = 0) -> dict
 
 def training_posterior(run) -> Posterior:
     """The posterior of a run's training rows."""
-    return Posterior.fit(run.codes("train"), run.features("train").labels, run.profile.n_classes)
+    return Posterior.fit(run.codes("train"), run.features("train").labels, run.experiment.n_classes)

@@ -126,7 +126,7 @@ class Bench:
     @classmethod
     def of(cls, run, set_name: str = "test") -> Bench:
         """The rows of a set of a run, with its SAE, head, profiles and core fraction."""
-        given = run.features(set_name), run.profile.caps.core_fraction
+        given = run.features(set_name), run.experiment.caps.core_fraction
         return cls(run.sae, run.head, run.caps, given[0].cls, given[0].labels, given[1], run.codes(set_name))
 
     @cached_property

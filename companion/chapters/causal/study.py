@@ -31,7 +31,7 @@ def study(run, bench: Bench) -> SimpleNamespace:
     soft = {f"app_{where}": by_number.attenuation(bench, posterior, where == "core") for where in ("core", "all")}
     table, matrix, moved = effects.effects(bench, run.features("train").cls.mean(axis=0, dtype="float64"), soft)
     drawn = effects.draws(bench)
-    at = by_number.sizes(run.caps.core_size(run.profile.caps.core_fraction))
+    at = by_number.sizes(run.caps.core_size(run.experiment.caps.core_fraction))
     curves, areas = by_number.curves(bench, by_number.places(bench), at)
     return SimpleNamespace(
         names=tidy.class_names(run), table=table, matrix=matrix, means=effects.over_classes(table),

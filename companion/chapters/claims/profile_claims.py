@@ -132,9 +132,9 @@ def combined(seeds: list[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
 def _seeds(run, n_boot: int) -> Iterator[dict]:
     """For each seed, by dictionary: ``values`` of all measures, ``draws`` of those of training, each sample's parts."""
     train = run.features("train")
-    rng = np.random.default_rng(run.profile.seed)
+    rng = np.random.default_rng(run.experiment.seed)
     halves = np.zeros(len(train), dtype=bool)
-    for c in range(run.profile.n_classes):
+    for c in range(run.experiment.n_classes):
         rows = rng.permutation(np.flatnonzero(train.labels == c))
         halves[rows[len(rows) // 2 :]] = True
     weights = np.zeros((n_boot + 1, len(train)), np.int32)
@@ -142,20 +142,20 @@ def _seeds(run, n_boot: int) -> Iterator[dict]:
     for half in (halves, ~halves):
         rows = np.flatnonzero(half)
         weights[1:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), n_boot)
-    sets = {name: run.observations(name) for name in ("test", *run.profile.ood_sets)}
+    sets = {name: run.observations(name) for name in ("test", *run.experiment.ood_sets)}
     labels = run.features("test").labels
     for one in run.seeds():
         found = {}
         for side, sae in {"trained": one.sae, "untrained": one.untrained}.items():
             codes = sae.encode(train.cls)
-            caps = ClassActivationProfiles.fit(codes, train.labels, run.profile.n_classes)
-            draws = of_training(codes, train.labels, run.profile.n_classes, halves, weights)
+            caps = ClassActivationProfiles.fit(codes, train.labels, run.experiment.n_classes)
+            draws = of_training(codes, train.labels, run.experiment.n_classes, halves, weights)
             parts = {}
             for name, obs in sets.items():
                 seen = sae.encode(obs.cls)
-                parts[name] = of_samples(seen, obs.predicted, caps, run.profile.caps.core_fraction)
+                parts[name] = of_samples(seen, obs.predicted, caps, run.experiment.caps.core_fraction)
                 if name == "test":  # activation by the true class, as in the paper's figure 5
-                    truly = of_samples(seen, labels, caps, run.profile.caps.core_fraction)
+                    truly = of_samples(seen, labels, caps, run.experiment.caps.core_fraction)
                     parts[name]["core"] = truly["core"]
             values = {name: of[0] for name, of in draws.items()}
             values |= {f"{name}_{where}": _mean(parts, part, where) for name, part, where in _levels()}

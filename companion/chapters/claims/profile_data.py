@@ -1,4 +1,4 @@
-"""Tidy data of the chapter on class activation profiles, one data frame a figure of :mod:`companion.figures.figures`."""
+"""Tidy data of the chapter on class activation profiles, one data frame a figure."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def core_activity(run) -> pd.DataFrame:
     together). A class as which no OOD sample is predicted has no row of the second kind.
     """
     caps, names = run.caps, class_names(run)
-    mask = caps.core_mask(run.profile.caps.core_fraction)
+    mask = caps.core_mask(run.experiment.caps.core_fraction)
     known = ClassActivationProfiles.empty(caps.n_classes, caps.n_latents)
     known.update(run.codes("test"), run.features("test").labels)
     ood = ClassActivationProfiles.empty(caps.n_classes, caps.n_latents)
-    for name in run.profile.ood_sets:
+    for name in run.experiment.ood_sets:
         ood.update(run.observations(name).codes, run.observations(name).predicted)
     others = (ood.sums.sum(0) - ood.sums, ood.counts.sum() - ood.counts)
     kinds = {
@@ -60,7 +60,7 @@ def core_activity(run) -> pd.DataFrame:
 def _core_shares(run, name: str) -> np.ndarray:
     """P of every sample of a set on its predicted class's core, (N, k), unsorted."""
     obs = run.observations(name)
-    inside = core_activations(obs.codes, obs.predicted, run.caps, run.profile.caps.core_fraction)
+    inside = core_activations(obs.codes, obs.predicted, run.caps, run.experiment.caps.core_fraction)
     total = inside.sum(axis=1, keepdims=True)
     return np.divide(inside, total, out=np.zeros_like(inside), where=total > 0)
 
@@ -68,7 +68,7 @@ def _core_shares(run, name: str) -> np.ndarray:
 def sorted_shares(run, smallest: float = 1e-4) -> pd.DataFrame:
     """Mean over samples of the sorted core profile. Columns: set, group, rank, share (cut where below ``smallest``)."""
     frames = []
-    for name in ("test", *run.profile.ood_sets):
+    for name in ("test", *run.experiment.ood_sets):
         share = -np.sort(-_core_shares(run, name), axis=1)
         mean = share.mean(axis=0)
         rank = np.arange(1, len(mean) + 1)
@@ -88,9 +88,9 @@ def peakedness(run) -> pd.DataFrame:
     largest (largest share), entropy (nats), evenness (samples with fewer than two firing latents are left out).
     """
     rows = []
-    for name in ("test", *run.profile.ood_sets):
+    for name in ("test", *run.experiment.ood_sets):
         obs = run.observations(name)
-        found = of_samples(obs.codes, obs.predicted, run.caps, run.profile.caps.core_fraction)
+        found = of_samples(obs.codes, obs.predicted, run.caps, run.experiment.caps.core_fraction)
         means = {key: float(np.nanmean(found[key])) for key in PEAKEDNESS}
         rows.append({"set": name, "group": group_of(name)} | means)
     return pd.DataFrame(rows)

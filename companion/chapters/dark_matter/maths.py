@@ -236,11 +236,11 @@ def coders(run, ks: Iterable[int] = ()) -> dict[str, object]:
     from capsae.pipeline.run import Run
     from capsae.sae.dictionaries import methods as dictionaries
 
-    config, train, val = run.profile.sae, run.features("train").cls, run.features("val").cls
+    config, train, val = run.experiment.sae, run.features("train").cls, run.features("val").cls
     found = {f"SAE, k = {config.k}": run.sae}
     for k in ks:
         if k != config.k:
-            found[f"SAE, k = {k}"] = Run(run.profile, {"sae.k": k}, run.store, run.device, run.progress).sae
+            found[f"SAE, k = {k}"] = Run(run.experiment, {"sae.k": k}, run.store, run.device, run.progress).sae
     d, common = train.shape[1], {"normalize": config.normalize, "seed": config.seed}
     found["random dictionary"] = dictionaries.create("random", config.latents, config.k, **common).fit(train)
     rank = equal_rank(run.sae, train, val)

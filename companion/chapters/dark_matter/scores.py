@@ -3,8 +3,8 @@
 What runs where. Detectors that read features alone (:data:`ON_PARTS`) are fitted on rows of a part and score the same
 part of other rows, all in the SAE's normalised space: on training rows, and those that are judged on validation rows as
 well (:data:`FITS`), since the SAE's errors on training rows are not like others. Detectors that read logits or the head
-run on the features and on the reconstruction, brought back to the features' space, through the profile's own head. On
-error, linear part and rest they do not apply: logits are evidence for a class, the head's constants belong to whole
+run on the features and on the reconstruction, brought back to the features' space, through the experiment's own head.
+On error, linear part and rest they do not apply: logits are evidence for a class, the head's constants belong to whole
 features, and an error has no class. EPD and RPD read the code, of which the reconstruction is a linear map, so they
 stand in its column.
 
@@ -149,7 +149,7 @@ def observe(run, linear: dark_matter.Linear, sets: Iterable[str]) -> dict[str, P
     "decoded" (the reconstruction in the features' own space, with the head)."""
     train, val = run.features("train").cls, run.features("val").cls
     rank = dark_matter.equal_rank(run.sae, train, val)
-    config = run.profile.sae
+    config = run.experiment.sae
     pca = dictionaries.create("pca", rank, rank, normalize=config.normalize, seed=config.seed).fit(train)
     found = {}
     for name in sets:

@@ -21,7 +21,7 @@ KS = (8, 96)  # tried beside the run's own k, where there is more than one OOD s
 def page(run) -> tuple[Chapter, SimpleNamespace, Numbers]:
     """What the notebook needs: its captions and findings, all tables, and the numbers."""
     train, val, test = (run.features(name).cls for name in ("train", "val", "test"))
-    sets, n_boot = run.profile.ood_sets, run.profile.n_boot
+    sets, n_boot = run.experiment.ood_sets, run.experiment.n_boot
     coders = dark_matter.coders(run, ks=KS if len(sets) > 1 else ())
     observed = scores.observe(run, dark_matter.linear_part(run.sae, train, val), ("train", "val", "test", *sets))
     scorers = scores.fitted(run, observed["train"], observed["val"])

@@ -2,11 +2,11 @@
 
 At every site (:mod:`companion.chapters.layers.sites`) an SAE, profiles and a linear probe are fitted on the training
 rows, and scores are taken of the test rows and the OOD sets. :func:`measure_site` takes arrays; :func:`layers` is the
-whole for a profile.
+whole for an experiment.
 
-A profile that comes as a pack holds no images, so its table is made once, where the images are::
+An experiment that comes as a pack holds no images, so its table is made once, where the images are::
 
-    python -m companion.chapters.layers.maths --profile imagenet20 --set data_root=FOLDER --checkpoint FILE
+    python -m companion.chapters.layers.maths --experiment imagenet20 --set data_root=FOLDER --checkpoint FILE
 
 writes ``book/layers/imagenet20.csv``, the tests against the network's end beside it, and their provenance. Killed, it
 goes on where it stopped: shards of features and finished sites lie in the store.
@@ -36,7 +36,7 @@ from ..shift import probes
 from .sites import FINAL, KINDS
 
 SEEDS = (0, 1)
-EPOCHS_SHARE = 0.4  # of the profile's own: the same for every site, a third of the time, nearly the same FVU
+EPOCHS_SHARE = 0.4  # of the experiment's own: the same for every site, a third of the time, nearly the same FVU
 END_TOLERANCE = 0.01  # of a vector's length: float16, and the arithmetic of another machine
 STRENGTH = 0.01  # of the probes' penalty, on standardised features: one for all sites, nothing is chosen
 N_BOOT = 2000
@@ -240,21 +240,21 @@ def _judged(against: pd.DataFrame, n_boot: int) -> pd.DataFrame:
     return against
 
 
-# --- a profile
+# --- an experiment
 
 
 def config_of(run):
-    """The profile's SAE with :data:`EPOCHS_SHARE` of its epochs."""
-    return replace(run.profile.sae, epochs=max(1, round(EPOCHS_SHARE * run.profile.sae.epochs)))
+    """The experiment's SAE with :data:`EPOCHS_SHARE` of its epochs."""
+    return replace(run.experiment.sae, epochs=max(1, round(EPOCHS_SHARE * run.experiment.sae.epochs)))
 
 
 def layers(run, checkpoint=None, seeds=SEEDS, n_boot: int = N_BOOT, kinds=KINDS, **options):
-    """The tables of :func:`table_of` for a profile: extraction in one pass, then one site after the other.
+    """The tables of :func:`table_of` for an experiment: extraction in one pass, then one site after the other.
 
     Parameters
     ----------
     run : capsae.pipeline.run.Run
-    checkpoint : file of the backbone's weights, in place of what the profile says
+    checkpoint : file of the backbone's weights, in place of what the experiment says
     seeds, n_boot : as for :func:`measure_site`, :func:`table_of`
     kinds : of sites; ``final/cls`` is always there
     **options : of :func:`companion.chapters.layers.sites.extract_sites`
@@ -264,17 +264,19 @@ def layers(run, checkpoint=None, seeds=SEEDS, n_boot: int = N_BOOT, kinds=KINDS,
     table, against : DataFrames
     read : dict
         What was read of the images, for :func:`write`: ``vectors``, a digest of all sites of a set; ``end``, what
-        :func:`end_against_profile` found.
+        :func:`end_against_experiment` found.
 
     Raises
     ------
     ValueError
-        Where the vectors read at ``final/cls`` are not the profile's.
+        Where the vectors read at ``final/cls`` are not the experiment's.
     """
     from .sites import run_sites
 
-    sets = {name: run_sites(run, name, None, checkpoint, **options) for name in run.profile.sets}
-    end = end_against_profile({name: of[FINAL].cls for name, of in sets.items()}, lambda name: run.features(name).cls)
+    sets = {name: run_sites(run, name, None, checkpoint, **options) for name in run.experiment.sets}
+    end = end_against_experiment(
+        {name: of[FINAL].cls for name, of in sets.items()}, lambda name: run.features(name).cls
+    )
     read = {"end": end, "vectors": {name: _digest_of_sites(of) for name, of in sets.items()}}
     sites = [site for site in next(iter(sets.values())) if site == FINAL or site.split("/")[1] in kinds]
     measured = {}
@@ -284,8 +286,8 @@ def layers(run, checkpoint=None, seeds=SEEDS, n_boot: int = N_BOOT, kinds=KINDS,
     return *table_of({site: measured[site] for site in sites}, n_boot), read
 
 
-def end_against_profile(here: Mapping[str, np.ndarray], profile: Callable[[str], np.ndarray]) -> dict[str, float]:
-    """How far the vectors (N, d) read at ``final/cls`` lie from those of the profile (of its pack, if it has one).
+def end_against_experiment(here: Mapping[str, np.ndarray], experiment: Callable[[str], np.ndarray]) -> dict[str, float]:
+    """How far the vectors (N, d) read at ``final/cls`` lie from those of the experiment (of its pack, if it has one).
 
     Returns
     -------
@@ -299,13 +301,13 @@ def end_against_profile(here: Mapping[str, np.ndarray], profile: Callable[[str],
     """
     found = {}
     for name, x in here.items():
-        known = np.asarray(profile(name), np.float32)
+        known = np.asarray(experiment(name), np.float32)
         length = np.linalg.norm(known, axis=1)
         found[name] = float((np.linalg.norm(x - known, axis=1) / np.where(length > 0, length, 1)).max())
         if not found[name] <= END_TOLERANCE:
             raise ValueError(
-                f"{name}: {FINAL} as read here lies up to {100 * found[name]:.2g} % of its length from the profile's "
-                f"features, {100 * END_TOLERANCE:.0f} % is allowed; take the profile's own weights and images"
+                f"{name}: {FINAL} as read here lies up to {100 * found[name]:.2g} % of its length off the experiment's "
+                f"features, {100 * END_TOLERANCE:.0f} % is allowed; take the experiment's own weights and images"
             )
     return found
 
@@ -317,7 +319,7 @@ def _digest_of_sites(of: Mapping[str, FeatureSet]) -> str:
 
 def _kept(run, site: str, here: dict[str, FeatureSet], seeds):
     """One site from the store, or measured and kept there."""
-    config, core = config_of(run), run.profile.caps.core_fraction
+    config, core = config_of(run), run.experiment.caps.core_fraction
     recipe = {"site": site, "sae": asdict(config), "core_fraction": core, "seeds": list(seeds)}
     inputs = {name: features.digest() for name, features in here.items()}
 
@@ -335,43 +337,47 @@ def _kept(run, site: str, here: dict[str, FeatureSet], seeds):
         return pd.read_json(folder / "measures.json", orient="records"), scores
 
     def make():
-        return measure_site(here, run.profile.n_classes, config, core, seeds)
+        return measure_site(here, run.experiment.n_classes, config, core, seeds)
 
-    made_by, who = code_digest(measure_site), {"profile": run.profile.name}
+    made_by, who = code_digest(measure_site), {"experiment": run.experiment.name}
     return run.store.get_or_make("layer", recipe, inputs, made_by, make, save, load, who)
 
 
 # --- the committed tables
 
 
-def files(profile: str) -> dict[str, Path]:
-    """Where a profile's tables lie: "table", "against", "provenance"."""
+def files(experiment: str) -> dict[str, Path]:
+    """Where an experiment's tables lie: "table", "against", "provenance"."""
     from ...publish.plan import root
 
     folder = root() / "book" / "layers"
-    names = {"table": f"{profile}.csv", "against": f"{profile}_against_final.csv", "provenance": f"{profile}.json"}
+    names = {
+        "table": f"{experiment}.csv",
+        "against": f"{experiment}_against_final.csv",
+        "provenance": f"{experiment}.json",
+    }
     return {key: folder / name for key, name in names.items()}
 
 
-def read(profile: str) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    """The committed tables of a profile and their provenance; FileNotFoundError says how to make them."""
-    at = files(profile)
+def read(experiment: str) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+    """The committed tables of an experiment and their provenance; FileNotFoundError says how to make them."""
+    at = files(experiment)
     missing = [path for path in at.values() if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"no {missing[0]}: make it by\n  {command(profile)}")
+        raise FileNotFoundError(f"no {missing[0]}: make it by\n  {command(experiment)}")
     table, against = (pd.read_csv(at[key], keep_default_na=False, na_values=[""]) for key in ("table", "against"))
     return table.fillna({"set": ""}), against, json.loads(at["provenance"].read_text(encoding="utf-8"))
 
 
-def command(profile: str, pack: bool = True) -> str:
-    """The command line that makes a profile's tables; one that comes as a pack needs its images and weights."""
+def command(experiment: str, pack: bool = True) -> str:
+    """The command line that makes an experiment's tables; one that comes as a pack needs its images and weights."""
     images = " --set data_root=FOLDER --checkpoint FILE" if pack else ""
-    return f"python -m companion.chapters.layers.maths --profile {profile}{images}"
+    return f"python -m companion.chapters.layers.maths --experiment {experiment}{images}"
 
 
-def outdated(profile: str) -> str | None:
+def outdated(experiment: str) -> str | None:
     """Why the committed tables are not today's, with what to run; None if they are."""
-    made = read(profile)[2]
+    made = read(experiment)[2]
     changed = made["code"] != codes()["code"]
     return f"the code changed since the tables were made: {made['command']}" if changed else None
 
@@ -385,31 +391,31 @@ def codes() -> dict[str, dict[str, str]]:
 
 
 def write(run, table: pd.DataFrame, against: pd.DataFrame, read: Mapping, cpu_s: float, weights: str | None = None):
-    """Write a profile's tables and their provenance, ``read`` as :func:`layers` gives it; returns their places."""
+    """Write an experiment's tables and their provenance, ``read`` as :func:`layers` gives it; returns their places."""
     from capsae.device import machine, versions
 
-    at = files(run.profile.name)
+    at = files(run.experiment.name)
     at["table"].parent.mkdir(parents=True, exist_ok=True)
     for key, data in (("table", table), ("against", against)):
         data.to_csv(at[key], index=False, float_format="%.5g", lineterminator="\n")
     record = {
-        "command": command(run.profile.name, bool(run.profile.pack)),
-        "profile": run.profile.name,
-        "backbone": run.profile.backbone.model,
+        "command": command(run.experiment.name, bool(run.experiment.pack)),
+        "experiment": run.experiment.name,
+        "backbone": run.experiment.backbone.model,
         "weights_sha256": weights,
         "sites": list(dict.fromkeys(table["site"])),
         "seeds": sorted(int(seed) for seed in table["seed"].unique()),
         "sae": asdict(config_of(run)) | {"seed": None},
-        "core_fraction": run.profile.caps.core_fraction,
+        "core_fraction": run.experiment.caps.core_fraction,
         "n_boot": N_BOOT,
         "images": {
             name: run.inputs.source(name).digest()[:20]
-            for name in run.profile.sets
+            for name in run.experiment.sets
             if not (name == "val" and run.inputs.holdout)
         },
         "vectors": read["vectors"],
-        "end_against_profile": {name: float(f"{value:.2g}") for name, value in read["end"].items()},
-        "profile_features": run.digest("features")[:20],
+        "end_against_experiment": {name: float(f"{value:.2g}") for name, value in read["end"].items()},
+        "experiment_features": run.digest("features")[:20],
         "head": run.digest("head")[:20],
         **codes(),
         "machine": machine(),
@@ -428,10 +434,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     from .sites import SiteReader
 
-    parser = argparse.ArgumentParser("python -m companion.chapters.layers.maths", description="Make the tables of all sites.")
-    parser.add_argument("--profile", default="imagenet20")
+    parser = argparse.ArgumentParser(
+        "python -m companion.chapters.layers.maths", description="Make the tables of all sites."
+    )
+    parser.add_argument("--experiment", default="imagenet20")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--checkpoint", metavar="FILE", help="the backbone's weights (default: as the profile says)")
+    parser.add_argument("--checkpoint", metavar="FILE", help="the backbone's weights (default: as the experiment says)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of sites (default: all)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=1, help="decoding threads")
@@ -439,7 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     started = time.process_time()
-    run = Run(options.profile, overrides_of(options.set), device="cpu")
+    run = Run(options.experiment, overrides_of(options.set), device="cpu")
     given = {"batch_size": options.batch_size, "workers": options.workers}
     table, against, read = layers(run, options.checkpoint, kinds=options.kinds, **given)
     weights = SiteReader(run.inputs.backbone_settings(options.checkpoint), FINAL).weights

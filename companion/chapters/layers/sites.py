@@ -178,24 +178,24 @@ def extract_sites(
 def run_sites(
     run, set_name: str, sites: Iterable[str] | None = None, checkpoint: str | os.PathLike | None = None, **options
 ) -> dict[str, FeatureSet]:
-    """Features of a profile's set at several sites, from the store or extracted from its images.
+    """Features of an experiment's set at several sites, from the store or extracted from its images.
 
-    A profile that comes with a pack has features of ``final/cls`` alone: its images are needed here
+    An experiment that comes with a pack has features of ``final/cls`` alone: its images are needed here
     (``data_root``), and the backbone's weights (``checkpoint``, or timm's download).
 
     Parameters
     ----------
     run : capsae.pipeline.run.Run
-    set_name : "train", "val", "test" or one of ``run.profile.ood_sets``
+    set_name : "train", "val", "test" or one of ``run.experiment.ood_sets``
     sites : names of :func:`site_names`; None = all
-    checkpoint : file of weights, in place of what the profile says
+    checkpoint : file of weights, in place of what the experiment says
     **options : batch_size, shard_size, workers ... of :func:`extract_sites`
 
     Returns
     -------
     dict of site -> FeatureSet
-        Rows as in ``run.features(set_name)``, with the same logits: those of the profile's head, at the network's end.
-        Kept as float16 (float32 where a value does not fit).
+        Rows as in ``run.features(set_name)``, with the same logits: those of the experiment's head, at the network's
+        end. Kept as float16 (float32 where a value does not fit).
     """
     from capsae.data.splits import holdout_mask
     from capsae.features.extract import EXTRACTOR, extract
@@ -205,7 +205,7 @@ def run_sites(
     inputs, store = run.inputs, run.store
     own = "train" if set_name == "val" and inputs.holdout else set_name
     source = inputs.source(own)
-    crop = run.profile.source(own).crop
+    crop = run.experiment.source(own).crop
     reader = SiteReader(inputs.backbone_settings(checkpoint) | ({} if crop is None else {"crop": crop}), sites)
     recipe = "sites", {"reader": READER, "extractor": EXTRACTOR}, {"source": source.digest(), "reader": reader.digest}
 
@@ -227,6 +227,6 @@ def run_sites(
         whole = whole.take(held_out if set_name == "val" else ~held_out)
     known = run.features(set_name)
     if not np.array_equal(whole.ids, known.ids):
-        what = f"{set_name}: {len(whole)} images were read here, {len(known)} stand behind the profile's features"
-        raise ValueError(f"{what}, or in another order; train_fraction must be 1, and the images the profile's own")
+        what = f"{set_name}: {len(whole)} images were read here, {len(known)} stand behind the experiment's features"
+        raise ValueError(f"{what}, or in another order; train_fraction must be 1, and the images the experiment's own")
     return reader.split(replace(whole, logits=known.logits, name=set_name))

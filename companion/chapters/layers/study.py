@@ -1,4 +1,4 @@
-"""What the tables of :mod:`companion.chapters.layers.maths` say: tidy data for figures, the numbers of the findings, tables."""
+"""What the tables of the layers say: tidy data for figures, the numbers of the findings, tables."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def page(run, read: tuple) -> tuple[Chapter, SimpleNamespace, Numbers]:
     found = SimpleNamespace(
         table=table, against=against, made=made, best=best_sites(table, against), chosen=chosen_rows(table, against)
     )
-    return Chapter("14_layers", source_line(made), run.profile.name), found, numbers(found)
+    return Chapter("14_layers", source_line(made), run.experiment.name), found, numbers(found)
 
 
 def numbers(found: SimpleNamespace) -> Numbers:
@@ -303,29 +303,30 @@ def _mean_and_range(of: pd.Series) -> str:
 # --- what made the tables
 
 
-def _sha256(profile: str, key: str) -> str:
-    return hashlib.sha256(files(profile)[key].read_bytes()).hexdigest()
+def _sha256(experiment: str, key: str) -> str:
+    return hashlib.sha256(files(experiment)[key].read_bytes()).hexdigest()
 
 
 def source_line(made: Mapping) -> str:
-    """Where the numbers of this page come from, to stand under each figure: not from the profile's pack."""
+    """Where the numbers of this page come from, to stand under each figure: not from the experiment's pack."""
     return (
-        f"Profile {made['profile']} · backbone {made['backbone']}, weights {made['weights_sha256'][:12]} · data: all "
-        f"sites read from the images, book/layers/{made['profile']}.csv, "
-        f"digest {_sha256(made['profile'], 'table')[:12]} · code {made['code']['layers'][:12]}"
+        f"Experiment {made['experiment']} · backbone {made['backbone']}, weights {made['weights_sha256'][:12]} · data: "
+        "all "
+        f"sites read from the images, book/layers/{made['experiment']}.csv, "
+        f"digest {_sha256(made['experiment'], 'table')[:12]} · code {made['code']['layers'][:12]}"
     )
 
 
 def made_rows(made: Mapping) -> pd.DataFrame:
     """The provenance of the committed tables. Columns: item, value."""
     rows = [("command", made["command"]), ("backbone", made["backbone"]), ("weights, sha256", made["weights_sha256"])]
-    names = {key: path.name for key, path in files(made["profile"]).items() if key != "provenance"}
-    rows += [(f"sha256, {name}", _sha256(made["profile"], key)) for key, name in names.items()]
+    names = {key: path.name for key, path in files(made["experiment"]).items() if key != "provenance"}
+    rows += [(f"sha256, {name}", _sha256(made["experiment"], key)) for key, name in names.items()]
     rows += [("SAE, epochs", made["sae"]["epochs"]), ("SAE, seeds", ", ".join(map(str, made["seeds"])))]
     rows += [(f"images, {name}", digest) for name, digest in made["images"].items()]
     rows += [(f"vectors of all sites, {name}", digest) for name, digest in made["vectors"].items()]
-    end = max(made["end_against_profile"].values())
-    rows.append(("final/cls against the profile's features, largest distance as a share of length", end))
+    end = max(made["end_against_experiment"].values())
+    rows.append(("final/cls against the experiment's features, largest distance as a share of length", end))
     rows += [(f"code, {name}", digest) for name, digest in (made["code"] | made["code_recorded_only"]).items()]
     rows += [(f"version, {name}", version) for name, version in made["versions"].items()]
     return pd.DataFrame([(item, str(value)) for item, value in rows], columns=["item", "value"])

@@ -40,7 +40,7 @@ def representations(run, seed: int = 0) -> dict[str, tuple]:
     from capsae.sae.dictionaries import methods as dictionaries
 
     train, test = (run.features(name).cls for name in ("train", "test"))
-    sae, settings = run.sae, run.profile.sae
+    sae, settings = run.sae, run.experiment.sae
     dense = [np.asarray(sae.normalize(rows), np.float32) for rows in (train, test)]
     mean = dense[0].mean(axis=0, dtype=np.float64).astype(np.float32)
     found = {SAE: (run.codes("train"), run.codes("test")), "CLS": tuple(dense)}

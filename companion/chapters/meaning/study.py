@@ -27,9 +27,9 @@ def page(run) -> tuple[Chapter, SimpleNamespace, Numbers]:
     each, checked = meaning.check_names(named, run.codes("test"), test.labels)
     alone, within = together.pairs(codes), together.pairs(codes, train.labels, n)
     null = together.pairs(together.shuffled(codes, train.labels, n), train.labels, n)
-    groups, profiles = together.communities(alone, n), meaning.posterior(run.caps)
-    other = next((name for name in COMPARED if name in run.profile.ood_sets), run.profile.ood_sets[0])
-    others = {name: run.codes(name) for name in run.profile.ood_sets}
+    groups, experiments = together.communities(alone, n), meaning.posterior(run.caps)
+    other = next((name for name in COMPARED if name in run.experiment.ood_sets), run.experiment.ood_sets[0])
+    others = {name: run.codes(name) for name in run.experiment.ood_sets}
     table = contrast.compare(run.codes("test"), run.codes(other))
     found = SimpleNamespace(
         named=named, holds=holds, shares=holds[holds["hold"] == meaning.HOLD].dropna(subset="lo"),
@@ -39,8 +39,8 @@ def page(run) -> tuple[Chapter, SimpleNamespace, Numbers]:
         splits=contrast.halves(run.codes("test"), times=40),
         contrast=table.merge(named.table[["latent", "kind", "name", "classes"]], on="latent", how="left"),
         alone=together.found(alone), within=together.found(within), null=together.found(null),
-        excess=together.excess(alone, within), followed=together.follow_classes(groups, profiles),
-        pairs=together.strongest(within, named.table), groups=together.group_classes(groups, profiles, names),
+        excess=together.excess(alone, within), followed=together.follow_classes(groups, experiments),
+        pairs=together.strongest(within, named.table), groups=together.group_classes(groups, experiments, names),
         retrieved=neighbours.retrieve(sets, train.labels, test.labels),
         clusters=neighbours.judge(neighbours.cluster(sets, n), test.labels),
     )  # fmt: skip
@@ -98,7 +98,7 @@ def show_images(chapter: Chapter, found: SimpleNamespace) -> None:
     from ...figures.figures import image_grid
 
     run, rows = chapter.run, found.rows
-    if run.profile.show_images:
+    if run.experiment.show_images:
         heading = rows["latent"].map("latent {}".format) + "\n" + rows["name"]
         grid = pd.DataFrame({"row": heading, "title": rows["activation"].map("{:.1f}".format)})
         chapter.show(image_grid, grid, "top_images", images=[run.image("train", row) for row in rows["row"]])

@@ -33,7 +33,7 @@ def taxonomy(run) -> wordnet.Taxonomy:
     for name in names:
         if wordnet.wnid(name) is None:
             raise ValueError(
-                f"profile {run.profile.name!r}: class {name!r} is no ImageNet class, such as n01440764_tench"
+                f"experiment {run.experiment.name!r}: class {name!r} is no ImageNet class, such as n01440764_tench"
             )
     return wordnet.load([wordnet.wnid(name) for name in names])
 
@@ -51,10 +51,10 @@ def dictionaries(run, seeds: Sequence[int] = SEEDS) -> dict[str, list]:
     from capsae.pipeline.run import Run
     from capsae.sae.dictionaries import methods as untaught
 
-    config, train = run.profile.sae, run.features("train").cls
+    config, train = run.experiment.sae, run.features("train").cls
     saes = [run.sae]
     for seed in [seed for seed in seeds if seed != config.seed][: len(seeds) - 1]:
-        saes.append(Run(run.profile, {"sae.seed": seed, "n_boot": 0}, run.store, run.device, run.progress).sae)
+        saes.append(Run(run.experiment, {"sae.seed": seed, "n_boot": 0}, run.store, run.device, run.progress).sae)
     chance = [untaught.create("random", config.latents, config.k, config.normalize, seed).fit(train) for seed in seeds]
     return {SAE: saes, RANDOM: chance}
 
@@ -99,7 +99,7 @@ def families(tree: wordnet.Taxonomy) -> dict[str, np.ndarray]:
 
 def distances(run, found: Mapping[str, list]) -> dict[tuple[str, str], np.ndarray]:
     """Distances between classes on training rows: of the run's CAPs, a random dictionary's, the mean features'."""
-    train, n_classes = run.features("train"), run.profile.n_classes
+    train, n_classes = run.features("train"), run.experiment.n_classes
     codes = found[RANDOM][0].encode(train.cls)
     of = {
         SAE: mantel.cap_distances(run.caps),
@@ -153,7 +153,7 @@ def best_of_means(agreement: pd.DataFrame, column: str = "r") -> str:
 
 
 def paths(page_data: SimpleNamespace) -> pd.DataFrame:
-    """:func:`along_paths` of the SAE's profiles, the best class means and a random dictionary's profiles."""
+    """:func:`along_paths` of the SAE's experiments, the best class means and a random dictionary's experiments."""
     keys = [(SAE, "cosine"), (MEANS, best_of_means(page_data.agreement)), (RANDOM, "cosine")]
     return along_paths(page_data.tree.path_distance(), page_data.distances, keys)
 

@@ -1,8 +1,8 @@
-"""Makes corrupted copies of a profile's ID test images into a pack of features.
+"""Makes corrupted copies of an experiment's ID test images into a pack of features.
 
     python -m companion.chapters.shift.make_pack imagenet20 --set data_root=FOLDER --out FOLDER
 
-is how the embedded pack ``imagenet20_shift`` was made; any profile with images gets one of its own in the same way.
+is how the embedded pack ``imagenet20_shift`` was made; any experiment with images gets one of its own in the same way.
 A killed run goes on where it stopped.
 """
 
@@ -43,19 +43,19 @@ def make_shift_pack(
     max_bytes: int | None = None,
     **options,
 ) -> Path:
-    """Extract the corrupted ID test images of a profile into a pack; its sets are called ``blur/1`` and so on.
+    """Extract the corrupted ID test images of an experiment into a pack; its sets are called ``blur/1`` and so on.
 
     Parameters
     ----------
     run : capsae.pipeline.run.Run
-        Of a profile whose test images are at hand (with a pack: set ``data_root``).
+        Of an experiment whose test images are at hand (with a pack: set ``data_root``).
     out : path
         Folder of the pack.
     names, strengths, seed : see :mod:`companion.chapters.shift.corruptions`
     per_class : int
         At most so many test images of each class, the same in all sets.
     checkpoint : path, optional
-        Weights of the backbone, in place of those the profile names.
+        Weights of the backbone, in place of those the experiment names.
     max_bytes : int, optional
         Refuse a larger pack.
     options
@@ -68,8 +68,8 @@ def make_shift_pack(
 
     Notes
     -----
-    An image is brought to the backbone's input (resized and cropped as the profile has it) first and corrupted then, as
-    in ImageNet-C; the backbone that follows crops nothing more.
+    An image is brought to the backbone's input (resized and cropped as the experiment has it) first and corrupted then,
+    as in ImageNet-C; the backbone that follows crops nothing more.
     """
     from capsae.features.backbone import load_backbone
     from capsae.pipeline.packs import make_pack
@@ -85,14 +85,16 @@ def make_shift_pack(
 
     sources = {f"{name}/{s}": corrupted(source, name, s, seed, prepare) for name in names for s in strengths}
     notes = (
-        f"ID test images of profile {run.profile.name!r}, at most {per_class} a class and the same in all sets, "
+        f"ID test images of experiment {run.experiment.name!r}, at most {per_class} a class and the same in all sets, "
         "corrupted at the size that the backbone sees by companion.chapters.shift.corruptions "
         f"(version {VERSION}, seed {seed}); constants after ImageNet-C (arXiv 1903.12261). "
         "Labels and ids are those of the test images. "
-        f"Made by `python -m companion.chapters.shift.make_pack {run.profile.name}`. "
+        f"Made by `python -m companion.chapters.shift.make_pack {run.experiment.name}`. "
         "Pixel statistics are those of the corrupted images; file_size is that of their PNG."
     )
-    return make_pack(f"{run.profile.name}_shift", sources, backbone, out, notes=notes, max_bytes=max_bytes, **options)
+    return make_pack(
+        f"{run.experiment.name}_shift", sources, backbone, out, notes=notes, max_bytes=max_bytes, **options
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,16 +103,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from capsae.pipeline.run import Run
 
     parser = argparse.ArgumentParser(prog="python -m companion.chapters.shift.make_pack", description=__doc__)
-    parser.add_argument("profile", help="name, or path of a .toml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the profile")
-    parser.add_argument("--out", type=Path, help="folder of the pack (default: packs/PROFILE_shift)")
+    parser.add_argument("experiment", help="name, or path of a .toml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the experiment")
+    parser.add_argument("--out", type=Path, help="folder of the pack (default: packs/EXPERIMENT_shift)")
     parser.add_argument("--checkpoint", type=Path, help="weights of the backbone")
     parser.add_argument("--per-class", type=int, default=PER_CLASS, help=f"images (default: {PER_CLASS})")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--workers", type=int, help="decoding threads")
     chosen = parser.parse_args(arguments)
-    run = Run(chosen.profile, overrides_of(chosen.set))
-    out = chosen.out or Path("packs") / f"{run.profile.name}_shift"
+    run = Run(chosen.experiment, overrides_of(chosen.set))
+    out = chosen.out or Path("packs") / f"{run.experiment.name}_shift"
     make_shift_pack(
         run, out, per_class=chosen.per_class, seed=chosen.seed, checkpoint=chosen.checkpoint, workers=chosen.workers
     )

@@ -44,27 +44,27 @@ _SAME = ("model", "pooling", "image_size", "interpolation", "mean", "std", "weig
 
 
 def sets(run, pack: str | os.PathLike | None = None) -> dict[str, FeatureSet]:
-    """Known classes under other conditions: corrupted copies of the ID test images, and the profile's shifted sets.
+    """Known classes under other conditions: corrupted copies of the ID test images, and the experiment's shifted sets.
 
     Parameters
     ----------
     run : capsae.pipeline.run.Run
     pack : name or path, optional
-        What :func:`companion.chapters.shift.make_pack.make_shift_pack` wrote; default: ``<profile's pack>_shift`` where
-        that is embedded.
+        What :func:`companion.chapters.shift.make_pack.make_shift_pack` wrote; default: ``<experiment's pack>_shift``
+        where that is embedded.
 
     Returns
     -------
     dict of FeatureSet
-        ``blur/1`` ... from the pack, then ``shifted/<set>`` of the profile.
+        ``blur/1`` ... from the pack, then ``shifted/<set>`` of the experiment.
 
     Raises
     ------
     ValueError
         Neither is there, or the pack's images or backbone are not the run's.
     """
-    if pack is None and f"{run.profile.pack}_shift" in packs():
-        pack = f"{run.profile.pack}_shift"
+    if pack is None and f"{run.experiment.pack}_shift" in packs():
+        pack = f"{run.experiment.pack}_shift"
     found: dict[str, FeatureSet] = {}
     if pack is not None:
         _check_backbone(run, pack)
@@ -73,12 +73,15 @@ def sets(run, pack: str | os.PathLike | None = None) -> dict[str, FeatureSet]:
         for name, features in found.items():
             strange = [id for id in features.ids.tolist() if id not in known]
             if strange:
-                raise ValueError(f"pack {os.fspath(pack)!r}, {name}: {strange[0]!r} is no ID test image of the profile")
-    found |= {name: run.features(name) for name in run.profile.shifted}
+                raise ValueError(
+                    f"pack {os.fspath(pack)!r}, {name}: {strange[0]!r} is no ID test image of the experiment"
+                )
+    found |= {name: run.features(name) for name in run.experiment.shifted}
     if not found:
         raise ValueError(
-            f"profile {run.profile.name!r} has no covariate-shifted set: add one to its [shifted], or make corrupted "
-            f"test images by `python -m companion.chapters.shift.make_pack {run.profile.name}` and give their folder as pack"
+            f"experiment {run.experiment.name!r} has no covariate-shifted set: add one to its [shifted], or "
+            f"make corrupted test images by `python -m companion.chapters.shift.make_pack {run.experiment.name}` "
+            "and give their folder as pack"
         )
     return found
 
@@ -133,7 +136,7 @@ def evaluate(
     probes = fit_probes(run)[0] if probes is None else dict(probes)
     val = run.features("val")
     given = {CLEAN: clean(run, shifted), **shifted}
-    weights = draw({name: features.ids for name, features in given.items()}, n_boot, run.profile.seed)
+    weights = draw({name: features.ids for name, features in given.items()}, n_boot, run.experiment.seed)
     rows, replicates, fitted = [], {}, []
     for name, probe in probes.items():
         before = probe.logits(val.cls)
@@ -265,7 +268,7 @@ def sensitivity(
         way (:data:`WAYS`, and "the book's head": the page's codes against it), other, codes chose and other chose (in
         words), own, than, value, lo, hi. Intervals are not corrected.
     """
-    weights = draw({name: features.ids for name, features in shifted.items()}, n_boot, run.profile.seed)
+    weights = draw({name: features.ids for name, features in shifted.items()}, n_boot, run.experiment.seed)
     known: dict[tuple, tuple] = {}
 
     def accuracy(key, logits):
@@ -314,8 +317,8 @@ def over_seeds(
     train, given, rows = run.features("train"), {CLEAN: clean(run, shifted), **shifted}, []
     for seed in seeds:
         of = {name: probes[name].logits for name in ("cls", "codes", "random")}
-        if seed != run.profile.sae.seed:
-            sae = Run(run.profile, {"sae.seed": seed, "n_boot": 0}, run.store, run.device, run.progress).sae
+        if seed != run.experiment.sae.seed:
+            sae = Run(run.experiment, {"sae.seed": seed, "n_boot": 0}, run.store, run.device, run.progress).sae
             for name in ("codes", "random"):
                 standardised, strength = probes[name].choice
                 rows_of = view(run, name, sae, seed)
@@ -343,7 +346,7 @@ def alarms(
     -------
     shares : DataFrame
         method, title, set, corruption, strength, group, n, value, lo, hi; ``group`` is "all", "correct": images that
-        the head still classifies correctly, where a flag helps nobody, or "ood": the profile's OOD sets, where it
+        the head still classifies correctly, where a flag helps nobody, or "ood": the experiment's OOD sets, where it
         should flag. Intervals are Clopper and Pearson's, of one set.
     rises : DataFrame
         method, title, group ("all", "correct"), clean, mean (of the shifted sets), value (mean less clean), lo, hi, p,
@@ -354,12 +357,12 @@ def alarms(
     rows, rises = [], []
     detectors = run.detectors(methods)
     given = {CLEAN: clean(run, shifted), **shifted}
-    weights = draw({name: features.ids for name, features in given.items()}, n_boot, run.profile.seed)
+    weights = draw({name: features.ids for name, features in given.items()}, n_boot, run.experiment.seed)
     seen = {
         name: Observations(f.cls, labels=f.labels, head=run.head, sae=run.sae, pixels=f.pixels)
         for name, f in given.items()
     }
-    unknown = {name: run.observations(name) for name in run.profile.ood_sets}
+    unknown = {name: run.observations(name) for name in run.experiment.ood_sets}
     for method in methods:
         threshold, title = run.threshold(method), info(method)["title"]
         found: dict[str, dict] = {"all": {}, "correct": {}}
@@ -404,15 +407,17 @@ def with_clean(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def _check_backbone(run, pack) -> None:
-    """A profile without a pack says what it wants of its backbone; the rest is the weights' own and not compared."""
-    profile, theirs = run.profile, pack_info(pack)["backbone"]
-    own = pack_info(profile.pack)["backbone"] if profile.pack else profile.backbone.model_dump(exclude_none=True)
-    for key in _SAME if profile.pack else [key for key in _SAME if key in own]:
+    """An experiment without a pack says what it wants of its backbone; the rest is not compared."""
+    experiment, theirs = run.experiment, pack_info(pack)["backbone"]
+    own = (
+        pack_info(experiment.pack)["backbone"] if experiment.pack else experiment.backbone.model_dump(exclude_none=True)
+    )
+    for key in _SAME if experiment.pack else [key for key in _SAME if key in own]:
         if _plain(own.get(key)) != _plain(theirs.get(key)):
-            what = f"pack {profile.pack!r}" if profile.pack else f"backbone of profile {profile.name!r}"
+            what = f"pack {experiment.pack!r}" if experiment.pack else f"backbone of experiment {experiment.name!r}"
             raise ValueError(
                 f"pack {os.fspath(pack)!r} was made with backbone {key} = {theirs.get(key)!r}, the {what} "
-                f"with {own.get(key)!r}: make it again with the profile's backbone"
+                f"with {own.get(key)!r}: make it again with the experiment's backbone"
             )
 
 

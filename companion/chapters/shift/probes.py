@@ -139,7 +139,7 @@ def view(run, name: str, sae=None, seed: int | None = None) -> Callable:
     ValueError
         If there is no such representation, or it is not probed ("caps").
     """
-    config, sae = run.profile.sae, run.sae if sae is None else sae
+    config, sae = run.experiment.sae, run.sae if sae is None else sae
     if name == "cls":
         return lambda x: np.asarray(x, np.float32)
     if name == "normalised":

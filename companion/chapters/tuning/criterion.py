@@ -2,7 +2,7 @@
 
 :func:`tune` compares a whole grid by a criterion that gets ID training and validation rows and nothing else; the test
 sets wait in :class:`companion.chapters.tuning.sealed.Sealed` until the options are frozen. The book's main
-configuration is what the profile names, not what is chosen here: the notebook on tuning shows what the choice would
+configuration is what the experiment names, not what is chosen here: the notebook on tuning shows what the choice would
 have changed.
 """
 
@@ -19,8 +19,6 @@ import pandas as pd
 from capsae import metrics as _metrics
 from capsae.detectors import Detector, Observations, available, create, info
 from capsae.metrics import HIGHER_IS_BETTER, METRICS, fpr95_id_pos, fpr95_ood_pos
-
-from .sealed import tuning
 
 # The options that are tuned, and their values. Detectors that are not named here have none, or none worth a choice.
 _PERCENTILES = {"percentile": (50.0, 65.0, 80.0, 85.0, 90.0, 95.0, 99.0)}
@@ -133,7 +131,7 @@ class HeldOutClasses:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What :func:`tune` found: the options that the profile names, those chosen, and the whole grid.
+    """What :func:`tune` found: the options that the experiment names, those chosen, and the whole grid.
 
     ``table`` has a row a setting: method, setting (text), criterion (NaN where refused), default, chosen (bool),
     refused ("" or why the detector refuses the setting).
@@ -185,8 +183,7 @@ def tune(
         value, refused = np.nan, ""
         try:
             create(name, **options)
-            with tuning(name):
-                value = float(criterion(lambda options=options: create(name, **options), train, validation))
+            value = float(criterion(lambda options=options: create(name, **options), train, validation))
         except ValueError as error:  # e.g. ViM's dim >= d
             if options == default:
                 raise

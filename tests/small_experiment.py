@@ -1,4 +1,4 @@
-"""A profile of four Gaussian classes in 16 dimensions with an OOD set or two: a whole run in a second."""
+"""An experiment of four Gaussian classes in 16 dimensions with an OOD set or two: a whole run in a second."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def features(set_name: str, per_class: int, seed: int = 0) -> FeatureSet:
 
 
 def write(folder: Path, sets: dict[str, FeatureSet] | None = None) -> Path:
-    """Write the pack and its profile into ``folder``; returns the profile's path."""
+    """Write the pack and its profile into ``folder``; returns the experiment's path."""
     pack = folder / "pack"
     pack.mkdir(parents=True)
     listed = {}
@@ -73,6 +73,6 @@ def write(folder: Path, sets: dict[str, FeatureSet] | None = None) -> Path:
         listed[name] = {"file": path.name, "sha256": sha256, "bytes": path.stat().st_size, "n": len(value)}
     info = {"name": "small", "backbone": {"model": "vit_tiny_patch16_224"}, "sets": listed}
     (pack / "pack.json").write_text(json.dumps(info))
-    profile = folder / "small.toml"
-    profile.write_text(TOML.format(pack=json.dumps(str(pack))))
-    return profile
+    experiment = folder / "small.toml"
+    experiment.write_text(TOML.format(pack=json.dumps(str(pack))))
+    return experiment
