@@ -298,7 +298,7 @@ def _short(classes: str) -> str:
 
 def silent(why: pd.DataFrame, top: int = 8) -> pd.DataFrame:
     """Latents that the class expects and that are silent in a sample. Columns: latent, expected, classes."""
-    rows = why[(why["experiment"] == 0) & (why["latent"] >= 0)].sort_values("expected", ascending=False).head(top)
+    rows = why[(why["profile"] == 0) & (why["latent"] >= 0)].sort_values("expected", ascending=False).head(top)
     return rows[["latent", "expected", "classes"]].assign(classes=rows["classes"].map(lambda text: _short(text)))
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
+from ..figures import hero
+from ..figures.display import figure_html
 from ..findings import FAILS, HOLDS, MISSING, UNDECIDED, Finding, Numbers, index_page, judge, of_page, render, text
 from .plan import BOOK_EXPERIMENTS, read_notebook, root
 from .publish import path_of, template_digest
@@ -59,8 +62,6 @@ def published(page: str) -> Numbers:
 
 def read_claims(path: Path) -> dict[str, Any]:
     """The claims file, checked: every entry has what its kind needs. ValueError names what lacks."""
-    import yaml
-
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
     needed = {
         "numbers": {"id", "claim", "setting", "source", "paper", "tolerance", "run"},
@@ -101,19 +102,29 @@ def claims_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers],
 
 
 def intro_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers], experiments=BOOK_EXPERIMENTS) -> str:
-    """The Markdown of intro.md: where EPD stands on each experiment, and how many claims of the paper hold there."""
-    standing, tallies = [], []
+    """The Markdown of intro.md: the idea in one figure, where EPD stands, how many claims of the paper hold."""
+    rows = []
     tested = {name: of for name, of in claims["claims"].items() if of.get("family") == "paper"}
     for experiment in experiments:
         recorded = numbers_of(f"{experiment}/04_score_ood")
         cells = [text(recorded[key]) if (key := f"{name}_fpr95_ood_pos") in recorded else "–" for name in STANDING]
         rank = f"{recorded['epd_rank'].value:g} of {recorded['detectors'].value:g}" if "epd_rank" in recorded else "–"
-        standing.append({"experiment": experiment, "rank": rank, "cells": cells})
         marks = list(_marks(tested, lambda page, of=experiment: numbers_of(f"{of}/{page}")).values())
-        tallies.append(
-            {"experiment": experiment, "counts": [marks.count(m) for m in (HOLDS, UNDECIDED, FAILS, MISSING)]}
-        )
-    return _page("intro.md", standing=standing, tallies=tallies, of=len(tested))
+        counts = [marks.count(mark) for mark in (HOLDS, UNDECIDED, FAILS)]
+        rows.append({"experiment": experiment, "rank": rank, "cells": cells, "counts": counts})
+    return _page("intro.md", rows=rows, of=len(tested), hero=_hero())
+
+
+def _hero(page: str = "imagenet20/03_discover_caps") -> str:
+    """The figure of the start page, drawn from what the chapter on profiles published; "" before there is any."""
+    data = path_of(page).parent / "data" / path_of(page).stem / "hero.csv"
+    if not data.is_file():
+        return ""
+    captions = yaml.safe_load((root() / "notebooks" / "03_discover_caps.findings.yml").read_text())["captions"]["hero"]
+    drawn = figure_html(
+        hero.hero, pd.read_csv(data), "hero", captions["caption"], captions["alt"], f"Data: runs/{page}"
+    )
+    return drawn.replace("</span></figcaption>", f' · <a href="code:{hero.__name__}#hero">code</a></span></figcaption>')
 
 
 def _broken(recorded: Numbers) -> bool:

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import small_experiment
-from companion.chapters.tuning.sealed import SealedError
 from scipy import stats
 
 from capsae.__main__ import main
@@ -103,12 +102,12 @@ def test_the_rate_is_chosen_by_held_out_fvu_at_equal_l0():
         zoo.fitting.choose(grid[(grid["member"] == "d") & (grid["lr"] == 1)], 32)
 
 
-def test_no_fit_reaches_test_or_ood_rows(experiment, home, monkeypatch):
-    run = Run(experiment, progress=False)
-    for where in ("test", "near/shifted"):
-        monkeypatch.setattr(tasks, "fit_rows", lambda *_, where=where: run.features(where))
-        with pytest.raises(SealedError, match="out of reach"):
-            tasks.fitted(run, "random", None, 0)
+def test_no_fit_reads_test_or_ood_rows(experiment, home, monkeypatch):
+    read, features = set(), Run.features
+    monkeypatch.setattr(Run, "features", lambda run, name: read.add(name) or features(run, name))
+    for name in ("random", "topk"):
+        tasks.fitted(Run(experiment, progress=False), name, 0.01, 0)
+    assert read == {"train", "val"}
 
 
 def test_a_diverged_training_is_a_row_of_the_grid(experiment, home, monkeypatch):

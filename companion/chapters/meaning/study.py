@@ -8,6 +8,7 @@ import pandas as pd
 
 from capsae.latents import contrast
 from capsae.latents import naming as meaning
+from capsae.pipeline.latents import of_run
 from capsae.stats import exact_interval
 
 from ...figures import tidy
@@ -21,13 +22,13 @@ def page(run) -> tuple[Chapter, SimpleNamespace, Numbers]:
     """What the notebook needs: its captions and findings, all tables, and the numbers."""
     train, test, names = run.features("train"), run.features("test"), tidy.class_names(run)
     codes, sets, n = run.codes("train"), neighbours.representations(run), len(names)
-    named, taxonomy = meaning.of_run(run), meaning.taxonomy_of(train.class_names)
+    named, taxonomy = of_run(run), meaning.taxonomy_of(train.class_names)
     dictionaries = {name: sets[name][0] for name in (neighbours.SAE, neighbours.RANDOM)}
     holds = meaning.over_holds(dictionaries, train.labels, names, taxonomy)
     each, checked = meaning.check_names(named, run.codes("test"), test.labels)
     alone, within = together.pairs(codes), together.pairs(codes, train.labels, n)
     null = together.pairs(together.shuffled(codes, train.labels, n), train.labels, n)
-    groups, experiments = together.communities(alone, n), meaning.posterior(run.caps)
+    groups, shares = together.communities(alone, n), meaning.posterior(run.caps)
     other = next((name for name in COMPARED if name in run.experiment.ood_sets), run.experiment.ood_sets[0])
     others = {name: run.codes(name) for name in run.experiment.ood_sets}
     table = contrast.compare(run.codes("test"), run.codes(other))
@@ -39,8 +40,8 @@ def page(run) -> tuple[Chapter, SimpleNamespace, Numbers]:
         splits=contrast.halves(run.codes("test"), times=40),
         contrast=table.merge(named.table[["latent", "kind", "name", "classes"]], on="latent", how="left"),
         alone=together.found(alone), within=together.found(within), null=together.found(null),
-        excess=together.excess(alone, within), followed=together.follow_classes(groups, experiments),
-        pairs=together.strongest(within, named.table), groups=together.group_classes(groups, experiments, names),
+        excess=together.excess(alone, within), followed=together.follow_classes(groups, shares),
+        pairs=together.strongest(within, named.table), groups=together.group_classes(groups, shares, names),
         retrieved=neighbours.retrieve(sets, train.labels, test.labels),
         clusters=neighbours.judge(neighbours.cluster(sets, n), test.labels),
     )  # fmt: skip
