@@ -223,7 +223,7 @@ def rpd_page(grid: Path) -> str:
     numbers = [name for name in table.columns if name.startswith(("fpr95", "auroc"))]
     names = {"fpr95_ood_pos": "FPR95 (OOD pos.)", "fpr95_id_pos": "FPR95 (ID pos.)", "auroc": "AUROC"}
     heads = [f"{names[name.split(' ', 1)[0]]}, {name.split(' ', 1)[1]}" for name in numbers]
-    first = {name: table[table["method"] == name].iloc[0] for name in ("experiment", "epd", "rmds")}
+    first = {name: table[table["method"] == name].iloc[0] for name in ("profile", "epd", "rmds")}
     rows = [
         [row["method"]]
         + ["" if pd.isna(row[key]) else f"{row[key]:g}" for key in ("temperature", "epsilon", "weight")]
@@ -231,7 +231,7 @@ def rpd_page(grid: Path) -> str:
         for row in table.to_dict("records")
     ]
     prose = " ".join(_plain(ours["description"]).split())
-    best = {"best": first["experiment"], "epd": first["epd"], "rmds": first["rmds"]}
+    best = {"best": first["profile"], "epd": first["epd"], "rmds": first["rmds"]}
     return _page("rpd.md", formula=ours["formula"], description=prose, heads=heads, grid=rows, **best)
 
 
