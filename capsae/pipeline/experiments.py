@@ -1,6 +1,6 @@
 """Experiments: everything a run is made of, as one TOML file, checked before any work starts.
 
-The embedded ones lie in the folder ``experiments/`` beside this file; a user's own has the same keys. The field names
+The embedded ones lie in the folder ``capsae/experiments/``; a user's own has the same keys. The field names
 of :class:`Experiment` are the keys of the TOML file and of overrides (``"sae.k"``, ``"ood.far/textures.limit"``).
 """
 
