@@ -122,7 +122,7 @@ def check(shape: Shape, device: torch.device, steps: int) -> list[dict]:
 
 
 def check_selection(shape: Shape, device: torch.device) -> None:
-    from capsae.sae.kernels import triton as kernels
+    from capsae.sae.kernels import gpu_topk
 
     for dtype in (torch.bfloat16, torch.float32):
         z = torch.randn(257 if device.type == "cuda" else 3, shape.latents, device=device).to(dtype)
@@ -130,7 +130,7 @@ def check_selection(shape: Shape, device: torch.device) -> None:
         z[1] = (4 * z[1]).round() / 4
         values = torch.full((len(z), shape.k), -7.0, device=device)  # nothing must stay unwritten
         indices = torch.full((len(z), shape.k), -7, dtype=torch.int32, device=device)
-        kernels.topk(z, shape.k, values, indices)
+        gpu_topk.topk(z, shape.k, values, indices)
         expected = z.relu().float().sort(dim=1, descending=True, stable=True)
         same = torch.equal(indices.long().sort(1).values, expected.indices[:, : shape.k].sort(1).values)
         if not same or not torch.equal(values.sort(1, descending=True).values, expected.values[:, : shape.k]):

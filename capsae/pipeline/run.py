@@ -26,9 +26,10 @@ from ..evaluation.evaluate import all_scores, correct
 from ..evaluation.tables import compare_scores, evaluate_scores, group_of, seed_values
 from ..features.featureset import FeatureSet, LinearHead
 from .code import digest as code_digest
-from .experiment_errors import ExperimentError
+from .experiment_detectors import check_detectors
 from .experiment_parts import Holdout
 from .experiments import Experiment, load_experiment
+from .frames import _load_frame, _load_scores, _save_frame, _save_scores
 from .inputs import Inputs
 from .store import Store, artefact_digest
 
@@ -496,51 +497,7 @@ def load_features(
     return run.features(set_name)
 
 
-def check_detectors(experiment: Experiment) -> None:
-    """Raise ExperimentError if ``[detectors.NAME]`` names what no detector has."""
-    lines = []
-    for name, options in experiment.detectors.items():
-        if name not in _detectors.available():
-            lines.append(f"detectors.{name}: no such detector; known: {', '.join(_detectors.available())}")
-            continue
-        known = _detectors.info(name)["defaults"]
-        lines += [
-            f"detectors.{name}.{key} = {value!r}: no such option; known: {', '.join(known) or 'none'}"
-            for key, value in options.items()
-            if key not in known
-        ]
-    if lines:
-        raise ExperimentError(f"experiment {experiment.name!r} cannot be used", lines)
-
-
 def _torch_device(device: str):
     import torch
 
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-
-
-def _save_frame(frame: pd.DataFrame, folder: Path) -> None:
-    frame.to_parquet(folder / "frame.parquet", index=False)
-
-
-def _load_frame(folder: Path) -> pd.DataFrame:
-    return pd.read_parquet(folder / "frame.parquet")
-
-
-def _save_scores(scores: Mapping[str, Mapping[str, np.ndarray]], folder: Path) -> None:
-    from safetensors.numpy import save_file
-
-    save_file(
-        {f"{name} {where}": of for name, sets in scores.items() for where, of in sets.items()},
-        folder / "scores.safetensors",
-    )
-
-
-def _load_scores(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    from safetensors.numpy import load_file
-
-    found: dict = {}
-    for key, of in load_file(folder / "scores.safetensors").items():
-        name, _, where = key.partition(" ")
-        found.setdefault(name, {})[where] = of
-    return found

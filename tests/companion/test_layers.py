@@ -15,6 +15,7 @@ from capsae.features.featureset import FeatureSet
 from capsae.metrics import auroc, fpr95_ood_pos
 from capsae.sae import SAEConfig, SparseCodes
 from companion import findings
+from companion.chapters.layers import against_final
 from companion.chapters.layers import figures as layers_figures
 from companion.chapters.layers import maths as layers
 from companion.chapters.layers import study as layers_study
@@ -49,7 +50,7 @@ def measured():
 
 @pytest.fixture(scope="module")
 def tables(measured):
-    return layers.table_of(measured, n_boot=200)
+    return against_final.table_of(measured, n_boot=200)
 
 
 def test_a_site_is_measured(measured):
@@ -99,13 +100,13 @@ def test_the_table_is_that_of_evaluate():
 
     sets = _sets(1.0)
     found = layers.measure_site(sets, 4, CONFIG, 0.15, seeds=(0,))
-    table, _ = layers.table_of({FINAL: found, "block01/cls": found}, n_boot=100)
+    table, _ = against_final.table_of({FINAL: found, "block01/cls": found}, n_boot=100)
     seen = {name: Observations(f.cls, logits=f.logits, labels=f.labels if name in ("train", "test") else None)
             for name, f in sets.items()}  # fmt: skip
     expected = evaluate({"knn": detectors.create("knn").fit(seen["train"])}, seen["test"],
                         {name: seen[name] for name in ("near/others", "far/none")}, n_boot=100)  # fmt: skip
     ours = table[(table["method"] == "knn") & (table["site"] == FINAL)].set_index(["set", "group", "metric"])
-    for row in expected[expected["metric"].isin(layers.METRICS)].itertuples():
+    for row in expected[expected["metric"].isin(against_final.METRICS)].itertuples():
         mine = ours.loc[row.set, row.group, row.metric]
         assert mine["value"] == pytest.approx(row.value)
         if row.metric != "auroc" and row.set == "mean":
@@ -115,7 +116,7 @@ def test_the_table_is_that_of_evaluate():
 def test_every_site_is_tested_against_the_end(measured, tables):
     table, against = tables
     assert set(against["site"]) == set(measured) - {FINAL}
-    same = layers.table_of({"block01/cls": measured[FINAL], FINAL: measured[FINAL]}, n_boot=50)[1]
+    same = against_final.table_of({"block01/cls": measured[FINAL], FINAL: measured[FINAL]}, n_boot=50)[1]
     assert (same["value"] == 0).all() and (same["verdict"] == "undecided").all() and (same["p"] == 1).all()
     rows = against[(against["site"] == "block01/attn") & (against["method"] == "mds++") & (against["group"] == "near")]
     assert (rows["verdict"] == "worse").all() and len(rows) == 3
@@ -123,7 +124,7 @@ def test_every_site_is_tested_against_the_end(measured, tables):
         assert len(family) == 4 and (family["p_holm"] >= family["p"] - 1e-12).all()
         assert family["p_holm"].min() == pytest.approx(min(1, 4 * family["p"].min()))
     with pytest.raises(ValueError, match="final/cls is needed"):
-        layers.table_of({"block01/cls": measured[FINAL]})
+        against_final.table_of({"block01/cls": measured[FINAL]})
 
 
 # --- sentences
@@ -285,7 +286,8 @@ def test_figures_are_drawn_in_both_themes(tables):
             assert figure.legends and all(ax.get_title() for ax in figure.axes)
     shown = layers_study.sites_shown(table)
     assert shown["site"].tolist() == list(dict.fromkeys(table["site"])) and "–" in shown.iloc[0, 2]
-    assert len(layers_study.best_shown([layers_study.best_sites(table, against, m) for m in layers.METRICS])) == 18
+    best = [layers_study.best_sites(table, against, metric) for metric in against_final.METRICS]
+    assert len(layers_study.best_shown(best)) == 18
 
 
 def test_tables_are_written_and_read_back(tables, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from capsae.pipeline.packs import load_pack
 from capsae.sae import SparseCodes
 from companion import findings
 from companion.chapters.ontology import figures as drawn
-from companion.chapters.ontology import mantel, study
+from companion.chapters.ontology import mantel, search, study
 from companion.chapters.ontology import maths as ontology
 from companion.figures.display import style
 from companion.publish.plan import ANALYSES
@@ -66,7 +66,7 @@ def nothing(tree):
 def test_one_latent_a_synset_is_found(tree, planted):
     assert planted.choice.unit.tolist() == list(range(len(tree.synsets)))
     assert (planted.by_class == 1).all() and (planted.by_image == 1).all() and planted.choice.f1 == pytest.approx(1)
-    large = _members(tree).sum(0) >= ontology.LEAST
+    large = _members(tree).sum(0) >= search.LEAST
     # "canine" and "dog" differ by the dingo alone: where it is held out, either latent may be chosen for both
     assert (planted.unseen[large] > 0.9).all() and np.isnan(planted.unseen[~large]).all() and large.sum() == 6
     assert (planted.replicates["by_image"] == 1).all()
@@ -94,7 +94,7 @@ def test_every_class_is_a_control_that_knows_nothing_and_large_synsets_are_not_a
     every = ontology.every_class(labels, members, 7)
     assert every.by_class == pytest.approx(2 * members.sum(0) / (20 + members.sum(0)))
     truth = members[labels]
-    assert every.by_image == pytest.approx(ontology.f1(np.ones_like(truth), truth))
+    assert every.by_image == pytest.approx(search.f1(np.ones_like(truth), truth))
     assert np.isnan(every.unseen).sum() == 5 and every.replicates["by_image"].shape == (7, 11)
     weights = len(planted.replicates["by_class"])
     every = ontology.every_class(np.repeat(np.arange(20), PER_CLASS), members, weights)
@@ -118,8 +118,8 @@ def test_p_is_even_where_nothing_is_there():
     for seed in range(120):
         train = rng.random((12, 30))
         test = train + 0.05 * rng.random((12, 30))
-        null = ontology.permuted_f1(train, test, members, 19, seed)
-        observed = ontology.f1(ontology.Search(train)(members).classes(test), members)
+        null = search.permuted_f1(train, test, members, 19, seed)
+        observed = search.f1(search.Search(train)(members).classes(test), members)
         found.append(ontology.p_values(observed.mean(), null.mean(axis=1)))
     assert np.mean(np.array(found) <= 0.1) < 0.2 and 0.35 < np.mean(np.array(found) <= 0.5) < 0.75
 
@@ -129,7 +129,7 @@ def test_the_search_is_its_definition():
     profiles = np.round(rng.random((7, 9)), 1) * (rng.random((7, 9)) < 0.7)  # ties and silence
     members = rng.random((7, 4)) < 0.4
     members[0], members[1] = True, False
-    choice = ontology.Search(profiles)(members)
+    choice = search.Search(profiles)(members)
     for s in range(4):
         best = 0
         for u in range(9):
@@ -139,14 +139,14 @@ def test_the_search_is_its_definition():
                 both = (said & members[:, s]).sum()
                 best = max(best, 2 * both / (said.sum() + members[:, s].sum()))
         assert choice.f1[s] == pytest.approx(best)
-        assert ontology.f1(choice.classes(profiles), members)[s] == pytest.approx(best)
+        assert search.f1(choice.classes(profiles), members)[s] == pytest.approx(best)
     with pytest.raises(ValueError, match="none of the 9 units"):
-        ontology.Search(np.ones((7, 9)))
+        search.Search(np.ones((7, 9)))
 
 
 def test_of_equal_units_the_one_with_the_widest_gap_is_taken():
     profiles = np.array([[0.01, 1.0, 0.5], [0.01, 1.1, 0.5], [0.0, 0.2, 0.4], [0.0, 0.1, 0.0]])
-    choice = ontology.Search(profiles)(np.array([[True], [True], [False], [False]]))
+    choice = search.Search(profiles)(np.array([[True], [True], [False], [False]]))
     assert choice.unit[0] == 1 and choice.threshold[0] == pytest.approx(0.6) and choice.f1[0] == 1
 
 
@@ -154,13 +154,13 @@ def test_images_are_judged_by_counting(tree):
     rng = np.random.default_rng(5)
     codes, labels = _codes(rng.random((20, 3)) < 0.4, 30, 0)
     units, members = ontology.Units.of_codes(codes, codes), _members(tree)
-    choice = ontology.image_choice(units.train, labels, members)
+    choice = search.image_choice(units.train, labels, members)
     dense, truth = codes.dense(), members[labels]
     said = dense[:, choice.unit] > choice.threshold
-    assert ontology.f1(said, truth) == pytest.approx(choice.f1, abs=1e-6)
+    assert search.f1(said, truth) == pytest.approx(choice.f1, abs=1e-6)
     every = np.array(
         [
-            max(ontology.f1(dense > t, truth[:, [s]]).max() for t in np.linspace(0, 2, 300))
+            max(search.f1(dense > t, truth[:, [s]]).max() for t in np.linspace(0, 2, 300))
             for s in range(members.shape[1])
         ]
     )
@@ -176,13 +176,13 @@ def test_unseen_classes_take_no_part_in_the_choice():
     general = rng.random((20, 1)) * 0.2 + members
     place = np.arange(20)
     for profiles, least, most in ((coded, 0, 0.7), (np.hstack([coded, general]), 1, 1)):
-        found, null = ontology.unseen_f1(profiles, profiles, members, place, permutations=4)
+        found, null = search.unseen_f1(profiles, profiles, members, place, permutations=4)
         assert least <= found[0] <= most and null.shape == (4, 1)
     altered = np.hstack([coded, general])
-    altered[place % ontology.FOLDS == 0] = 0  # what the first fold shows in training changes nothing of its judgement
-    seen = ontology.unseen_f1(altered, np.hstack([coded, general]), members, place)[0]
-    held = place % ontology.FOLDS == 0
-    choice = ontology.Search(np.hstack([coded, general])[~held])(members[~held])
+    altered[place % search.FOLDS == 0] = 0  # what the first fold shows in training changes nothing of its judgement
+    seen = search.unseen_f1(altered, np.hstack([coded, general]), members, place)[0]
+    held = place % search.FOLDS == 0
+    choice = search.Search(np.hstack([coded, general])[~held])(members[~held])
     assert (choice.classes(np.hstack([coded, general])[held]) == members[held]).all() and seen[0] <= 1
 
 

@@ -14,7 +14,7 @@ from small_experiment import write
 from capsae.features.probe import fit_linear_probe
 from capsae.pipeline.run import Run
 from companion import findings
-from companion.chapters.shift import calibration, probes
+from companion.chapters.shift import calibration, false_alarms, probes
 from companion.chapters.shift import figures as shift_figures
 from companion.chapters.shift import maths as shift
 from companion.chapters.shift import study as shift_study
@@ -224,7 +224,7 @@ def test_comparisons_find_what_was_put_in_and_know_the_direction_of_each_metric(
 
 
 def test_alarms_are_at_the_threshold_that_keeps_clean_rows(run, pack):
-    found, rises = shift.alarms(run, shift.sets(run, pack), ("epd", "knn"), n_boot=300)
+    found, rises = false_alarms.alarms(run, shift.sets(run, pack), ("epd", "knn"), n_boot=300)
     rows = found[(found["method"] == "knn") & (found["group"] == "all")].set_index("set")
     assert rows.loc["blur/2", "value"] > rows.loc["clean", "value"] + 0.1 and rows.loc["clean", "value"] < 0.2
     assert rows.loc["noise/1", "value"] <= rows.loc["noise/5", "value"]
@@ -267,7 +267,7 @@ def test_seeds_and_other_choices(run, pack, evaluated, fitted):
 def test_numbers_of_the_findings_are_those_of_the_tables(run, pack, evaluated, fitted):
     measured, compared, chosen = evaluated
     shifted = shift.sets(run, pack)
-    alarms, rises = shift.alarms(run, shifted, ("epd", "knn"), n_boot=100)
+    alarms, rises = false_alarms.alarms(run, shifted, ("epd", "knn"), n_boot=100)
     found = SimpleNamespace(
         probes=fitted[0], measured=measured, compared=compared, chosen=chosen, alarms=alarms, rises=rises,
         ways=shift.sensitivity(run, shifted, *fitted, n_boot=100),

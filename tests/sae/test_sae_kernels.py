@@ -35,7 +35,7 @@ if not INSIDE:
 
 else:
     from capsae.sae import SAEConfig, TopKSAE, steps
-    from capsae.sae.kernels import gpu_products, gpu_step
+    from capsae.sae.kernels import gpu_products, gpu_step, gpu_topk
     from capsae.sae.kernels import triton as kernels
     from capsae.sae.kernels.gpu_step import StepGroup, TritonStep
     from capsae.sae.steps import PlainStep
@@ -54,7 +54,7 @@ def dice():
 def check_topk(z: torch.Tensor, k: int) -> None:
     values = torch.full((len(z), k), -7.0, device=DEVICE)
     indices = torch.full((len(z), k), -7, dtype=torch.int32, device=DEVICE)
-    kernels.topk(z.to(DEVICE), k, values, indices)
+    gpu_topk.topk(z.to(DEVICE), k, values, indices)
     expected = z.relu().float().sort(dim=1, descending=True, stable=True)  # of equal ones the lower column
     order = indices.cpu().long().sort(1)
     torch.testing.assert_close(order.values, expected.indices[:, :k].sort(1).values)
@@ -74,7 +74,7 @@ def test_topk(dtype, m, k):
 
 @inside
 def test_topk_of_rows_too_long_for_one_program(monkeypatch):
-    monkeypatch.setattr(kernels, "SEGMENT", 64)
+    monkeypatch.setattr(gpu_topk, "SEGMENT", 64)
     check_topk((torch.randn(3, 300) * 2).round() / 2, 20)
     check_topk((torch.randn(2, 150)).bfloat16(), 49)
     check_topk(torch.randn(2, 150), 51)  # more than the last segment has
@@ -85,7 +85,7 @@ def test_topk_shows_a_nan_and_takes_infinity():
     z = torch.randn(2, 40)
     z[0, 7], z[1, 9] = torch.nan, torch.inf
     values, indices = torch.zeros(2, 3, device=DEVICE), torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
-    kernels.topk(z.to(DEVICE), 3, values, indices)
+    gpu_topk.topk(z.to(DEVICE), 3, values, indices)
     assert values[0].isnan().sum() == 1 and 7 in indices[0] and values[1].max() == torch.inf and 9 in indices[1]
 
 

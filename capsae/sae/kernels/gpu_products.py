@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from . import gpu_topk
 from . import triton as K
 
 ROW_BLOCKS = 128  # blocks of rows whose pairs are counted side by side
@@ -84,7 +85,7 @@ class Batch:
         for part in parts(n, self.chunk):
             z = self.z[: part.stop - part.start]
             torch.addmm(bias, self.centred[part], encoder.t(), out=z)
-            K.topk(z, self.k, self.values[part], self.indices[part])
+            gpu_topk.topk(z, self.k, self.values[part], self.indices[part])
 
     def decode(self, n: int, decoder, fired, scale: float, gradient: bool = True) -> None:
         """residual = x_hat - x, its square by row, the values' gradient, which latents fired."""
@@ -227,7 +228,7 @@ class Dead:
                 t[:n] for t in (self.z, self.code, self.error, self.values, self.indices)
             )
             torch.addmm(bias, centred[part], encoder.t(), out=z)
-            K.topk(z, self.k, values, indices)
+            gpu_topk.topk(z, self.k, values, indices)
             scatter(values, indices, code)
             torch.addmm(residual[part], code, decoder, out=error)  # e_hat - e, as residual = x_hat - x = -e
             self.decoder += product(code.t(), error)

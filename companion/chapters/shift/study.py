@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from ...findings import Chapter, Numbers
-from . import calibration, probes
+from . import calibration, false_alarms, probes
 from . import maths as shift
 
 SERIES = ("cls", "codes", "caps", "random", "pca")  # of the figures over strength
@@ -21,7 +21,7 @@ def page(run, shifted: Mapping, fitted: tuple) -> tuple[Chapter, SimpleNamespace
     """
     known, tried = fitted
     measured, compared, chosen = shift.evaluate(run, shifted, known)
-    alarms, rises = shift.alarms(run, shifted)
+    alarms, rises = false_alarms.alarms(run, shifted)
     found = SimpleNamespace(
         probes=known, measured=measured, compared=compared, chosen=chosen, alarms=alarms, rises=rises,
         ways=shift.sensitivity(run, shifted, known, tried), seeds=shift.over_seeds(run, shifted, known),
