@@ -258,7 +258,7 @@ def publish(page: Page, template: Path | None = None, kernel: SharedKernel | Non
 
 
 def why_stale(page: Page) -> str | None:
-    """Why a page must be executed (again), in words; None if what is published is fresh."""
+    """Why a page must be executed (again), as text; None if what is published is fresh."""
     path = path_of(page.name)
     if not path.is_file():
         return "not published yet"
