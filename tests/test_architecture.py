@@ -15,7 +15,7 @@ ROAD = (
     *("detectors", "evaluation", "latents", "pipeline", "cli", "__main__"),
 )
 LONGEST = 400
-# `Run` is one class of 440 lines. With a base class for part of its methods it would be another statement, and the digests
+# `Run` is one class of 440 lines. With a base class for part of its methods it would be another statement, and digests
 # of all published pages, which name it (see capsae.pipeline.code), would change: each would have to be computed again.
 LONGER = {"capsae.pipeline.run": 505}
 

@@ -13,6 +13,7 @@ from small_experiment import write
 
 from capsae.features.probe import fit_linear_probe
 from capsae.pipeline.run import Run
+from capsae.stats import holm
 from companion import findings
 from companion.chapters.shift import calibration, false_alarms, probes
 from companion.chapters.shift import figures as shift_figures
@@ -188,7 +189,7 @@ def test_what_is_measured(run, evaluated):
     pairs = set(zip(first["representation"], first["other"], strict=True))
     assert len(first) == 10 and pairs == set(shift.PAIRS) and set(first["place"]) == set(shift.PRIMARY)
     for _, rows in compared.groupby(["metric", "family"]):
-        np.testing.assert_allclose(rows["p_holm"], shift.holm(rows["p"]))
+        np.testing.assert_allclose(rows["p_holm"], holm(rows["p"]))
     row = _row(compared, "codes", other="random")
     assert row["value"] == pytest.approx(
         np.mean([at["codes", s, "accuracy", "after"] - at["random", s, "accuracy", "after"] for s in SETS])
