@@ -46,7 +46,7 @@ def perform(run: Run, task: Task) -> pd.DataFrame:
 def fitted(run: Run, name: str, lr: float | None, seed: int) -> tuple[SparseCoder | None, dict]:
     """A fitted member and its record, from the store or made; no model where the training diverged.
 
-    Only training and validation rows are read for it; OOD sets and test rows take no part.
+    It is fitted on training rows; validation rows choose its epoch. No other set is read.
     """
     stage, config, inputs, code = _recipe(run, name, lr, seed)
 

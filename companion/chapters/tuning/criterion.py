@@ -1,8 +1,8 @@
 """Choosing a detector's options without the test sets.
 
-:func:`tune` compares a whole grid by a criterion that gets ID training and validation rows and nothing else: no test
-or OOD set is among its arguments. The book's main options are those that the experiment names, not those chosen here:
-the notebook on tuning shows what the choice would have changed.
+:func:`tune` compares a whole grid by a criterion that gets ID training and validation rows and nothing else; test sets
+are loaded after all options are chosen. The book's main configuration is what the experiment names, not what is chosen
+here: the notebook on tuning shows what the choice would have changed.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def tune(
     train, validation : Observations
         ID rows with labels; rows without labels are refused, as OOD rows have none here.
     criterion : function (make, train, validation) -> float, lower is better
-        Default :class:`HeldOutClasses` without an SAE. It gets no test or OOD rows.
+        Default :class:`HeldOutClasses` without an SAE.
     default : options, optional
         What the grid is compared with; default: the detector's own. It is kept where nothing is strictly better.
 
