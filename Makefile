@@ -23,7 +23,7 @@ test: env
 book: env  ## render the committed runs only
 	$(BIN)/jupyter-book build -W -n --keep-going book/
 
-zoo: env  ## every autoencoder and dictionary on the same features: tables in book/zoo, at most half an hour
+zoo: env  ## every autoencoder and dictionary on the same features: tables in book/zoo
 	$(BIN)/capsae zoo
 
 bench: env $(BENCH)/.installed  ## the SAE trainers of other libraries stand beside ours, in an environment of their own

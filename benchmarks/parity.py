@@ -182,7 +182,7 @@ PYTORCH_OOD = {
     "gradnorm": _gradnorm,
 }
 
-# What makes pytorch-ood's score ours: in words, and as (their scores, training rows) -> ours.
+# What makes pytorch-ood's score ours: as text, and as (their scores, training rows) -> ours.
 CONSTANTS = {
     "mds": ("theirs x 2 N", lambda s, n: 2 * n * s),
     "rmds": ("theirs x N", lambda s, n: n * s),

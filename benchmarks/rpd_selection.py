@@ -12,7 +12,7 @@ chimeras
     coordinate is plausible, their combination is not.
 
 The criterion is the mean of both FPR95 over both stand-ins and all folds. ``weight`` is the factor of the background
-term: 0 is the smoothed KL from the experiments, 1 is RPD. ``temperature`` 0 stands for the predicted class alone.
+term: 0 is the smoothed KL from the profiles, 1 is RPD. ``temperature`` 0 stands for the predicted class alone.
 """
 
 from __future__ import annotations

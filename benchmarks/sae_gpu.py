@@ -299,7 +299,7 @@ def main() -> None:
     results: list[dict] = []
 
     def note(*rows: dict) -> None:
-        """Add to the file at once: a run that is cut short has said what it knew."""
+        """Add to the file at once: a run that is cut short keeps what it measured."""
         results.extend(rows)
         out.write_text(json.dumps(header | {"results": results}, indent=1) + "\n")
 

@@ -31,7 +31,7 @@ SHORT_EPOCHS = (8, 12, 25, 50)
 SHORT_BATCH = (128, 256, 1024)
 SHORT_LR = (4e-3, 8e-3, 1.6e-2)
 # A high rate kills most latents, and a dictionary of few generalises better on few rows: a low FVU can be bought with
-# dead latents. What they would have said is missing from the experiments, so a recipe has at most this share of them.
+# dead latents. What they would hold is missing from the profiles, so a recipe has at most this share of them.
 MAX_DEAD = 0.01
 SEEDS = (0, 1, 2)
 

@@ -1,7 +1,7 @@
 """Class activation profiles of sparse autoencoders, for out-of-distribution detection.
 
 A companion to "Sparsity as a Key" (arXiv 2604.26409). The road is
-images -> CLS features -> sparse codes -> class activation profiles -> scores; each arrow is one module.
+images -> CLS features -> sparse codes -> class activation profiles -> scores; each arrow is one module or folder.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what hardware this is, in words and counts."""
+    """Return what hardware this is: names and counts."""
     return {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()}
 
 

@@ -268,7 +268,7 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 def verdicts(effect, p, families=None, level: float = 0.05, corrected: bool = False) -> pd.DataFrame:
-    """Holm's correction and a word for each of m comparisons: "better", "worse", "undecided".
+    """Holm's correction and a verdict for each of m comparisons: "better", "worse", "undecided".
 
     Parameters
     ----------
@@ -326,7 +326,7 @@ def critical_difference(values: pd.DataFrame, higher_is_better: bool, alpha: flo
     -------
     dict
         ``ranks`` (Series, 1 = best, best first), ``p`` of Friedman's test, ``cd`` (two methods whose mean ranks differ
-        by less are not told apart), ``note``: "" or why the numbers say nothing, or little.
+        by less are not significantly different), ``note``: "" or why the numbers say nothing, or little.
     """
     from scipy.stats import friedmanchisquare, studentized_range
 

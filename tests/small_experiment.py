@@ -63,7 +63,7 @@ def features(set_name: str, per_class: int, seed: int = 0) -> FeatureSet:
 
 
 def write(folder: Path, sets: dict[str, FeatureSet] | None = None) -> Path:
-    """Write the pack and its profile into ``folder``; returns the experiment's path."""
+    """Write the pack and its experiment into ``folder``; returns the path of its TOML file."""
     pack = folder / "pack"
     pack.mkdir(parents=True)
     listed = {}

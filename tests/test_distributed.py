@@ -1,4 +1,4 @@
-"""The few words that ranks speak with each other; alone, they change nothing."""
+"""What ranks send each other; alone, they change nothing."""
 
 from __future__ import annotations
 

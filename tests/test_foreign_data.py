@@ -1,4 +1,4 @@
-"""Other people's data: what would give a wrong number without a word is mapped by name, told, or refused."""
+"""Other people's data: what would silently give a wrong number is mapped by name, reported, or refused."""
 
 from __future__ import annotations
 

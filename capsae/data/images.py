@@ -140,7 +140,7 @@ def is_image(path: str | os.PathLike) -> bool:
         with Image.open(path, formats=[kind for kind in _BY_CONTENT if kind in Image.OPEN]):
             return True
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return True  # it is told when it is decoded
+        return True  # it is reported when it is decoded
     except Exception:  # of Pillow's plugins, as in decode_image
         return False
 

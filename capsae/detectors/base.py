@@ -26,7 +26,7 @@ class Detector:
     title: ClassVar[str]
     group: ClassVar[str] = "baseline"  # or "paper", "ours", "control"
     formula: ClassVar[str]  # TeX; z feature, l logits, p softmax, mu_c class mean
-    source: ClassVar[str]  # a key of book/references.bib, or plain words
+    source: ClassVar[str]  # a key of book/references.bib, or plain text
     needs: ClassVar[tuple[str, ...]]  # of "logits", "features", "labels", "head", "codes", "pixels"
     fitted_on: ClassVar[str] = "train"  # "validation": on ID validation rows where given, else on training rows
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

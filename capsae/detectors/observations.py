@@ -89,7 +89,7 @@ class Observations:
     def exponentials(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Largest logit m (N,) float64, exp(l - m) (N, C) in the logits' precision, its sums (N,) float64.
 
-        Sums are float64, so that a probability of 1 - 1e-12 is told from 1 even where logits are float32.
+        Sums are float64, so that a probability of 1 - 1e-12 is distinct from 1 even where logits are float32.
         """
         largest = self.logits.max(axis=1, keepdims=True)
         exp = self.logits - largest

@@ -1,6 +1,6 @@
 """Tables of evaluation and comparison from scores, with a row of scores for each seed of the SAE.
 
-:mod:`capsae.evaluate` makes the scores; who stores them comes here without detectors or images.
+:mod:`capsae.evaluation.evaluate` makes the scores; who stores them comes here without detectors or images.
 """
 
 from __future__ import annotations

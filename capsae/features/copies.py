@@ -33,7 +33,7 @@ def copies(a: FeatureSet, b: FeatureSet) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_copies(name: str, sets: Mapping[str, FeatureSet], what: str) -> list[str]:
-    """What is to be told of the copies between ``sets[name]`` and the other sets, and within it.
+    """What to report about the copies between ``sets[name]`` and the other sets, and within it.
 
     Parameters
     ----------

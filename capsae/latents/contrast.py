@@ -182,7 +182,7 @@ def testable(fired, n_a: int, n_b: int, fdr: float = FDR) -> np.ndarray:
 
 
 def doubts(n_a: int, n_b: int, tested: int) -> list[str]:
-    """What sets so small cannot tell, in words; none for larger ones.
+    """What sets so small cannot show, as text; none for larger ones.
 
     Parameters
     ----------

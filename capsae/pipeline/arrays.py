@@ -1,6 +1,6 @@
 """Arrays of your own -> the table of this project: an SAE, every detector that they allow, intervals and tests.
 
-What can be read is said in :mod:`capsae.pipeline.arrays_io`. ``capsae evaluate FILE`` is this module on the command
+What can be read is listed in :mod:`capsae.pipeline.arrays_io`. ``capsae evaluate FILE`` is this module on the command
 line.
 """
 
@@ -30,8 +30,8 @@ from .arrays_io import LAYOUT, Arrays, arrays_from, load_arrays
 __all__ = ["LAYOUT", "Arrays", "Evaluation", "arrays_from", "default_sae", "evaluate_arrays", "load_arrays"]
 
 VAL_FRACTION = 0.1
-MAX_DEAD = 0.01  # with more dead latents the profiles miss what those would have said
-OVERFITTED = 3  # a held-out FVU so many times that of the training rows is told
+MAX_DEAD = 0.01  # with more dead latents the profiles miss what those would hold
+OVERFITTED = 3  # a held-out FVU so many times that of the training rows is reported
 _PROBE_CELLS = 5e8  # rows x columns x classes up to which a logistic probe takes about a minute on two cores
 
 

@@ -1,4 +1,4 @@
-"""The parts of a profile: backbone, sources of images, validation rows, profiles of classes."""
+"""The parts of an experiment: backbone, sources of images, validation rows, profiles of classes."""
 
 from __future__ import annotations
 

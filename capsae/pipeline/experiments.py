@@ -1,6 +1,6 @@
 """Experiments: everything a run is made of, as one TOML file, checked before any work starts.
 
-The embedded ones lie in the folder ``experiments/`` beside this file; a user's own has the same keys. The field names
+The embedded ones lie in the folder ``capsae/experiments/``; a user's own has the same keys. The field names
 of :class:`Experiment` are the keys of the TOML file and of overrides (``"sae.k"``, ``"ood.far/textures.limit"``).
 """
 
@@ -51,7 +51,7 @@ class Experiment(Part):
     name: str = Field(pattern=r"^[^./\\<>\x00-\x1f][^/\\<>\x00-\x1f]*$")  # it names folders
     title: str = Field(pattern=_NO_HTML)
     description: str = Field("", pattern=_NO_HTML)
-    needs: str = ""  # what has to be there or is downloaded, in words, for `capsae experiments`
+    needs: str = ""  # what has to be there or is downloaded, as text, for `capsae experiments`
     pack: str | None = None  # embedded features that stand in for the images
     data_root: str | None = None
     backbone: Backbone

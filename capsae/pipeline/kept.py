@@ -12,9 +12,9 @@ from .store import Entry, Store
 
 
 def used(store: Store, entries: Iterable[Entry]) -> list[bool | None]:
-    """Whether each artefact is what its experiment's settings and today's code ask for; None: that cannot be told.
+    """Whether each artefact is what its experiment's settings and today's code ask for; None: that cannot be known.
 
-    Judged are the stages of a :class:`Run`, with the experiment's own settings. Nothing can be said of an experiment
+    Judged are the stages of a :class:`Run`, with the experiment's own settings. Nothing is known of an experiment
     that is not among :func:`capsae.pipeline.experiments.available`, nor where its images are not here.
     """
     runs: dict[str | None, Run | None] = {}

@@ -133,7 +133,7 @@ def _digest(arrays: dict) -> str:
 
 
 def _differences(wanted: Any, found: Any, name: str = "") -> list[str]:
-    """Every value that differs between two JSON objects, in words."""
+    """Every value that differs between two JSON objects, as text."""
     if isinstance(wanted, list) and isinstance(found, list) and len(wanted) == len(found):
         wanted, found = ({f"[{i}]": v for i, v in enumerate(values)} for values in (wanted, found))
     if isinstance(wanted, dict) and isinstance(found, dict):

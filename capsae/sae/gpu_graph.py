@@ -1,4 +1,4 @@
-"""Recording the steps of one or several SAEs as one CUDA graph, for `gpu_step`."""
+"""Recording the steps of one or several SAEs as one CUDA graph, for `kernels.gpu_step`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step in plain PyTorch: the reference of the fast ones (`cpu_step`, `gpu_step`), and any device's.
+"""One training step in plain PyTorch: the reference of the fast ones in `kernels`, and any device's.
 
 All do the same with a batch x (B, d) of normalised rows:
 

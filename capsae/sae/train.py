@@ -2,7 +2,7 @@
 
 The features live on the device, a random permutation orders each epoch, and what is counted stays on the device until
 the epoch ends: no DataLoader, and no step waits for the host. What one step does is in `steps.py`, in plain PyTorch
-(any device, the reference), in `cpu_step.py` compiled for the CPU, in `gpu_step.py` for the GPU.
+(any device, the reference), in `kernels/cpu_step.py` compiled for the CPU, in `kernels/gpu_step.py` for the GPU.
 
 Memory on the device: one float32 copy of the features, normalised, beside what the caller holds; parameters, gradients
 and optimiser; and one batch's pre-activations (`memory.memory`).

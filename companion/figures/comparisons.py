@@ -33,7 +33,7 @@ def p_text(p: float, at_most: bool = False) -> str:
 
 
 def corrected(row: Mapping) -> str:
-    """The corrected p of a row of :func:`capsae.evaluation.evaluate.compare`, in words."""
+    """The corrected p of a row of :func:`capsae.evaluation.evaluate.compare`, as text."""
     return p_text(row["p_holm"], bool(row.get("p_at_most", False)))
 
 

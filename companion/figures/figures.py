@@ -1,7 +1,7 @@
 """Figures of the book: one function a figure, tidy data in, matplotlib Figure out.
 
-The data of each come from :mod:`companion.figures.tidy`. :func:`show` draws a figure twice, for light and for dark
-pages. No function reads files, decides a path or computes a result.
+The data of each come from :mod:`companion.figures.tidy`; :func:`companion.figures.display.show` puts a figure into a
+page, as one SVG that follows the theme. No function reads files, decides a path or computes a result.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def few_seeds(experiment: str, seed: int | None = None) -> dict[str, Any]:
 
 
 def detector_of(divergence: str | None) -> str:
-    """The detector that compares experiments by a divergence; None and "kl" are EPD itself. ValueError if unknown."""
+    """The detector that compares profiles by a divergence; None and "kl" are EPD itself. ValueError if unknown."""
     if divergence not in (None, *DIVERGENCES):
         raise ValueError(f"divergence is {divergence!r}; use one of {', '.join(DIVERGENCES)}")
     return "epd" if divergence in (None, "kl") else divergence

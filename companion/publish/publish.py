@@ -204,7 +204,7 @@ def clean(notebook: dict) -> dict:
 
 
 def take_results(notebook: dict) -> dict[str, Any]:
-    """What the notebook recorded with ``figures.result``, taken out of its outputs (no page renders that kind)."""
+    """What the notebook recorded with ``display.result``, taken out of its outputs (no page renders that kind)."""
     found: dict[str, Any] = {}
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
@@ -258,7 +258,7 @@ def publish(page: Page, template: Path | None = None, kernel: SharedKernel | Non
 
 
 def why_stale(page: Page) -> str | None:
-    """Why a page must be executed (again), in words; None if what is published is fresh."""
+    """Why a page must be executed (again), as text; None if what is published is fresh."""
     path = path_of(page.name)
     if not path.is_file():
         return "not published yet"
@@ -290,7 +290,7 @@ def page_name(page: str | Path) -> str:
 
 
 def results(name: str) -> dict[str, Any]:
-    """The numbers that a published page recorded with ``figures.result``; FileNotFoundError if it is not published."""
+    """The numbers that a published page recorded with ``display.result``; FileNotFoundError if it is not published."""
     path = path_of(name)
     if not path.is_file():
         raise FileNotFoundError(f"{name} is not published: python -m companion.build run {name}")

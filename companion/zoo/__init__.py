@@ -1,6 +1,6 @@
 """Every sparse autoencoder and dictionary on the same features, judged by the same measures.
 
-    from capsae import zoo
+    from companion import zoo
 
     zoo.members()                                  # names; zoo.member("jumprelu") tells title, formula, source, kind
     sae = zoo.fit("jumprelu", Run("imagenet20"))   # as the committed tables had it

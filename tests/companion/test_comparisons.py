@@ -1,4 +1,4 @@
-"""Sentences and tables of the results chapter are held against the numbers they are made from."""
+"""Recorded numbers and tables of the results chapter are held against the data they are made from."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ batch_size = 32
 
 @pytest.fixture(scope="module")
 def openood(tmp_path_factory):
-    """OpenOOD's folders with three classes of coloured noise; returns the profile's file."""
+    """OpenOOD's folders with three classes of coloured noise; returns the experiment's file."""
     import timm
     import torch
     from safetensors.torch import save_file

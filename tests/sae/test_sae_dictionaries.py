@@ -311,7 +311,7 @@ def test_what_is_refused(tmp_path):
 
 
 def test_experiments_read_split_codes():
-    """EPD's road: codes of a signed method go through experiments as any others."""
+    """EPD's road: codes of a signed method go through profiles as any others."""
     from capsae import ClassActivationProfiles, energy_profile_divergence
 
     x, _ = planted(active=1, atoms=4)

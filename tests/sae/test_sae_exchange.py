@@ -1,6 +1,6 @@
 """Folders of SAELens, sparsify and dictionary_learning: the library's codes, both ways, and what is refused.
 
-tests/data/exchange holds folders that the libraries wrote and the codes they gave (make.py there). Where a library is
+tests/sae/exchange holds folders that the libraries wrote and the codes they gave (make.py there). Where a library is
 installed, it also reads what we write.
 """
 

@@ -273,7 +273,7 @@ def _padded(x: torch.Tensor, dim: int, to: int, copy: bool = False) -> torch.Ten
 
 
 def _gram(atoms: torch.Tensor, half: bool):
-    """W W^T of (2 h, d) as `cpu_lanes` reads it: float32 (2 h, 2 h), or words (2 h, h) of bfloat16."""
+    """W W^T of (2 h, d) as `cpu_vectors` reads it: float32 (2 h, 2 h), or words (2 h, h) of bfloat16."""
     if not half:
         return (atoms @ atoms.T).numpy()
     rows = atoms.bfloat16()

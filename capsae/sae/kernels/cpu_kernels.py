@@ -3,7 +3,7 @@
 Import this lazily: it needs numba. Kernels work on blocks of ROWS rows or of LATENTS latents and free the interpreter,
 so `cpu_step.CompiledStep` runs them in as many threads as it likes; what is added up, and in which order, depends
 neither on the number of threads nor on the CPU. Rows that are gathered ("stored") come in one of the forms of
-`cpu_lanes`; there are `padded(d)` columns of them. The GPU's kernels (Triton) are in `kernels.py`.
+`cpu_vectors`; there are `padded(d)` columns of them. The GPU's kernels (Triton) are in `triton.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Matching pursuit on a CPU (numba): the choice through the Gram matrix, the values and gradients through residuals.
 
 Import this lazily: it needs numba. Rows are independent of each other, so all kernels take a block of them and free the
-interpreter lock. The Gram matrix comes in one of the forms of `cpu_lanes`, with a multiple of 32 columns.
+interpreter lock. The Gram matrix comes in one of the forms of `cpu_vectors`, with a multiple of 32 columns.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _update(row, factor, own, tops, places):
 def choose_rows(z, gram, least, indices, values):
     """The steps of some rows: indices and values (n, k) in order of choice, what they hold stays after the end.
 
-    z (n, 2 h) float32, the products at the start, is overwritten; gram (2 h, .) in a form of `cpu_lanes`; a row ends
+    z (n, 2 h) float32, the products at the start, is overwritten; gram (2 h, .) in a form of `cpu_vectors`; a row ends
     where none is over least[r].
     """
     n, k = indices.shape

@@ -67,7 +67,7 @@ class CompiledStep(Step):
 
     With portable products, every sum has one order, so weights are the same bits on every CPU with fused multiply-add.
     With bfloat16, torch multiplies, and all rows that are gathered at random are read as bfloat16, too: of the decoder,
-    the input and the gradient (`cpu_lanes` says how they are stored). The pre-activations are then rounded to bfloat16
+    the input and the gradient (`cpu_vectors` says in which form). The pre-activations are then rounded to bfloat16
     themselves, so that ties at the k-th place are common. Weights, moments and sums are float32; the update of a latent
     also writes the stored copy of its rows, so that nothing is converted in a step but the input.
 

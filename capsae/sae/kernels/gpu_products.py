@@ -1,4 +1,4 @@
-"""The arithmetic of one batch on the GPU: products by torch, everything else by `kernels`, into memory that is kept.
+"""The arithmetic of one batch on the GPU: products by torch, everything else by `triton.py`, into memory that is kept.
 
 Two of the terms exist twice, as gathers of the k active rows and as dense products with the (B, M) code: gathers do
 M / k times less, products run 50 to 100 times faster. `gpu_step` measures which is quicker.

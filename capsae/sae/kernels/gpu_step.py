@@ -1,4 +1,4 @@
-"""The training step for a GPU: torch multiplies, Triton (`kernels`) does the rest, the whole step is one CUDA graph.
+"""The training step for a GPU: torch multiplies, Triton (`triton.py`) does the rest, the whole step is one CUDA graph.
 
 Nothing in a step waits for the device: batch sizes repeat, the dead latents are padded to a few sizes and listed anew
 at each epoch's `read`, and the learning rate lies in device memory. So a step is recorded once and replayed.

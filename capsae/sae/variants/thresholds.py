@@ -3,7 +3,7 @@
     sae, history = train_sae(x, SAEConfig(latents=1920, k=32, variant="jumprelu", options={"weight": 3.0}))
 
 z = W_enc (x - b) + c of normalised rows x; codes a; x_hat = sum_i a_i w_i + b with unit rows w_i, as for `TopKSAE`. One
-loop trains all (`train`); a variant's step is `variant_step.VariantStep`, in which the loss is summed over the batch
+loop trains all (`train`); a variant's step is `step.VariantStep`, in which the loss is summed over the batch
 and later divided by its rows and by the variance V of all rows. Weights of added terms are such that V does not matter:
 terms of |a| are multiplied by sqrt(V), terms without unit by V.
 

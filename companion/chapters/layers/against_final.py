@@ -105,7 +105,7 @@ def _differences(key, group, sets, placed, value, draws) -> list[dict]:
 
 
 def _judged(against: pd.DataFrame, n_boot: int) -> pd.DataFrame:
-    """Holm over the sites, and the verdict on each, as :func:`capsae.evaluation.evaluate.compare` words them."""
+    """Holm over the sites, and the verdict on each, as :func:`capsae.evaluation.evaluate.compare` gives them."""
     family = against.groupby(["seed", "method", "group", "metric"], sort=False)["p"]
     against = against.assign(p_holm=family.transform(holm))
     against["p_at_most"] = (against["metric"] != "auroc") & (against["p"] <= 2 / (1 + n_boot))

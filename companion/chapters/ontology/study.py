@@ -153,7 +153,7 @@ def best_of_means(agreement: pd.DataFrame, column: str = "r") -> str:
 
 
 def paths(page_data: SimpleNamespace) -> pd.DataFrame:
-    """:func:`along_paths` of the SAE's experiments, the best class means and a random dictionary's experiments."""
+    """:func:`along_paths` of the SAE's profiles, the best class means and a random dictionary's profiles."""
     keys = [(SAE, "cosine"), (MEANS, best_of_means(page_data.agreement)), (RANDOM, "cosine")]
     return along_paths(page_data.tree.path_distance(), page_data.distances, keys)
 

@@ -19,7 +19,7 @@ NAMES = {
     "ece": "ECE",
     "ece_adaptive": "ECE of equally filled bins",
 }
-SHARES = ("accuracy", *ERRORS)  # told in % and points
+SHARES = ("accuracy", *ERRORS)  # given in % and points
 HIGHER_IS_BETTER = {metric: metric == "accuracy" for metric in METRICS}
 
 

@@ -66,7 +66,7 @@ class HeldOutClasses:
     """Criterion: the mean of both FPR95 where some training classes play OOD. No OOD image takes part.
 
     The classes are dealt into folds. Head and SAE are fitted without a fold's classes, whose training rows are then
-    told from the validation rows of the others: near OOD of the same camera and processing. Three things make it a
+    separated from the validation rows of the others: near OOD of the same camera and processing. Three things make it a
     stand-in: the backbone may have been trained with the held-out classes; the validation rows of a fold also choose
     the epoch of its SAE; and what a detector would fit on validation rows it fits on training rows here.
 

@@ -1,7 +1,7 @@
 """Makes the folders beside this file: small SAEs as the libraries themselves write them, and the codes they give.
 
     pip install sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
-    python tests/data/exchange/make.py
+    python tests/sae/exchange/make.py
 
 Run once; the files are committed, so that the tests need none of the libraries. `rows` holds the input; NAME.codes
 (N, M) and NAME.out (N, d) are what the library's own float32 model makes of it.
