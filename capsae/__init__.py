@@ -25,7 +25,7 @@ _PUBLIC = {
     "evaluate": "evaluation.evaluate",
     "load_features": "pipeline.run",
     "load_experiment": "pipeline.experiments",
-    "observe_module": "hooks",
+    "observe_module": "detectors.hooks",
     "train_sae": "sae",
     "train_saes": "sae",
 }

@@ -20,8 +20,8 @@ Out-of-distribution detection from class activation profiles of sparse autoencod
 
 In this order, each on what the one before it made (nothing is made twice):
 
-  capsae experiments                      what can be run: data, backbone, sizes, what each needs
-  capsae experiments imagenet20           one of them in full; every key it prints can follow --set
+  capsae experiments                   what can be run: data, backbone, sizes, what each needs
+  capsae experiments imagenet20        one of them in full; every key it prints can follow --set
   capsae init FOLDER                   an experiment for your own images: ten lines of TOML
   capsae extract digits                images -> features (the embedded experiments have theirs already)
   capsae train --experiment imagenet20 --out my-sae

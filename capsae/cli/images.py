@@ -130,7 +130,7 @@ def explain(options) -> int:
 
     if (options.image is None) == (options.from_set is None):
         raise ValueError("give one image file, or --from-set SET --row N")
-    out = Output(options.out, "latent,experiment,")
+    out = Output(options.out, "latent,profile,")
     run, row, method = run_of(options), options.row, method_of(options.method)
     if options.from_set:
         run.experiment.source(options.from_set)

@@ -10,12 +10,9 @@ from .dictionaries import methods as dictionaries
 from .exchange import folders as exchange  # noqa: F401 (registers its readers)
 from .model import SparseCodes, TopKSAE
 from .train import train_sae, train_saes
-from .variants import batch, samples  # noqa: F401 (they register)
-from .variants import thresholds as variants
+from .variants import batch, samples, thresholds  # noqa: F401 (they register)
 
-__all__ = [
-    "SAEConfig", "SparseCodes", "TopKSAE", "dictionaries", "load", "measures", "train_sae", "train_saes", "variants",
-]  # fmt: skip
+__all__ = ["SAEConfig", "SparseCodes", "TopKSAE", "dictionaries", "load", "measures", "train_sae", "train_saes"]
 
 
 def load(folder: str | Path, device: str = "cpu") -> TopKSAE | dictionaries.Dictionary:

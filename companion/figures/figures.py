@@ -52,7 +52,8 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
     ours = {"EPD": _text_colour(), "RPD": PURPLE}
     palette = [BLUE, ORANGE, GREEN, RED, BROWN, PINK, SKY, YELLOW, GREY]
     others = [name for name in names if name not in ours]
-    return ours | {name: palette[i % len(palette)] for i, name in enumerate(others)}
+    found = ours | {name: palette[i % len(palette)] for i, name in enumerate(others)}
+    return {name: found[name] for name in names}
 
 
 def set_label(name: str) -> str:

@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+from types import ModuleType
 
 import pytest
 
@@ -66,10 +67,21 @@ def test_notebooks_hold_no_outputs_and_keep_to_the_house_rules(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_what_a_notebook_calls_exists(path):
-    modules = "figures|tidy|galleries|plan|publish|detectors|comparisons|comparison_figures|tuning"
-    modules += "|profile_claims|profile_data|sweeps"
-    for module, name in set(re.findall(rf"\b({modules})\.([a-z_A-Z]+)", _code(path))):
-        assert hasattr(importlib.import_module(f"capsae.{module}"), name), f"{module}.{name}"
+    tree, modules = ast.parse(_code(path)), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("capsae", "companion"):
+            found = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(found, alias.name):  # a module that nobody has imported yet
+                    importlib.import_module(f"{node.module}.{alias.name}")
+                modules[alias.asname or alias.name] = getattr(found, alias.name)
+        elif isinstance(node, ast.Import):
+            modules |= {a.asname or a.name: importlib.import_module(a.name) for a in node.names if a.name == "capsae"}
+    assert modules
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            of = modules.get(node.value.id)
+            assert not isinstance(of, ModuleType) or hasattr(of, node.attr), f"{node.value.id}.{node.attr}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -152,7 +164,7 @@ def test_a_wrong_value_stops_a_notebook_before_its_work(tmp_path, monkeypatch):
 def test_the_visible_cells_are_the_method_and_a_hidden_one_is_one_line(path):
     for cell in _cells(path):
         lines = "".join(cell["source"]).splitlines()
-        if "hide-input" in cell["metadata"].get("tags", []):
+        if {"hide-input", "remove-cell"} & set(cell["metadata"].get("tags", [])):
             assert len(lines) == 1, lines
         else:
             assert max(map(len, lines)) <= 100 and "figures" not in "".join(lines), lines
