@@ -227,19 +227,19 @@ def draw(folder: Path, *names: str) -> Path:
 
 
 def test_score_writes_a_row_an_image_with_flags_and_reasons(capsae_, experiment, stubbed, tmp_path):
-    images = draw(tmp_path / "images", "id-1.png", "id-12.png", "ood-3.png", "deep-0.png")
+    images = draw(tmp_path / "images", "id-0.png", "id-12.png", "ood-3.png", "deep-0.png")
     (images / "inside").mkdir()
     (images / "deep-0.png").rename(images / "inside" / "ood-7.png")
     (images / "zero.jpg").touch()
     (images / "notes.txt").write_text("not an image")
     out = tmp_path / "scores.csv"
     options = ["--experiment", experiment, "--set", "val.fraction=0.4", "--out", out, "-q"]
-    status, _, err = capsae_("score", images, images / "id-1.png", *options)
+    status, _, err = capsae_("score", images, images / "id-0.png", *options)
     table = pd.read_csv(out)
     assert status == 0
     assert list(table.columns) == "path predicted confidence epd epd_threshold rpd rpd_threshold flag reason".split()
     names = [Path(path).name for path in table["path"]]
-    assert names == ["id-1.png", "id-12.png", "ood-7.png", "ood-3.png", "zero.jpg"]
+    assert names == ["id-0.png", "id-12.png", "ood-7.png", "ood-3.png", "zero.jpg"]
     assert table["predicted"][:2].tolist() == ["n00000000_kind_0", "n00000002_kind_2"]
     assert table["flag"].astype("string").tolist()[:4] == ["False", "False", "True", "True"]
     good = table[table["reason"].isna()]

@@ -245,7 +245,7 @@ def test_a_digest_is_the_same_in_another_process(tmp_path):
     sources = write(tmp_path, SMALL)
     text = f"""
 from pathlib import Path
-from capsae import code
+from capsae.pipeline import code
 sources = code.Sources({{"small": Path({str(tmp_path)!r}) / "small"}})
 print(sources.digest(sources.units("small.road:score")))"""
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
@@ -269,7 +269,7 @@ def copy(tmp_path_factory):
         for file, old, new in edits:
             assert old in texts[folder / file]
             (folder / file).write_text(texts[folder / file].replace(old, new, 1))
-        sources = code.Sources({"capsae": folder})
+        sources = code.Sources({"capsae": folder, "companion": plan.root() / "companion"})
         for path, text in texts.items():
             path.write_text(text)
         return sources
@@ -287,18 +287,25 @@ def _page(sources, notebook):
 def test_a_change_of_auroc_makes_the_causal_page_stale(copy):
     now, other = copy(), copy(("metrics.py", "def auroc(", "def auroc(shift=0, *"))
     assert _page(now, "12_causal") != _page(other, "12_causal")
-    assert _page(now, "02_train_sae") == _page(other, "02_train_sae")
+    unused = copy(("pipeline/kept.py", "def used(", "def used(shift=0, *"))
+    assert _page(now, "12_causal") == _page(unused, "12_causal")
 
 
 def test_progress_and_extraction_make_no_artefact_stale(copy):
-    shown, extracted = ("sae/progress.py", "EVERY = 0.5", "EVERY = 5"), ("features.py", "MAX_BAD = 0.01", "MAX_BAD = 1")
+    shown, extracted = (
+        ("sae/progress.py", "EVERY = 0.5", "EVERY = 5"),
+        ("features/extract.py", "MAX_BAD = 0.01", "MAX_BAD = 1"),
+    )
     now, other = copy(), copy(shown, extracted)
     for of in (Run._trained, Inputs._extracted):
         assert now.digest(now.units(of)) == other.digest(other.units(of))
 
 
 def test_every_detector_counts_for_a_table_and_only_its_own_variant_for_an_sae(copy):
-    now, other = copy(), copy(("detectors/logits.py", "class MSP(Detector):", "class MSP(Detector):\n    x = 1"))
+    now, other = (
+        copy(),
+        copy(("detectors/baselines/logits.py", "class MSP(Detector):", "class MSP(Detector):\n    x = 1")),
+    )
     assert now.digest(now.units(Run.detectors)) != other.digest(other.units(Run.detectors))
     assert {"TopKSAE", "train_saes", "JumpReLU"} <= {u.name for u in now.reached(now.units(Run._trained))}
     from capsae.sae.dictionaries import methods as dictionaries

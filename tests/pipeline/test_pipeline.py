@@ -422,7 +422,7 @@ def test_unknown_backbone_is_refused_with_near_names(images, tmp_path):
 
 def test_a_killed_training_goes_on_where_it_stood(experiment, tmp_path, monkeypatch):
     from capsae.sae.checkpoint import Checkpoint
-    from capsae.sae.steps import Step
+    from capsae.sae.kernels.cpu_step import CompiledStep as Step
 
     class Killed(Exception):
         pass

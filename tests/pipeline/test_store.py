@@ -119,9 +119,7 @@ get(Store({root!r}), **({{"make": slow_make}} if {where!r} == "make" else {{"sav
 @pytest.mark.parametrize("where", ["make", "save"])
 def test_kill_9_leaves_the_old_state(tmp_path, where):
     ready, root = tmp_path / "ready", tmp_path / "store"
-    code = KILLED.format(
-        tests=os.path.dirname(os.path.dirname(__file__)), ready=str(ready), root=str(root), where=where
-    )
+    code = KILLED.format(tests=os.path.dirname(__file__), ready=str(ready), root=str(root), where=where)
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     deadline = time.time() + 60
     while not ready.exists() and time.time() < deadline and process.poll() is None:
