@@ -262,7 +262,7 @@ def test_streams_may_be_closed_or_full(redirected, status):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_unwinds_and_removes_temporary_folders(number, tmp_path):
     code = (
-        "import sys, tempfile, time\nfrom capsae import commands\nfrom capsae.__main__ import main\n"
+        "import sys, tempfile, time\nfrom capsae.cli import commands\nfrom capsae.__main__ import main\n"
         "def waits(options):\n"
         "    with tempfile.TemporaryDirectory(dir=sys.argv[1]):\n        print('ready', flush=True)\n"
         "        time.sleep(60)\n"
@@ -283,5 +283,5 @@ def test_no_home_is_no_fault(tmp_path):
     found = ran("experiments", "mini80", env=bare, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     locked = {**bare, "HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"}
-    found = ran("extract", "digits", env=locked, cwd=tmp_path)
+    found = ran("train", "mini80", "--out", str(tmp_path / "sae"), env=locked, cwd=tmp_path)
     assert found.returncode == 2 and "CAPSAE_HOME" in found.stderr and "Traceback" not in found.stderr

@@ -17,8 +17,8 @@ from companion.figures import display, figures
 
 
 def _run(name="imagenet20", pack="imagenet20"):
-    profile = SimpleNamespace(name=name, pack=pack, backbone=SimpleNamespace(model="some_vit"))
-    return SimpleNamespace(profile=profile, digest=lambda stage: {"table": "a" * 64}.get(stage, "b" * 64))
+    experiment = SimpleNamespace(name=name, pack=pack, backbone=SimpleNamespace(model="some_vit"))
+    return SimpleNamespace(experiment=experiment, digest=lambda stage: {"table": "a" * 64}.get(stage, "b" * 64))
 
 
 def _dice():
@@ -226,7 +226,7 @@ def test_a_shown_figure_has_alt_caption_provenance_and_its_code(monkeypatch, tmp
     assert 'role="img" aria-label="bars of &quot;shares&quot;"' in html
     assert 'href="code:companion.figures.figures#explanation"' in html
     assert "Shares &lt; 1" in html
-    assert "Profile imagenet20 · backbone some_vit · data: embedded pack imagenet20 · digest bbbbbbbbbbbb" in html
+    assert "Experiment imagenet20 · backbone some_vit · data: embedded pack imagenet20 · digest bbbbbbbbbbbb" in html
     assert set(re.findall(r"https?://[^\"]*", html)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 
 

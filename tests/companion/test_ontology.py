@@ -280,7 +280,7 @@ def test_families_are_of_eight_classes_or_more(tree):
 
 def test_classes_of_another_kind_are_refused():
     class Digits:
-        profile = type("P", (), {"name": "digits"})
+        experiment = type("P", (), {"name": "digits"})
 
         def features(self, _):
             return type("F", (), {"class_names": ("0", "1")})

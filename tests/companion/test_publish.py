@@ -131,7 +131,7 @@ def test_a_dead_kernel_does_not_stop_the_other_pages(repository, monkeypatch, ca
 
 
 def test_what_the_notebook_recorded_is_kept_with_the_page(repository):
-    repository.write("from capsae import figures", "figures.result({'auroc': 0.5, 'of': {'a': [1, None]}})")
+    repository.write("from companion.figures import figures", "figures.result({'auroc': 0.5, 'of': {'a': [1, None]}})")
     publish.publish(_page())
     assert publish.results(_page().name) == {"auroc": 0.5, "of": {"a": [1, None]}}
     assert display.RESULT_MIME not in json.dumps(json.loads(publish.path_of(_page().name).read_text())["cells"])

@@ -83,8 +83,8 @@ def test_one_sample_under_each_class_is_scored_as_the_score_does(run):
         assert by_class[c] == energy_profile_divergence(codes[4:5], np.array([c]), run.caps, 0.25)[0]
     shown = profile_data.profile_under(codes, 4, 1, run.caps, 0.25, "panel")
     assert shown["expected"].is_monotonic_decreasing and shown["expected"].sum() == pytest.approx(1)
-    fires = shown[shown["experiment"] > 0]
-    assert (fires["experiment"] * np.log(fires["experiment"] / fires["expected"])).sum() == pytest.approx(by_class[1])
+    fires = shown[shown["profile"] > 0]
+    assert (fires["profile"] * np.log(fires["profile"] / fires["expected"])).sum() == pytest.approx(by_class[1])
 
 
 def test_an_explanation_cut_short_still_sums_to_the_score(run):

@@ -43,10 +43,10 @@ def test_shares_sum_to_the_score(caps, fraction):
 def test_every_core_latent_is_there_once_with_its_kind(caps):
     table = explain_epd(random_codes(1, 5), 1, caps, 0.5)
     assert sorted(table["latent"]) == sorted(caps.core(0.5)[1])
-    assert table["experiment"].sum() == pytest.approx(1) and table["expected"].sum() == pytest.approx(1)
+    assert table["profile"].sum() == pytest.approx(1) and table["expected"].sum() == pytest.approx(1)
     assert (table.loc[table["kind"] == "too much", "share"] > 0).all()
     assert (table.loc[table["kind"] == "missing", "share"] <= 0).all()
-    assert (table.loc[table["experiment"] == 0, "share"] == 0).all() and (table["kind"] == "missing").any()
+    assert (table.loc[table["profile"] == 0, "share"] == 0).all() and (table["kind"] == "missing").any()
     assert table["share"].abs().is_monotonic_decreasing
 
 
@@ -113,8 +113,8 @@ def test_our_own_score_is_explained_by_its_slots(run):
     for row in (0, 9):
         table = explain(run, obs, row, OURS)
         assert table["share"].sum() == pytest.approx(scores[row], rel=1e-9)
-        assert table.loc[table["share"] != 0, "experiment"].gt(0).all()
-        assert table["experiment"].sum() == pytest.approx(1) and table["expected"].sum() == pytest.approx(1)
+        assert table.loc[table["share"] != 0, "profile"].gt(0).all()
+        assert table["profile"].sum() == pytest.approx(1) and table["expected"].sum() == pytest.approx(1)
 
 
 def test_what_slots_do_not_explain_has_a_row_of_its_own(caps):

@@ -13,7 +13,7 @@ from capsae.latents.wordnet import EXTRACT, extract, wnid
 
 def packed_wnids() -> list[str]:
     """Every synset that names a class in an embedded pack, near OOD sets included; sorted."""
-    from ..packs import load_pack, pack_sets, packs
+    from capsae.pipeline.packs import load_pack, pack_sets, packs
 
     names = (name for pack in packs() for of in pack_sets(pack) for name in load_pack(pack, of).class_names)
     return sorted({found for name in names if (found := wnid(name))})
