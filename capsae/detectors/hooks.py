@@ -44,16 +44,16 @@ def observe_module(
     if not isinstance(linear, torch.nn.Linear):
         linears = [name for name, each in net.named_modules() if isinstance(each, torch.nn.Linear)][-5:]
         raise ValueError(f"head is {head!r}, which is no Linear of this network; its last are {', '.join(linears)}")
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    seen: list[tuple[torch.Tensor, ...]] = []
     labels, n = [], 0
     hook = linear.register_forward_hook(lambda module, given, out: seen.append((given[0].detach(), out.detach())))
-    training, device = net.training, device or linear.weight.device
+    training, where = net.training, device or linear.weight.device
     try:
         net.eval()
         with torch.inference_mode():
             for batch in batches:
                 x, y = batch if isinstance(batch, tuple | list) else (batch, None)
-                net(x.to(device))
+                net(x.to(where))
                 n += 1
                 if len(seen) != n or seen[-1][0].ndim != 2:
                     shapes = [tuple(each.shape) for each, _ in seen[n - 1 :]]
