@@ -269,8 +269,9 @@ def test_a_signal_unwinds_and_removes_temporary_folders(number, tmp_path):
         "commands.detectors = waits\nsys.exit(main(['detectors']))"
     )
     run = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # whoever runs the tests may ignore it (nohup)
+    )  # fmt: skip
     assert run.stdout.readline() == "ready\n" and len(os.listdir(tmp_path)) == 1
     run.send_signal(number)
     _, err = run.communicate(timeout=60)
