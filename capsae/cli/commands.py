@@ -99,7 +99,8 @@ def _extract_pack(run, options) -> int:
         return 0
     notes = f"made by `capsae extract {experiment.name}`"
     settings = {"device": options.device, "progress": not options.quiet} | run.inputs.extraction
-    settings["stored"] = pack_info(experiment.pack).get("dtype", {}).get("stored", "float16")
+    info = pack_info(experiment.pack)
+    settings |= {"stored": info.get("dtype", {}).get("stored", "float16"), "images": info.get("images")}
     make_pack(experiment.name, sources, backbone, out, notes=notes, **settings)
     sys.stdout.write(f"{out}: {', '.join(names)}\nuse it with --set pack={out}\n")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,38 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     return tensors, json.loads(info)
 
 
-def pack_strings(strings) -> np.ndarray:
-    """Strings as one uint8 tensor (UTF-8 JSON), so that a million names do not swell the safetensors header."""
+def _json(strings) -> bytes:
     text = json.dumps([str(s) for s in strings], ensure_ascii=False)
-    return np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)  # a file's name may be no UTF-8
+    return text.encode("utf-8", "surrogatepass")  # a file's name may be no UTF-8
+
+
+def pack_strings(strings) -> np.ndarray:
+    """Strings as one uint8 tensor (UTF-8 JSON, zlib), so that a million names do not swell the safetensors header."""
+    return np.frombuffer(zlib.compress(_json(strings), 9), dtype=np.uint8)
 
 
 def unpack_strings(tensor: np.ndarray) -> list[str]:
     """Inverse of :func:`pack_strings`."""
-    return json.loads(tensor.tobytes().decode("utf-8", "surrogatepass"))
+    text = tensor.tobytes()
+    text = text if text.startswith(b"[") else zlib.decompress(text)  # files of before December 2026 are not compressed
+    return json.loads(text.decode("utf-8", "surrogatepass"))
+
+
+def rounded(cls: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """Features (N, d) as they are kept on disk: ``cls`` of ``dtype``, for int8 with ``scale`` (d,), a column's largest
+    value over 127."""
+    if dtype == "int8":
+        scale = np.maximum(np.abs(cls).max(axis=0, initial=0) / np.float32(127), np.float32(1e-30))
+        return {"cls": np.rint(cls / scale).astype(np.int8), "scale": scale}
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype is {dtype!r}, expected 'int8', 'float16' or 'float32'")
+    return {"cls": cls.astype(dtype)}
+
+
+def restored(tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the features (N, d) float32 of :func:`rounded`."""
+    cls = tensors["cls"].astype(np.float32)
+    return cls * tensors["scale"] if "scale" in tensors else cls
 
 
 @dataclass(frozen=True)
@@ -130,16 +154,18 @@ class FeatureSet:
             if value is not None:
                 sha.update(f"{key}{value.shape}".encode())
                 sha.update(np.ascontiguousarray(value).data)
-        sha.update(pack_strings(self.ids).data)
+        sha.update(_json(self.ids))
         return sha.hexdigest()
 
     def save(self, path: str | os.PathLike, dtype: str = "float32") -> Path:
-        """Write one ``.safetensors`` file; ``dtype="float16"`` halves it (for features, seldom for statistics)."""
-        if dtype not in ("float16", "float32"):
-            raise ValueError(f"dtype is {dtype!r}, expected 'float16' or 'float32'")
-        tensors = {"cls": self.cls.astype(dtype), "labels": self.labels, "ids": pack_strings(self.ids)}
+        """Write one ``.safetensors`` file; ``float16`` halves the features, ``int8`` (256 steps a column) quarters
+        them."""
+        labels = self.labels.astype(
+            np.result_type(*map(np.min_scalar_type, (self.labels.min(initial=0), self.labels.max(initial=0))))
+        )
+        tensors = {**rounded(self.cls, dtype), "labels": labels, "ids": pack_strings(self.ids)}
         if self.logits is not None:
-            tensors["logits"] = self.logits.astype(dtype)
+            tensors["logits"] = self.logits.astype("float32" if dtype == "float32" else "float16")
         if self.pixels is not None:
             tensors["pixels"] = self.pixels  # float32 always: a file may have more bytes than float16 can count
         info = {"schema": SCHEMA, "name": self.name, "class_names": list(self.class_names), "meta": self.meta}
@@ -154,7 +180,7 @@ class FeatureSet:
                 f"{os.fspath(path)!r} holds no FeatureSet of schema {SCHEMA} (found {info.get('schema')!r})"
             )
         return cls(
-            cls=tensors["cls"],
+            cls=restored(tensors),
             labels=tensors["labels"],
             ids=np.asarray(unpack_strings(tensors["ids"])),
             logits=tensors.get("logits"),

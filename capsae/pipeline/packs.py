@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.images import PIXEL_STATISTICS
-from ..features.featureset import FeatureSet
+from ..features.featureset import FeatureSet, read_tensors, restored, rounded, write_tensors
 
 PACKS = Path(__file__).parents[1] / "packs"
 MAX_BYTES = 8_000_000
@@ -46,6 +46,8 @@ def pack_info(name: str | os.PathLike) -> dict:
 def load_pack(name: str | os.PathLike, set_name: str) -> FeatureSet:
     """One set of a pack; cls (N, d) float32, rounded to the pack's ``dtype["stored"]`` when it was made.
 
+    A pack of the same images seen by another backbone names the first in ``images`` and holds features alone.
+
     Raises
     ------
     ValueError
@@ -54,7 +56,11 @@ def load_pack(name: str | os.PathLike, set_name: str) -> FeatureSet:
     known = pack_sets(name)
     if set_name not in known:
         raise ValueError(f"pack {os.fspath(name)!r} has no set {set_name!r}; its sets are {', '.join(known)}")
-    return FeatureSet.load(_file(_folder(name), set_name))
+    file, images = _file(_folder(name), set_name), pack_info(name).get("images")
+    if images is None:
+        return FeatureSet.load(file)
+    tensors, info = read_tensors(file)
+    return replace(load_pack(images, set_name), cls=restored(tensors), meta=info["meta"])
 
 
 def make_pack(
@@ -67,6 +73,7 @@ def make_pack(
     notes: str = "",
     max_bytes: int | None = MAX_BYTES,
     stored: str = "float16",
+    images: str | None = None,
     **options,
 ) -> Path:
     """Extract sets into a pack.
@@ -87,7 +94,10 @@ def make_pack(
     max_bytes : int or None
         Refuse a pack that is larger.
     stored : str
-        ``float16``, or ``float32`` for small sets whose features should come back bit by bit.
+        ``float16``; ``float32`` for small sets whose features should come back bit by bit; ``int8`` (256 steps a
+        column) for large ones.
+    images : str or None
+        A pack of the same images: names, labels and pixel statistics stay there.
     options
         For :func:`capsae.features.extract.extract`; logits are left out unless asked for.
 
@@ -124,7 +134,7 @@ def make_pack(
         meta = {"pack": name, "backbone_digest": backbone.digest, "bad_images": bad}
         meta |= {"excluded": source.excluded} if source.excluded else {}
         features = replace(features, name=set_name, meta=meta)
-        path = features.save(_file(out, set_name), dtype=stored)
+        path = _save(features, _file(out, set_name), stored, images)
         sets[set_name] = {
             "file": path.name,
             "sha256": _sha256(path),
@@ -143,6 +153,7 @@ def make_pack(
         "backbone_digest": backbone.digest,
         "dim": backbone.dim,
         "dtype": {"products": options["dtype"], "stored": stored},
+        **({"images": images} if images else {}),
         "extractor": EXTRACTOR,
         "pixel_statistics": list(PIXEL_STATISTICS),
         "code": code_digest(backbone_code, data, images, sources_code),
@@ -155,6 +166,16 @@ def make_pack(
     if work is None:
         shutil.rmtree(shards, ignore_errors=True)
     return out
+
+
+def _save(features: FeatureSet, path: Path, stored: str, images: str | None) -> Path:
+    if images is None:
+        return features.save(path, dtype=stored)
+    there = load_pack(images, features.name)
+    for key in ("ids", "labels", "class_names"):
+        if list(getattr(there, key)) != list(getattr(features, key)):
+            raise ValueError(f"{features.name}: its {key} are not those of pack {images!r}")
+    return write_tensors(path, rounded(features.cls, stored), {"meta": features.meta})
 
 
 def add_pixels(
@@ -193,6 +214,8 @@ def add_pixels(
     from ..device import available_cores
 
     info, out = pack_info(name), Path(out)
+    if "images" in info:
+        raise ValueError(f"pack {os.fspath(name)!r}: pixel statistics are those of pack {info['images']!r}")
     missing = [each for each in info["sets"] if each not in sources]
     if missing:
         raise ValueError(f"pack {os.fspath(name)!r}: no images are given for its set {missing[0]!r}")

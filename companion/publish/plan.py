@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-BOOK_EXPERIMENTS = ("imagenet20", "mini80", "digits")
+BOOK_EXPERIMENTS = ("imagenet20", "imagenet20-augreg", "mini80", "mini80-augreg", "digits")
 SWEPT = "imagenet20"
 TUNED = ("imagenet20", "mini80")  # digits has too few rows a class to play OOD with
 ABLATIONS = ("05_ablation", "06_sweep")

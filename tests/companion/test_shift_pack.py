@@ -87,5 +87,7 @@ def test_the_pack_is_what_our_extractor_makes(tmp_path):
             if strength
             else load_pack("imagenet20", "test").take(kept[some])
         )
-        # float16 rounds to 2**-11 of a value; other processors, decoders and versions of torch move the last bits
-        np.testing.assert_allclose(packed.cls, fresh.cls, rtol=2**-9, atol=4e-3)
+        # int8 has 127 steps up to a column's largest value, float16 2**-11 of a value; other processors, decoders and
+        # versions of torch move the last bits
+        step = np.abs(load_pack("imagenet20", "train").cls).max(axis=0) / 127
+        assert (np.abs(packed.cls - fresh.cls) <= step + 2**-9 * np.abs(fresh.cls) + 4e-3).all()
