@@ -100,7 +100,7 @@ def _extract_pack(run, options) -> int:
     notes = f"made by `capsae extract {experiment.name}`"
     settings = {"device": options.device, "progress": not options.quiet} | run.inputs.extraction
     info = pack_info(experiment.pack)
-    settings |= {"stored": info.get("dtype", {}).get("stored", "float16"), "images": info.get("images")}
+    settings |= {"stored": info.get("dtype", {}).get("stored", "float16"), "images_of": info.get("images")}
     make_pack(experiment.name, sources, backbone, out, notes=notes, **settings)
     sys.stdout.write(f"{out}: {', '.join(names)}\nuse it with --set pack={out}\n")
     return 0

@@ -73,7 +73,7 @@ def make_pack(
     notes: str = "",
     max_bytes: int | None = MAX_BYTES,
     stored: str = "float16",
-    images: str | None = None,
+    images_of: str | None = None,
     **options,
 ) -> Path:
     """Extract sets into a pack.
@@ -96,7 +96,7 @@ def make_pack(
     stored : str
         ``float16``; ``float32`` for small sets whose features should come back bit by bit; ``int8`` (256 steps a
         column) for large ones.
-    images : str or None
+    images_of : str or None
         A pack of the same images: names, labels and pixel statistics stay there.
     options
         For :func:`capsae.features.extract.extract`; logits are left out unless asked for.
@@ -134,7 +134,7 @@ def make_pack(
         meta = {"pack": name, "backbone_digest": backbone.digest, "bad_images": bad}
         meta |= {"excluded": source.excluded} if source.excluded else {}
         features = replace(features, name=set_name, meta=meta)
-        path = _save(features, _file(out, set_name), stored, images)
+        path = _save(features, _file(out, set_name), stored, images_of)
         sets[set_name] = {
             "file": path.name,
             "sha256": _sha256(path),
@@ -153,7 +153,7 @@ def make_pack(
         "backbone_digest": backbone.digest,
         "dim": backbone.dim,
         "dtype": {"products": options["dtype"], "stored": stored},
-        **({"images": images} if images else {}),
+        **({"images": images_of} if images_of else {}),
         "extractor": EXTRACTOR,
         "pixel_statistics": list(PIXEL_STATISTICS),
         "code": code_digest(backbone_code, data, images, sources_code),
@@ -168,13 +168,13 @@ def make_pack(
     return out
 
 
-def _save(features: FeatureSet, path: Path, stored: str, images: str | None) -> Path:
-    if images is None:
+def _save(features: FeatureSet, path: Path, stored: str, images_of: str | None) -> Path:
+    if images_of is None:
         return features.save(path, dtype=stored)
-    there = load_pack(images, features.name)
+    there = load_pack(images_of, features.name)
     for key in ("ids", "labels", "class_names"):
         if list(getattr(there, key)) != list(getattr(features, key)):
-            raise ValueError(f"{features.name}: its {key} are not those of pack {images!r}")
+            raise ValueError(f"{features.name}: its {key} are not those of pack {images_of!r}")
     return write_tensors(path, rounded(features.cls, stored), {"meta": features.meta})
 
 
