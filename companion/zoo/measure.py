@@ -7,6 +7,7 @@ are bootstrap intervals over samples where there are any.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -62,11 +63,11 @@ def reconstruction(model, train: Observations, test: Observations, test_labels, 
         ("head_kept", "test"): kept["kept"],
         ("head_agreement", "test"): kept["agreement"],
     }
-    return _rows(found)
+    return tidy(found)
 
 
 def latents(train: Observations, test: Observations, test_labels, n_classes: int) -> pd.DataFrame:
-    """What latents stand for. No second encoder is at hand: monosemanticity is that of the features themselves."""
+    """What latents stand for. Monosemanticity is by the features themselves, for want of a second encoder."""
     codes, labels = train.codes, train.labels
     single = measures.monosemanticity(codes, measures.stand_in_embeddings(train.cls))
     apart = measures.concept_separability(codes, labels, n_classes)
@@ -82,7 +83,7 @@ def latents(train: Observations, test: Observations, test_labels, n_classes: int
     }
     found |= {(f"probing_{size}", "test"): probed.loc[size, "top1"] for size in PROBED}
     found |= {(f"probing_{size}_balanced", "test"): probed.loc[size, "balanced"] for size in PROBED}
-    return _rows(found)
+    return tidy(found)
 
 
 def ood(run, observed: Mapping[str, Observations], n_boot: int) -> pd.DataFrame:
@@ -95,7 +96,8 @@ def ood(run, observed: Mapping[str, Observations], n_boot: int) -> pd.DataFrame:
     return table[table["metric"].isin(OOD_METRICS)].rename(columns={"metric": "measure"})
 
 
-def _rows(found: Mapping[tuple[str, str], float]) -> pd.DataFrame:
+def tidy(found: Mapping[tuple[str, str], float]) -> pd.DataFrame:
+    """A table of values by measure and set."""
     rows = [(measure, "", where, "", float(value), np.nan, np.nan) for (measure, where), value in found.items()]
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -125,10 +127,11 @@ def stability(models: Sequence) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+@cache  # members of one size share it
 def by_chance(n_atoms: int, d: int, signed: bool, seed: int = 0) -> float:
     """Mean matched cosine of two dictionaries of random directions, alike in all of space."""
-    dice = np.random.default_rng(seed)
-    a, b = (dice.standard_normal((n_atoms, d)) for _ in range(2))
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal((n_atoms, d)) for _ in range(2))
     return float(measures.matched_cosines(a, b, signed).mean())
 
 

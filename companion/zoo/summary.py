@@ -203,13 +203,13 @@ def nulls(x: np.ndarray, sizes: Sequence[tuple[int, bool]], seed: int = 0) -> pd
     """
     from capsae.sae.measures import matched_cosines
 
-    dice, u = np.random.default_rng(seed), np.asarray(x, dtype=np.float64) - np.mean(x, axis=0, dtype=np.float64)
+    rng, u = np.random.default_rng(seed), np.asarray(x, dtype=np.float64) - np.mean(x, axis=0, dtype=np.float64)
     root, found = np.linalg.cholesky(np.cov(u.T) + 1e-9 * np.eye(u.shape[1])), []
     for n, signed in sizes:
         if n > len(u):
             raise ValueError(f"a choice of {n} rows needs as many: there are {len(u)}")
-        at = np.concatenate([dice.permutation(len(u))[:n] for _ in range(2)])
-        drawn = dice.standard_normal((2 * n, u.shape[1])) @ root.T
+        at = np.concatenate([rng.permutation(len(u))[:n] for _ in range(2)])
+        drawn = rng.standard_normal((2 * n, u.shape[1])) @ root.T
         pairs = {"rows": u[at], "covariance": drawn}
         means = {name: float(matched_cosines(two[:n], two[n:], signed).mean()) for name, two in pairs.items()}
         found.append({"atoms": n, "signed": signed} | means)

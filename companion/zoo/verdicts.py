@@ -112,13 +112,13 @@ def agreement(members: pd.DataFrame, one: str, other: str, seed: int = 0) -> dic
 
     rows = members[(members["kind"] != "control") & members["comparable"]].dropna(subset=[one, other])
     a, b = ((-1 if lower_is_better(m) else 1) * rows[m].rank().to_numpy() for m in (one, other))
-    n, dice = len(rows), np.random.default_rng(seed)
+    n, rng = len(rows), np.random.default_rng(seed)
     if n < 4 or a.std() == 0 or b.std() == 0:
         return {"value": np.nan, "lo": np.nan, "hi": np.nan, "p": np.nan, "n": n}
     value = float(_correlations(a[None], b[None])[0])
-    drawn = _correlations(a[None], dice.permuted(np.tile(b, (PERMUTATIONS, 1)), axis=1))
+    drawn = _correlations(a[None], rng.permuted(np.tile(b, (PERMUTATIONS, 1)), axis=1))
     p = (1 + (np.abs(drawn) >= abs(value) - 1e-12).sum()) / (1 + PERMUTATIONS)
-    at = dice.integers(0, n, (DRAWS, n))
+    at = rng.integers(0, n, (DRAWS, n))
     lo, hi = np.nanquantile(_correlations(rankdata(a[at], axis=1), rankdata(b[at], axis=1)), [0.025, 0.975])
     return {"value": value, "lo": float(lo), "hi": float(hi), "p": float(p), "n": n}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from scipy import stats
 from capsae.__main__ import main
 from capsae.pipeline import code
 from capsae.pipeline.run import Run
+from capsae.sae import select
 from capsae.sae.dictionaries import methods as dictionaries
 from capsae.sae.variants import thresholds as variants
 from companion import findings, zoo
@@ -22,18 +22,6 @@ from companion.zoo import figures, fitting, measure, page, runner, summary, tabl
 
 PUBLISHED = ("imagenet20", "mini80")
 EPD, RPD = verdicts.SCORES
-
-
-class Inline:
-    """An executor that works at once, in this process."""
-
-    def submit(self, function, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +118,17 @@ def test_a_diverged_training_is_a_row_of_the_grid(experiment, home, monkeypatch)
 
 def test_a_run_measures_all_and_goes_on_where_it_stood(experiment, home, monkeypatch):
     lines, names = [], ["topk", "gsae", "abs_topk", "semi_nmf", "random", "pca"]
-    given = {"names": names, "seeds": (0, 1), "grid": (0.005, 0.01), "executor": Inline(), "write": lines.append}
+    given = {"names": names, "seeds": (0, 1), "grid": (0.005, 0.01), "jobs": 1, "write": lines.append}
     table, grid, about = runner.run_zoo(experiment, **given)
     assert list(table.columns) == tables.COLUMNS and list(dict.fromkeys(table["member"])) == names
-    assert len(lines) == 6 + 3 + 5 + 11 + 5 and "100%" in lines[-1] and "left" in lines[0]
+    assert len(lines) == 6 + 3 + 5 + 11 + 5 and "16 of 16" in lines[-1] and "held-out FVU 0." in lines[0]
     wide = summary.fits(table.assign(title=table["member"]))
     assert len(wide) == 11 and not wide.drop(columns="lr").isna().any().any()
     assert (wide[wide["member"] != "abs_topk"]["L0"] <= 6).all()
     topk = grid[grid["member"] == "topk"]
     assert len(topk) == 3 and topk["chosen"].sum() == 2
+    portable = grid.groupby("member")["portable"].unique().str[0]
+    assert portable["topk"] == (select.compiled() is not None) and not portable.drop("topk").any()
     best = topk[topk["seed"] == 0].set_index("lr")["held_out_fvu"].idxmin()
     assert set(topk.loc[topk["chosen"], "lr"]) == {best}
     rows = table[(table["member"] == "random") & (table["measure"] == "stability")]
@@ -223,7 +213,7 @@ def test_the_command_hands_on_its_options_and_keeps_committed_tables(tmp_path, m
 
 def _table(level=None, noise=0.0003, l0=None, seeds=5, opposed=False):
     """A tidy table in which member i has the level i (or that of `level`) in every measure, plus noise of its seeds."""
-    names, dice, rows = (
+    names, rng, rows = (
         ["topk", "relu", "gated", "gba", "mp", "vsae", "itda", "random", "pca"],
         np.random.default_rng(0),
         [],
@@ -235,7 +225,7 @@ def _table(level=None, noise=0.0003, l0=None, seeds=5, opposed=False):
         for seed in range(seeds if one.seeded else 1):
 
             def add(measure, where, value, method="", group="", seed=seed, about=about):
-                value = value + noise * dice.standard_normal()
+                value = value + noise * rng.standard_normal()
                 rows.append((*about, seed, 0.01, measure, method, where, group, value, np.nan, np.nan))
 
             rows.append((*about, seed, 0.01, "n_latents", "", "", "", 1920 - i, np.nan, np.nan))
@@ -362,8 +352,8 @@ def test_findings_are_marked_by_the_numbers(random, mark):
 
 
 def test_nulls_know_the_data_and_the_sign():
-    dice = np.random.default_rng(0)
-    x = 5 + dice.standard_normal((400, 3)) @ dice.standard_normal((3, 12)) + 0.01 * dice.standard_normal((400, 12))
+    rng = np.random.default_rng(0)
+    x = 5 + rng.standard_normal((400, 3)) @ rng.standard_normal((3, 12)) + 0.01 * rng.standard_normal((400, 12))
     found = summary.nulls(x, [(60, True), (60, False)]).set_index("signed")
     assert (found[["rows", "covariance"]] > 1.5 * measure.by_chance(60, 12, signed=True)).all(axis=None)
     assert (found.loc[False, ["rows", "covariance"]] >= found.loc[True, ["rows", "covariance"]] - 0.02).all()

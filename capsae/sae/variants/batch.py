@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ..model import register
-from .thresholds import Forward, Levelled, bar, follow, positive
+from .thresholds import Forward, Levelled, bar, descending, follow
 
 
 @register("batch_topk")
@@ -24,13 +24,6 @@ class BatchTopK(Levelled):
         super().__init__(d, config)
         self.register_buffer("threshold", torch.zeros(1))
         self.last_bar = torch.zeros(1)
-
-    def margin(self, x):
-        z = self.preactivations(x)
-        return positive(z, z - self.threshold)
-
-    def activate(self, x):
-        return self.preactivations(x) * self.fires(x)
 
     def train_activate(self, x, done):
         z = self.preactivations(x)
@@ -59,7 +52,7 @@ class Matryoshka(BatchTopK):
         latents, n = self.config.latents, self.options["random_prefixes"]
         if not n:
             return sorted({max(1, round(latents * part)) for part in (1 / 16, 3 / 16, 7 / 16)} | {latents})
-        u = torch.rand(n - 1, generator=self.dice(done), device=self.decoder.device).clamp_min(1e-12)
+        u = torch.rand(n - 1, generator=self.rng(done), device=self.decoder.device).clamp_min(1e-12)
         lengths = (u ** (-1 / self.options["pareto"])).clamp_max(latents).int().tolist()  # at least 1
         return sorted({*lengths, latents})
 
@@ -134,8 +127,7 @@ class FeatureChoice(_Zipf):
         drive = self.drive if done else z.detach().relu().mean(0)
         rank = drive.argsort(descending=True, stable=True).argsort()
         m = (self.zipf()[rank] * len(x)).clamp(1, len(x)).round().long()
-        ordered = z.detach().sort(0, descending=True).values
-        self.last_bar = ordered.gather(0, (m - 1)[None])[0].clamp_min(0)
+        self.last_bar = descending(z, 0).gather(0, (m - 1)[None])[0].clamp_min(0)
         self.last_drive = z.detach().relu().mean(0)
         return z * (z >= self.last_bar) * (z > 0)
 
