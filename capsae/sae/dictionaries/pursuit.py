@@ -19,17 +19,8 @@ SPAN = 1e-3  # an atom whose part outside the span of those chosen is shorter ad
 def omp(x: torch.Tensor, atoms: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Orthogonal matching pursuit (Pati et al. 1993): the atom with the largest |w . r|, then a new fit on all chosen.
 
-    Parameters
-    ----------
-    x : (N, d)
-    atoms : (M, d) unit rows
-    k : atoms per row, at most M
-
-    Returns
-    -------
-    values (N, k) with signs, in the order of choice; 0 where nothing was left to explain
-    indices (N, k) int64, distinct within a row
-    residual (N, d)
+    Of x (N, d), with unit atoms (M, d), k of them a row. Returns values (N, k) with signs, in the order of choice, 0
+    where nothing was left to explain; indices (N, k) int64, distinct within a row; the residual (N, d).
     """
     n, d = x.shape
     k = min(k, len(atoms))
@@ -128,17 +119,9 @@ def matching_pursuit(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Matching pursuit with values >= 0, through the Gram matrix: z <- z - c_j G[i_j], without touching the rows.
 
-    Parameters
-    ----------
-    x : (N, d)
-    atoms : (M, d) unit rows
-    k : steps
-    tolerance : the pursuit of a row ends where no product is over this share of |x|
-
-    Returns
-    -------
-    values (N, k), in the order of choice, 0 after the end; what is left has |r|^2 = |x|^2 - sum of their squares
-    indices (N, k) int64, maybe repeated
+    Of x (N, d), with unit atoms (M, d), in k steps; the pursuit of a row ends where no product is over `tolerance` |x|.
+    Returns values (N, k), in the order of choice, 0 after the end, and indices (N, k) int64, maybe repeated. What is
+    left has |r|^2 = |x|^2 - the sum of the values' squares.
     """
     least = tolerance * x.norm(dim=1)
     indices = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)

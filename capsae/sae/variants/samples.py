@@ -98,7 +98,9 @@ class VSAE(_TopK):
         mean = self.preactivations(x) / unit
         z = mean
         if self.options["sample"]:
-            z = mean + torch.randn(mean.shape, generator=self.rng(done), device=x.device) * self.log_sigma.exp()
+            # Of the seed and the step's number alone: a resumed training draws the same.
+            rng = torch.Generator(x.device).manual_seed(self.config.seed * 1_000_003 + done)
+            z = mean + torch.randn(mean.shape, generator=rng, device=x.device) * self.log_sigma.exp()
         a = keep(z.relu(), topk(z.detach(), self.config.k)[1]) * unit
         residual = x - self.pre_bias - a @ self.decoder
         divergence = (mean.square() + (2 * self.log_sigma).exp() - 1 - 2 * self.log_sigma).sum() / 2

@@ -114,10 +114,6 @@ class Variant(TopKSAE):
         """sqrt(V): the unit of codes."""
         return self.variance**0.5
 
-    def rng(self, done: int) -> torch.Generator:
-        """A step's generator, of the seed and the step's number alone: a resumed training has the same."""
-        return torch.Generator(self.decoder.device).manual_seed(self.config.seed * 1_000_003 + done)
-
 
 class Levelled(Variant):
     """A variant whose latents fire over thresholds, so that L0 is k on average at best: `margin` says by how much.
