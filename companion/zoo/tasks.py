@@ -116,8 +116,5 @@ def seconds(run: Run, task: Task) -> float:
 
 def code_digests(names: Iterable[str]) -> dict:
     """Digests of the code that the tables hang on: of each member's fit, of the measures, of the stability."""
-    return {
-        "fit": {name: fit_code(name)[:20] for name in names},
-        "measures": code_digest(measure.measure)[:20],
-        "stability": code_digest(measure.stability)[:20],
-    }
+    of_measures = {"measures": code_digest(measure.measure)[:20], "stability": code_digest(measure.stability)[:20]}
+    return {"fit": {name: fit_code(name)[:20] for name in names}} | of_measures
