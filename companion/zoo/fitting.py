@@ -83,10 +83,6 @@ def settings(experiment) -> SAEConfig:
     return replace(experiment.sae, epochs=epochs, variant="topk", options={})
 
 
-def needs_head(name: str) -> bool:
-    return getattr(variants.REGISTRY.get(name), "needs_head", False)
-
-
 @cache
 def normalised_head(run):
     """A linear probe on the training rows as the encoder sees them, for g-SAE."""
@@ -121,6 +117,13 @@ def fit_rows(
     record |= {"train_cpu_s": time.process_time() - cpu, "train_wall_s": time.perf_counter() - wall}
     codes = model.encode(val)
     return model, record | {"held_out_fvu": measures.fvu(model, val, codes), "held_out_l0": measures.l0(codes)}
+
+
+def fit_run(name: str, run, seed: int, lr: float | None) -> tuple[SparseCoder, dict[str, float]]:
+    """`fit_rows` on the training and validation rows of a run."""
+    head = normalised_head(run) if getattr(variants.REGISTRY.get(name), "needs_head", False) else None
+    train, val = run.features("train").cls, run.features("val").cls
+    return fit_rows(name, settings(run.experiment), train, val, seed, lr, head)
 
 
 def choose(grid: pd.DataFrame, k: int) -> pd.Series:

@@ -16,7 +16,7 @@ from capsae.sae.model import SparseCoder
 
 from ..publish.plan import root
 from ..publish.verify import this_machine
-from .fitting import NEAR, RATES, SEEDS, fit_rows, member, members, needs_head, normalised_head, settings
+from .fitting import NEAR, RATES, SEEDS, fit_run, member, members
 
 FOLDER = Path("book/zoo")
 COLUMNS = ["member", "kind", "seed", "lr", "measure", "method", "set", "group", "value", "lo", "hi"]
@@ -99,8 +99,8 @@ def tidy_grid(found: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 def _ordered(found: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     place = {"member": list(names).index, "seed": lambda seed: seed if seed >= 0 else sys.maxsize}
-    key = lambda column: column.map(place[column.name])  # noqa: E731
-    return found.sort_values(["member", "seed"], key=key, kind="stable", ignore_index=True)
+    key = {"key": lambda column: column.map(place[column.name]), "kind": "stable"}
+    return found.sort_values(["member", "seed"], ignore_index=True, **key)
 
 
 def about(run, names, seeds, grid, wall_s: float, work_s: float, shared) -> dict:
@@ -160,6 +160,4 @@ def fit(name: str, run, seed: int = 0, lr: float | None = None) -> SparseCoder:
     """
     if lr is None and member(name).trained:
         lr = chosen_rates(run.experiment.name).get(name, run.experiment.sae.lr)
-    head = normalised_head(run) if needs_head(name) else None
-    train, val = run.features("train").cls, run.features("val").cls
-    return fit_rows(name, settings(run.experiment), train, val, seed, lr, head)[0]
+    return fit_run(name, run, seed, lr)[0]

@@ -18,7 +18,7 @@ from capsae.sae.dictionaries import methods as dictionaries
 from capsae.sae.model import SparseCoder, TopKSAE
 
 from . import measure
-from .fitting import fit_code, fit_rows, member, needs_head, normalised_head, settings
+from .fitting import fit_code, fit_run, member, settings
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ def fitted(run: Run, name: str, lr: float | None, seed: int) -> tuple[SparseCode
     stage, config, inputs, code = _recipe(run, name, lr, seed)
 
     def make():
-        head = normalised_head(run) if needs_head(name) else None
-        train, val = run.features("train").cls, run.features("val").cls
         try:
-            return fit_rows(name, settings(run.experiment), train, val, seed, lr, head)
+            return fit_run(name, run, seed, lr)
         except FloatingPointError as error:
             return None, {"held_out_fvu": np.nan, "held_out_l0": np.nan, "diverged": str(error)}
 

@@ -107,7 +107,7 @@ def test_a_diverged_training_is_a_row_of_the_grid(experiment, home, monkeypatch)
     def fail(*_):
         raise FloatingPointError("too high")
 
-    monkeypatch.setattr(tasks, "fit_rows", fail)
+    monkeypatch.setattr(tasks, "fit_run", fail)
     run = Run(experiment, progress=False)
     for _ in range(2):  # made, then read
         model, record = tasks.fitted(run, "topk", 1.0, 0)
@@ -140,8 +140,7 @@ def test_a_run_measures_all_and_goes_on_where_it_stood(experiment, home, monkeyp
     def never(*_, **__):
         raise AssertionError("made again")
 
-    for name in ("fit_rows", "normalised_head"):
-        monkeypatch.setattr(tasks, name, never)
+    monkeypatch.setattr(tasks, "fit_run", never)
     monkeypatch.setattr(measure, "reconstruction", never)
     again, grid_again, _ = runner.run_zoo(experiment, **given)
     pd.testing.assert_frame_equal(table, again)
