@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,28 +34,19 @@ FIXED = ("pca", "dense_relu")  # no random numbers: all seeds are one
 
 @dataclass(frozen=True)
 class Member:
-    """What a member is: its metadata, and which budget applies.
-
-    Attributes
-    ----------
-    kind : "variant", "dictionary" or "control"
-    trained : by gradient, with a learning rate of its own
-    seeded : False where the fit has no random numbers, so that one seed is all there is
-    small : d atoms in place of M
-    targets_k : False where L0 follows from the rule and has no target
-    """
+    """What a member is: its metadata, and which budget applies."""
 
     name: str
-    kind: str
+    kind: str  # of KINDS
     title: str
     formula: str
     source: str
     defaults: dict[str, Any]
     description: str
-    trained: bool
-    seeded: bool
-    small: bool
-    targets_k: bool
+    trained: bool = False  # by gradient, with a learning rate of its own
+    seeded: bool = True  # False: no random numbers, so that one seed is all there is
+    small: bool = False  # d atoms in place of M
+    targets_k: bool = True  # False: L0 follows from the rule
 
 
 def members(kind: str | None = None) -> list[str]:
@@ -66,17 +58,12 @@ def members(kind: str | None = None) -> list[str]:
 def member(name: str) -> Member:
     """One member; ValueError for an unknown name."""
     if name in variants.REGISTRY:
-        about = variants.info(name)
-        return Member(name, "variant", **about, trained=True, seeded=True, small=False, targets_k=name != "top_afa")
+        return Member(name, "variant", **variants.info(name), trained=True, targets_k=name != "top_afa")
     if name not in dictionaries.METHODS:
         raise ValueError(f"the zoo has no member {name!r}; it has {', '.join(members())}")
-    cls = dictionaries.METHODS[name]
-    about = {"title": cls.title, "formula": cls.formula, "source": cls.source, "defaults": dict(cls.defaults)}
-    kind = "control" if name in CONTROLS else "dictionary"
-    seeded = name not in FIXED
-    return Member(
-        name, kind, **about, description=cls.__doc__, trained=False, seeded=seeded, small=name in SMALL, targets_k=True
-    )
+    cls, kind = dictionaries.METHODS[name], "control" if name in CONTROLS else "dictionary"
+    about = cls.title, cls.formula, cls.source, cls.defaults, cls.__doc__
+    return Member(name, kind, *about, seeded=name not in FIXED, small=name in SMALL)
 
 
 def rates(name: str, grid: Iterable[float] = RATES) -> tuple[float | None, ...]:
@@ -92,41 +79,20 @@ def seeds_of(name: str, seeds: Iterable[int] = SEEDS) -> tuple[int, ...]:
 
 def settings(experiment) -> SAEConfig:
     """What all members of an experiment share: its SAE's settings with the zoo's epochs."""
-    return replace(
-        experiment.sae, epochs=EPOCHS.get(experiment.name, experiment.sae.epochs), variant="topk", options={}
-    )
+    epochs = EPOCHS.get(experiment.name, experiment.sae.epochs)
+    return replace(experiment.sae, epochs=epochs, variant="topk", options={})
 
 
-def needs_head(name: str) -> bool:
-    return getattr(variants.REGISTRY.get(name), "needs_head", False)
-
-
+@cache
 def normalised_head(run):
-    """A linear probe on the rows as the encoder sees them, for g-SAE; once an experiment, kept in the run's store."""
-    from capsae.features.featureset import LinearHead
+    """A linear probe on the training rows as the encoder sees them, for g-SAE."""
     from capsae.features.probe import fit_linear_probe
-
-    def make():
-        train = run.features("train")
-        rows = TopKSAE(train.cls.shape[1], settings(run.experiment)).normalize(train.cls)
-        return fit_linear_probe(rows, train.labels, run.experiment.n_classes, seed=run.experiment.seed)
 
     if run.experiment.sae.normalize == "dataset":
         raise ValueError("normalize is 'dataset': a head on normalised rows needs 'sample', 'l2' or 'none'")
-    recipe = {
-        "normalize": run.experiment.sae.normalize,
-        "n_classes": run.experiment.n_classes,
-        "seed": run.experiment.seed,
-    }
-    return run.store.get_or_make(
-        "zoo-head",
-        recipe | {"train_fraction": run.experiment.train_fraction},
-        {"train": run.inputs.digest("train")},
-        code_digest(normalised_head),
-        make,
-        save=lambda head, folder: head.save(folder / "head.safetensors"),
-        load=lambda folder: LinearHead.load(folder / "head.safetensors"),
-    )
+    train = run.features("train")
+    rows = TopKSAE(train.cls.shape[1], settings(run.experiment)).normalize(train.cls)
+    return fit_linear_probe(rows, train.labels, run.experiment.n_classes, seed=run.experiment.seed)
 
 
 def fit_rows(
@@ -134,17 +100,17 @@ def fit_rows(
 ) -> tuple[SparseCoder, dict[str, float]]:
     """Fit a member on raw rows (N, d): the model, and what its fit took and reached on held-out rows.
 
-    The record: train_cpu_s (all threads of this process), train_wall_s, held_out_fvu, held_out_l0, best_epoch (variants
-    alone). FloatingPointError where a training diverged.
+    The record: train_cpu_s (all threads of this process), train_wall_s, held_out_fvu, held_out_l0, portable (whether
+    other CPUs fit the same bits), best_epoch (variants alone). FloatingPointError where a training diverged.
     """
     from capsae.sae import measures, train_sae
 
     known, wall, cpu = member(name), time.perf_counter(), time.process_time()
-    record = {}
+    record = {"portable": False}
     if known.trained:
         config = replace(shared, variant=name, lr=lr, seed=seed)
         model, history = train_sae(train, config, "cpu", val, keep="best", progress=False, head=head)
-        record = {"best_epoch": history.attrs["best_epoch"]}
+        record = {name: history.attrs[name] for name in ("best_epoch", "portable")}
     else:
         latents = train.shape[1] if known.small else shared.latents
         model = dictionaries.create(name, latents, min(shared.k, latents), shared.normalize, seed).fit(train)
@@ -153,30 +119,29 @@ def fit_rows(
     return model, record | {"held_out_fvu": measures.fvu(model, val, codes), "held_out_l0": measures.l0(codes)}
 
 
+def fit_run(name: str, run, seed: int, lr: float | None) -> tuple[SparseCoder, dict[str, float]]:
+    """`fit_rows` on the training and validation rows of a run."""
+    head = normalised_head(run) if getattr(variants.REGISTRY.get(name), "needs_head", False) else None
+    train, val = run.features("train").cls, run.features("val").cls
+    return fit_rows(name, settings(run.experiment), train, val, seed, lr, head)
+
+
 def choose(grid: pd.DataFrame, k: int) -> pd.Series:
-    """The learning rate of each member, by held-out ID rows alone; members without a rate have NaN.
+    """The learning rate of each member, by held-out ID rows alone; NaN for members without a rate.
 
     The lowest FVU decides. A rate whose L0 is off k by more than a tenth is passed over where another's is not, since a
-    larger L0 buys a lower FVU; a training that diverged has no FVU and is never chosen.
+    larger L0 buys a lower FVU; a training that diverged has no FVU and is never chosen. ValueError for a member of
+    which every training diverged.
 
-    Parameters
-    ----------
-    grid : columns member, lr, held_out_fvu (NaN: diverged), held_out_l0
-    k : the L0 that was asked for
-
-    Raises
-    ------
-    ValueError
-        For a member of which every training diverged.
+    ``grid``: columns member, lr, held_out_fvu (NaN: diverged), held_out_l0; ``k``: the L0 that was asked for.
     """
     chosen = {}
-    for name, rows in grid.groupby("member", sort=False):
-        rows = rows[rows["held_out_fvu"].notna()]
-        if rows.empty:
-            raise ValueError(f"every training of {name!r} diverged: smaller learning rates would do")
+    for name, rows in grid.dropna(subset="held_out_fvu").groupby("member", sort=False):
         close = rows[(rows["held_out_l0"] / k - 1).abs() <= NEAR]
         rows = close if len(close) else rows
         chosen[name] = rows.loc[rows["held_out_fvu"].idxmin(), "lr"]
+    if lost := sorted(set(grid["member"]) - set(chosen)):
+        raise ValueError(f"every training of {lost[0]!r} diverged: smaller learning rates would do")
     return pd.Series(chosen, dtype=float, name="lr")
 
 

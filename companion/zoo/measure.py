@@ -7,6 +7,7 @@ are bootstrap intervals over samples where there are any.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -50,23 +51,18 @@ def measure(run, model, n_boot: int = N_BOOT) -> pd.DataFrame:
 def reconstruction(model, train: Observations, test: Observations, test_labels, head) -> pd.DataFrame:
     """FVU, L0, dead latents, and what the exact head still knows of x_hat."""
     kept = measures.head_accuracy(model, test.cls, test_labels, head)
-    found = {
-        ("fvu", "train"): measures.fvu(model, train.cls, train.codes),
-        ("fvu", "test"): measures.fvu(model, test.cls, test.codes),
-        ("l0", "train"): measures.l0(train.codes),
-        ("l0", "test"): measures.l0(test.codes),
-        ("dead_fraction", "train"): measures.dead_fraction(train.codes),
-        ("dead_fraction", "test"): measures.dead_fraction(test.codes),
-        ("n_latents", ""): test.codes.n_latents,
-        ("head_accuracy", "test"): kept["reconstructed"],
-        ("head_kept", "test"): kept["kept"],
-        ("head_agreement", "test"): kept["agreement"],
-    }
-    return _rows(found)
+    sets = {"train": train, "test": test}
+    found = {("fvu", name): measures.fvu(model, of.cls, of.codes) for name, of in sets.items()}
+    found |= {("l0", name): measures.l0(of.codes) for name, of in sets.items()}
+    found |= {("dead_fraction", name): measures.dead_fraction(of.codes) for name, of in sets.items()}
+    found["n_latents", ""] = test.codes.n_latents
+    names = {"head_accuracy": "reconstructed", "head_kept": "kept", "head_agreement": "agreement"}
+    found |= {(name, "test"): kept[of] for name, of in names.items()}
+    return tidy(found)
 
 
 def latents(train: Observations, test: Observations, test_labels, n_classes: int) -> pd.DataFrame:
-    """What latents stand for. No second encoder is at hand: monosemanticity is that of the features themselves."""
+    """What latents stand for. Monosemanticity is by the features themselves, for want of a second encoder."""
     codes, labels = train.codes, train.labels
     single = measures.monosemanticity(codes, measures.stand_in_embeddings(train.cls))
     apart = measures.concept_separability(codes, labels, n_classes)
@@ -82,7 +78,7 @@ def latents(train: Observations, test: Observations, test_labels, n_classes: int
     }
     found |= {(f"probing_{size}", "test"): probed.loc[size, "top1"] for size in PROBED}
     found |= {(f"probing_{size}_balanced", "test"): probed.loc[size, "balanced"] for size in PROBED}
-    return _rows(found)
+    return tidy(found)
 
 
 def ood(run, observed: Mapping[str, Observations], n_boot: int) -> pd.DataFrame:
@@ -95,12 +91,10 @@ def ood(run, observed: Mapping[str, Observations], n_boot: int) -> pd.DataFrame:
     return table[table["metric"].isin(OOD_METRICS)].rename(columns={"metric": "measure"})
 
 
-def _rows(found: Mapping[tuple[str, str], float]) -> pd.DataFrame:
+def tidy(found: Mapping[tuple[str, str], float]) -> pd.DataFrame:
+    """A table of values by measure and set."""
     rows = [(measure, "", where, "", float(value), np.nan, np.nan) for (measure, where), value in found.items()]
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-# --- two fits of one member
 
 
 def atoms(model) -> tuple[np.ndarray, bool]:
@@ -125,27 +119,21 @@ def stability(models: Sequence) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+@cache  # members of one size share it
 def by_chance(n_atoms: int, d: int, signed: bool, seed: int = 0) -> float:
     """Mean matched cosine of two dictionaries of random directions, alike in all of space."""
-    dice = np.random.default_rng(seed)
-    a, b = (dice.standard_normal((n_atoms, d)) for _ in range(2))
+    rng = np.random.default_rng(seed)
+    a, b = (rng.standard_normal((n_atoms, d)) for _ in range(2))
     return float(measures.matched_cosines(a, b, signed).mean())
 
 
 def backbones(run, other, latents: int, k: int, seeds: Sequence[int] = (0, 1)) -> pd.DataFrame:
     """Jaccard index of the training images that ITDA dictionaries took, between two backbones that saw the same images.
 
-    Parameters
-    ----------
-    run, other : Run of one experiment with two backbones; ids of their training rows must be equal
-    latents, k : of the dictionaries
-    seeds : of ITDA; the first is that of both backbones, the second tells how much the order of the rows does
-
-    Returns
-    -------
-    DataFrame
-        measure "jaccard", group: "backbones" (two backbones, one seed), "seeds" (one backbone, two seeds), "chance"
-        (two random choices of as many of the images: expectation, by the ratio of expected sizes).
+    ``run`` and ``other`` are of one experiment with two backbones; ids of their training rows must be equal. The first
+    seed of ITDA is that of both backbones, the second tells how much the order of the rows does. Groups of "jaccard":
+    "backbones" (two backbones, one seed), "seeds" (one backbone, two seeds), "chance" (two random choices of as many of
+    the images: expectation, by the ratio of expected sizes).
     """
     from capsae.sae.dictionaries import methods as dictionaries
 
@@ -163,7 +151,7 @@ def backbones(run, other, latents: int, k: int, seeds: Sequence[int] = (0, 1)) -
         "seeds": measures.jaccard(one, again),
         "chance": both / (len(one) + len(two) - both),
     }
-    rows = [("jaccard", "", "train", group, value, np.nan, np.nan) for group, value in found.items()]
     sizes = {"first": len(one), "second": len(two), "first, other seed": len(again)}
-    rows += [("atoms", "", "train", group, float(n), np.nan, np.nan) for group, n in sizes.items()]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    parts = {"jaccard": found, "atoms": sizes}
+    rows = [(name, "", "train", *cell, np.nan, np.nan) for name, of in parts.items() for cell in of.items()]
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"value": float})

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..findings import render
 from .fitting import KINDS, member, members
 
-NAMED = {  # sources without an arXiv number, by the words of the metadata
+NAMED = {  # sources without an arXiv number, by the text of the metadata
     "Bricken et al. 2023": "bricken2023monosemanticity",
     "Ding, Li, Jordan 2008": "ding2010convex",
     "Lloyd 1982": "lloyd1982least",
@@ -42,7 +42,7 @@ def citations(references: Path) -> dict[str, str]:
 
 
 def cited(source: str, keys: Mapping[str, str]) -> str:
-    """A source's words with a citation after each work that the bibliography has."""
+    """A source's text with a citation after each work that the bibliography has."""
     known = "|".join(map(re.escape, keys))
     return re.sub(known, lambda at: f"{{cite:p}}`{keys[at[0]]}`", source) if keys else source
 

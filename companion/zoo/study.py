@@ -8,7 +8,6 @@ from capsae.pipeline.run import Run
 
 from ..findings import Chapter, Numbers
 from . import summary, tables, verdicts
-from .tables import load, load_grid
 
 SECOND = "mini80"  # the experiment that stands beside the page's own
 OOD_COLUMNS = {"latents": "{:.0f}", "L0": "{:.1f}", "FVU": "{:.3f}"} | dict.fromkeys(summary.OOD.values(), "{:.1%}")
@@ -18,32 +17,25 @@ def page(run: Run) -> tuple[Chapter, SimpleNamespace, SimpleNamespace, Numbers]:
     """The chapter, :func:`of` the run's experiment and of `SECOND`, and the numbers of the findings."""
     own, other = of(run), of(Run(SECOND, progress=False))
     both = {run.experiment.name: own, SECOND: other}
-    numbers = verdicts.numbers(
-        {name: one.table for name, one in both.items()},
-        {name: one.grid for name, one in both.items()},
-        {name: one.known for name, one in both.items()},
-        tables.backbones(),
-        summary.own_sae(run),
-        run.experiment.sae.k,
-    )
-    return Chapter("08_zoo", run), own, other, numbers
+    return Chapter("08_zoo", run), own, other, verdicts.numbers(both, tables.backbones(), summary.own_sae(run))
 
 
 def of(run: Run) -> SimpleNamespace:
-    """One experiment's tables: table, grid, line, fits, members, known, order (best first for OOD), compared, means."""
+    """One experiment's committed tables, and what :mod:`summary` and :mod:`verdicts` make of them."""
     name = run.experiment.name
-    table = load(name)
-    fits = summary.fits(table)
+    table = tables.load(name)
+    fits, errors = summary.fits(table), summary.image_errors(table)
     members = summary.by_member(fits, table, run.experiment.sae.k)
     return SimpleNamespace(
         table=table,
-        grid=load_grid(name),
+        grid=tables.load_grid(name),
         line=tables.line(name),
         fits=fits,
+        errors=errors,
         members=members,
         known=summary.with_data_nulls(members, run),
         order=summary.best_first(members, verdicts.SCORES[0]),
         by_rank=summary.best_first(members, summary.INTERPRETABILITY),
-        compared=verdicts.both(fits, verdicts.image_errors(table)),
+        compared=verdicts.both(fits, errors),
         means=summary.over_seeds(table),
     )

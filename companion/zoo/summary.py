@@ -12,14 +12,8 @@ from capsae.stats import seeds_and_images
 
 from .fitting import NEAR, settings
 
-OOD = {
-    ("epd", "fpr95_ood_pos"): "EPD FPR95 (OOD pos.)",
-    ("epd", "fpr95_id_pos"): "EPD FPR95 (ID pos.)",
-    ("epd", "auroc"): "EPD AUROC",
-    ("rpd", "fpr95_ood_pos"): "RPD FPR95 (OOD pos.)",
-    ("rpd", "fpr95_id_pos"): "RPD FPR95 (ID pos.)",
-    ("rpd", "auroc"): "RPD AUROC",
-}
+_METRICS = {"fpr95_ood_pos": "FPR95 (OOD pos.)", "fpr95_id_pos": "FPR95 (ID pos.)", "auroc": "AUROC"}
+OOD = {(m, metric): f"{m.upper()} {title}" for m in ("epd", "rpd") for metric, title in _METRICS.items()}
 # measure -> (the set it is taken from, title, whether more is better; None: neither)
 SINGLE: dict[str, tuple[str, str, bool | None]] = {
     "fvu": ("test", "FVU", False),
@@ -46,29 +40,45 @@ LOOK_INTO = {  # columns of the table of what is best to look into, with their f
     **{"probing, 20 latents": "{:.1%}", "CAP stability": "{:.3f}", "core overlap": "{:.3f}", "dead": "{:.1%}"},
     **{"head accuracy kept": "{:.1%}", "training, CPU s": "{:.0f}"},
 }
+BETTER = {title: up for _, title, up in SINGLE.values() if up is not None}  # title -> whether more is better
+BETTER |= {title: metric == "auroc" for (_, metric), title in OOD.items()} | {STABILITY: True}
 NORMAL = 3.92  # standard errors in a 95 % interval
 SPLIT = ("abs_topk", "itda", "pca")  # two latents a direction, one a sign
 
 
-def fits(table: pd.DataFrame, group: str = "all") -> pd.DataFrame:
+def fits(table: pd.DataFrame) -> pd.DataFrame:
     """One row a fit: member, title, kind, seed, lr, and a column a measure (names as in `OOD` and `SINGLE`).
 
-    OOD results are means over the sets of a group: "near", "far" or "all". Added: `INTERPRETABILITY`, the mean over
-    `INTERPRETABLE` of a fit's rank among the fits of its seed (1 = best; a member of one fit takes part in every seed).
+    OOD results are means over all sets. Added: `INTERPRETABILITY`, the mean over `INTERPRETABLE` of a fit's rank among
+    the fits of its seed (1 = best; a member of one fit takes part in every seed).
     """
     keys = ["member", "title", "kind", "seed", "lr"]
     rows = table[table["seed"] >= 0]
-    means = rows[(rows["set"] == "mean") & (rows["group"] == group)]
-    chosen = [means.assign(column=[OOD.get(key) for key in zip(means["method"], means["measure"], strict=True)])]
+    chosen = [_means(rows)]
     for name, (where, title, _) in SINGLE.items():
         chosen.append(rows[(rows["measure"] == name) & (rows["set"] == where)].assign(column=title))
     long = pd.concat(chosen).dropna(subset="column")
     wide = long.assign(lr=long["lr"].fillna(-1)).pivot(index=keys, columns="column", values="value").reset_index()
-    order = {name: i for i, name in enumerate(dict.fromkeys(table["member"]))}
-    wide = wide.assign(lr=wide["lr"].where(wide["lr"] > 0)).rename_axis(columns=None)
-    wide = wide.sort_values(["member", "seed"], key=lambda c: c.map(order) if c.name == "member" else c)
+    wide = wide.assign(lr=wide["lr"].where(wide["lr"] > 0)).rename_axis(columns=None).sort_values("seed")
     wide = wide[[*keys, *(c for c in (*OOD.values(), *(t for _, t, _ in SINGLE.values())) if c in wide)]]
-    return wide.reset_index(drop=True).assign(**{INTERPRETABILITY: interpretability(wide)})
+    wide = in_order(wide, table["member"].unique())
+    return wide.assign(**{INTERPRETABILITY: interpretability(wide)})
+
+
+def _means(rows: pd.DataFrame) -> pd.DataFrame:
+    """The means over all OOD sets of some fits, with the column that each belongs to."""
+    rows = rows[(rows["set"] == "mean") & (rows["group"] == "all")]
+    return rows.assign(column=[OOD.get(key) for key in zip(rows["method"], rows["measure"], strict=True)])
+
+
+def image_errors(table: pd.DataFrame) -> pd.DataFrame:
+    """Standard error over images of each member's mean over seeds: a row a member, a column an OOD result.
+
+    The mean of the seeds' own errors, which is at least the error of their mean: all seeds see the same images.
+    """
+    rows = _means(table[table["seed"] >= 0]).dropna(subset="column")
+    rows["error"] = (rows["hi"] - rows["lo"]) / NORMAL
+    return rows.pivot_table(index="member", columns="column", values="error", aggfunc="mean", sort=False)
 
 
 def interpretability(wide: pd.DataFrame) -> np.ndarray:
@@ -76,33 +86,28 @@ def interpretability(wide: pd.DataFrame) -> np.ndarray:
 
     A member with fewer seeds than the others stands in for itself at each of them; its own value is that at its first.
     """
-    wide = wide.reset_index(drop=True)
-    result = np.full(len(wide), np.nan)
+    columns, result = [SINGLE[name][1] for name in INTERPRETABLE], np.full(len(wide), np.nan)
     for seed in sorted(set(wide["seed"])):
         own = wide["seed"] == seed
         rows = pd.concat([wide[own], wide[~wide["member"].isin(wide.loc[own, "member"])].drop_duplicates("member")])
-        ranks = [rows[SINGLE[name][1]].rank(ascending=False) for name in INTERPRETABLE]
-        mean = sum(ranks) / len(ranks)
-        result[np.flatnonzero(own)] = mean.loc[wide.index[own]]
+        result[own] = rows[columns].rank(ascending=False).mean(axis=1)[: own.sum()]
     return result
 
 
-def by_member(wide: pd.DataFrame, table: pd.DataFrame | None = None, k: int = 32) -> pd.DataFrame:
-    """Means over seeds, one row a member: member, title, kind, seeds, comparable (bool), and a column a measure.
+def by_member(wide: pd.DataFrame, table: pd.DataFrame, k: int = 32) -> pd.DataFrame:
+    """Means over seeds, one row a member: member, title, kind, lr, comparable, seeds, and a column a measure.
 
-    `comparable`: the mean L0 on test rows is off k by at most a tenth. With the tidy table, `STABILITY` and `CHANCE`
-    stand beside (NaN for a member of one fit, which is the same with every seed).
+    `comparable`: the mean L0 on test rows is off k by at most a tenth. `STABILITY` and `CHANCE`, of the tidy table, are
+    NaN for a member of one fit, which is the same with every seed.
     """
     measures = [c for c in wide.columns if c not in ("member", "title", "kind", "seed", "lr")]
     grouped = wide.groupby("member", sort=False)
-    means = grouped[measures].mean()
     first = grouped[["title", "kind", "lr"]].first()
-    found = pd.concat([first, grouped.size().rename("seeds"), means], axis=1).reset_index()
+    found = pd.concat([first, grouped.size().rename("seeds"), grouped[measures].mean()], axis=1).reset_index()
     found.insert(4, "comparable", (found["L0"] / k - 1).abs() <= NEAR)
-    if table is not None:
-        pairs = table[table["seed"] < 0].groupby(["measure", "member"])["value"].mean()
-        for name, column in (("stability", STABILITY), ("stability_chance", CHANCE)):
-            found[column] = found["member"].map(pairs.get(name, pd.Series(dtype=float)))
+    pairs = table[table["seed"] < 0].groupby(["measure", "member"])["value"].mean()
+    for name, column in (("stability", STABILITY), ("stability_chance", CHANCE)):
+        found[column] = found["member"].map(pairs.get(name, pd.Series(dtype=float)))
     return found
 
 
@@ -133,13 +138,10 @@ def by_set(table: pd.DataFrame, method: str, order: Sequence[str]) -> pd.DataFra
 
 def intervals_text(means: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
     """Means over all sets in % with their intervals, of :func:`over_seeds`. Columns: member, those of `OOD`."""
-    rows = means[(means["set"] == "mean") & (means["group"] == "all")]
-    text = [f"{100 * r.value:.1f} ({100 * r.lo:.1f}–{100 * r.hi:.1f})" for r in rows.itertuples()]
-    column = [OOD.get(key) for key in zip(rows["method"], rows["metric"], strict=True)]
-    cells = rows.assign(text=text, column=column).pivot(index="member", columns="column", values="text")
-    titles = rows.drop_duplicates("member").set_index("member")["title"]
-    shown = cells.loc[list(order), list(OOD.values())].rename_axis(columns=None)
-    return shown.rename(index=titles).rename_axis("member").reset_index()
+    rows = _means(means.rename(columns={"metric": "measure"}))
+    rows["text"] = [f"{100 * r.value:.1f} ({100 * r.lo:.1f}–{100 * r.hi:.1f})" for r in rows.itertuples()]
+    cells = in_order(rows, order).pivot_table("text", "title", "column", aggfunc="first", sort=False)
+    return cells[list(OOD.values())].rename_axis("member").rename_axis(columns=None).reset_index()
 
 
 def spread_text(wide: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -147,21 +149,16 @@ def spread_text(wide: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
 
     A format "{:.1%}" gives per cent without its sign; the unit stands in the caption.
     """
-    rows = []
-    for _, part in wide.groupby("member", sort=False):
-        row = {"member": part["title"].iloc[0]}
-        for column, form in columns.items():
-            values = part[column].dropna()
-            row[column] = _spread(values, form)
-        rows.append(row)
-    return pd.DataFrame(rows)
 
+    def spread(values: pd.Series) -> str:
+        form, values = columns[values.name], values.dropna()
+        if values.empty:
+            return ""
+        mean, least, largest = (form.format(v).removesuffix("%") for v in (values.mean(), values.min(), values.max()))
+        return mean if least == largest else f"{mean} ({least}–{largest})"
 
-def _spread(values: pd.Series, form: str) -> str:
-    if values.empty:
-        return ""
-    mean, least, largest = (form.format(v).removesuffix("%") for v in (values.mean(), values.min(), values.max()))
-    return mean if least == largest else f"{mean} ({least}–{largest})"
+    cells = wide.groupby("title", sort=False)[list(columns)].agg(spread)
+    return cells.rename_axis("member").reset_index()
 
 
 def best_first(members: pd.DataFrame, measure: str, ascending: bool = True) -> list[str]:
@@ -171,7 +168,7 @@ def best_first(members: pd.DataFrame, measure: str, ascending: bool = True) -> l
 
 
 def own_sae(run) -> dict[str, float]:
-    """The book's own SAE, by the zoo's measures: lr, epochs, dead (share of its latents on training rows), epd, rpd.
+    """The book's own SAE, by the zoo's measures: dead (share of its latents on training rows), epd, rpd.
 
     epd and rpd are FPR95, OOD positive, mean over all OOD sets, in [0, 1].
     """
@@ -182,35 +179,25 @@ def own_sae(run) -> dict[str, float]:
     observed = {name: observe(run, run.sae, name) for name in ("train", "test", *run.experiment.ood_sets)}
     found = ood(run, observed, 2)
     found = found[(found["set"] == "mean") & (found["group"] == "all") & (found["measure"] == "fpr95_ood_pos")]
-    sae = run.experiment.sae
-    about = {"lr": sae.lr, "epochs": sae.epochs, "dead": float(dead_fraction(observed["train"].codes))}
-    return about | {row.method: float(row.value) for row in found.itertuples()}
+    return {"dead": float(dead_fraction(observed["train"].codes)), **found.set_index("method")["value"]}
 
 
 def nulls(x: np.ndarray, sizes: Sequence[tuple[int, bool]], seed: int = 0) -> pd.DataFrame:
     """What two dictionaries that know the data, and learned nothing, have in common: mean matched cosines.
 
-    Parameters
-    ----------
-    x : (N, d) rows as the encoder sees them, not centred
-    sizes : pairs of the number of atoms and whether their sign means something; the number is at most N
-
-    Returns
-    -------
-    DataFrame
-        atoms, signed, rows (two independent random choices of centred rows),
-        covariance (Gaussian directions with the rows' own).
+    ``x`` (N, d): rows as the encoder sees them, not centred. ``sizes``: pairs of the number of atoms, at most N, and
+    whether their sign means something. Columns: atoms, signed, rows (two independent random choices of centred rows),
+    covariance (Gaussian directions with the rows' own).
     """
     from capsae.sae.measures import matched_cosines
 
-    dice, u = np.random.default_rng(seed), np.asarray(x, dtype=np.float64) - np.mean(x, axis=0, dtype=np.float64)
+    rng, u = np.random.default_rng(seed), np.asarray(x, dtype=np.float64) - np.mean(x, axis=0, dtype=np.float64)
     root, found = np.linalg.cholesky(np.cov(u.T) + 1e-9 * np.eye(u.shape[1])), []
     for n, signed in sizes:
         if n > len(u):
             raise ValueError(f"a choice of {n} rows needs as many: there are {len(u)}")
-        at = np.concatenate([dice.permutation(len(u))[:n] for _ in range(2)])
-        drawn = dice.standard_normal((2 * n, u.shape[1])) @ root.T
-        pairs = {"rows": u[at], "covariance": drawn}
+        at = np.concatenate([rng.permutation(len(u))[:n] for _ in range(2)])
+        pairs = {"rows": u[at], "covariance": rng.standard_normal((2 * n, u.shape[1])) @ root.T}
         means = {name: float(matched_cosines(two[:n], two[n:], signed).mean()) for name, two in pairs.items()}
         found.append({"atoms": n, "signed": signed} | means)
     return pd.DataFrame(found)
@@ -267,12 +254,7 @@ def ranked(members: pd.DataFrame) -> pd.DataFrame:
     Members of another L0 have no rank and take part in none.
     """
     members = members[members["comparable"]]
-    better = {title: up for _, title, up in SINGLE.values() if up is not None}
-    better |= {title: metric == "auroc" for (_, metric), title in OOD.items()} | {STABILITY: True}
-    parts = []
-    for measure, up in better.items():
-        if measure in members:
-            rank = members[measure].rank(ascending=not up)
-            part = {"title": members["title"], "measure": measure, "rank": rank, "value": members[measure]}
-            parts.append(pd.DataFrame(part))
-    return pd.concat(parts, ignore_index=True)
+    long = members.melt("title", [name for name in BETTER if name in members], "measure")
+    up = long["measure"].map(BETTER)
+    rank = long["value"].where(up, -long["value"]).groupby(long["measure"]).rank(ascending=False)
+    return long.assign(rank=rank)[["title", "measure", "rank", "value"]]

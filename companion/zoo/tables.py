@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from capsae.device import machine, versions
+from capsae.device import versions
 from capsae.sae.model import SparseCoder
 
 from ..publish.plan import root
-from .fitting import NEAR, RATES, SEEDS, fit_rows, member, members, needs_head, normalised_head, settings
+from ..publish.verify import this_machine
+from .fitting import NEAR, RATES, SEEDS, fit_run, member, members
 
 FOLDER = Path("book/zoo")
 COLUMNS = ["member", "kind", "seed", "lr", "measure", "method", "set", "group", "value", "lo", "hi"]
-GRID = ["member", "lr", "seed", "held_out_fvu", "held_out_l0", "best_epoch", "train_cpu_s", "train_wall_s", "chosen"]
+GRID = ["member", "lr", "seed", "held_out_fvu", "held_out_l0", "best_epoch", "train_cpu_s", "train_wall_s"]
+GRID += ["portable", "chosen"]
 RULE = (
     "The rate with the lowest FVU on held-out ID rows, first seed; one whose L0 there is off k by more than "
     f"{NEAR:.0%} is passed over where another's is not."
@@ -71,13 +73,11 @@ def made_short(experiment: str, folder: Path | None = None) -> dict:
 
 def save(table: pd.DataFrame, grid: pd.DataFrame, about: Mapping, folder: Path | None = None) -> Path:
     """Write the three files, named for the experiment; returns the table's path."""
-    experiment = about["experiment"]
-    path = _path(experiment, ".csv", folder)
+    path, grids, record = (_path(about["experiment"], end, folder) for end in (".csv", ".grid.csv", ".json"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    for data, suffix in ((table, ".csv"), (grid, ".grid.csv")):
-        text = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-        _path(experiment, suffix, folder).write_text(text, encoding="utf-8")
-    _path(experiment, ".json", folder).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    table.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+    grid.to_csv(grids, index=False, float_format="%.6g", lineterminator="\n")
+    record.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -93,15 +93,14 @@ def tidy(found: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 
 def tidy_grid(found: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Fits in the order of the members, rates and seeds. Columns: `GRID`."""
-    found = found.reindex(columns=GRID).sort_values("lr", kind="stable")
-    return _ordered(found, names)
+    """Fits in the order of the members, seeds and rates. Columns: `GRID`."""
+    return _ordered(found.reindex(columns=GRID).sort_values("lr", kind="stable"), names)
 
 
 def _ordered(found: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    place = {name: i for i, name in enumerate(names)}
-    found = found.assign(_place=found["member"].map(place), _seed=found["seed"].where(found["seed"] >= 0, 10**6))
-    return found.sort_values(["_place", "_seed"], kind="stable", ignore_index=True).drop(columns=["_place", "_seed"])
+    place = {"member": list(names).index, "seed": lambda seed: seed if seed >= 0 else sys.maxsize}
+    key = {"key": lambda column: column.map(place[column.name]), "kind": "stable"}
+    return found.sort_values(["member", "seed"], ignore_index=True, **key)
 
 
 def about(run, names, seeds, grid, wall_s: float, work_s: float, shared) -> dict:
@@ -119,7 +118,7 @@ def about(run, names, seeds, grid, wall_s: float, work_s: float, shared) -> dict
         "digests": {stage: run.digest(stage)[:20] for stage in ("features", "head")},
         "code": code_digests(names),
         "versions": versions(),
-        "machine": machine() | {"cpu": cpu_model()},
+        "machine": this_machine(),
         "date": datetime.now(UTC).date().isoformat(),
         "wall_s": round(wall_s, 1),  # of the last call: what a killed one had made was read
         "work_s": round(work_s, 1),  # of all fits and measures, in whatever call: with two processes, half of it passes
@@ -139,29 +138,8 @@ def line(experiment: str, folder: Path | None = None) -> str:
 
 def made(experiment: str, folder: Path | None = None) -> pd.DataFrame:
     """The provenance of a committed table as a table: item, value."""
-    of = provenance(experiment, folder)
-    rows = [
-        ("experiment", f"{of['experiment']}: {of['title']}"),
-        ("learning rates tried", ", ".join(map(str, of["rates"]))),
-    ]
-    rows += [("rule of choice", of["rule"]), ("seeds", ", ".join(map(str, of["seeds"])))]
-    rows += [(f"setting, {key}", value) for key, value in of["settings"].items() if value not in (None, {}, "")]
-    rows += [("made", of["date"]), ("work of one process, minutes", f"{of['work_s'] / 60:.1f}")]
-    rows += [(f"machine, {key}", value) for key, value in of["machine"].items()]
-    rows += [(f"version, {key}", value) for key, value in of["versions"].items()]
-    rows += [(f"digest, {key}", value) for key, value in of["digests"].items()]
-    rows += [(f"code, {key}", of["code"][key]) for key in ("measures", "stability")]
-    rows += [(f"code, fit of {key}", value) for key, value in of["code"]["fit"].items()]
-    return pd.DataFrame([(item, str(value)) for item, value in rows], columns=["item", "value"])
-
-
-def cpu_model() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
+    of = pd.json_normalize(provenance(experiment, folder)).dropna(axis=1).T[0].astype(str)
+    return of.rename_axis("item").rename("value").reset_index()
 
 
 def _path(experiment: str, suffix: str, folder: Path | None) -> Path:
@@ -176,20 +154,10 @@ def _read(experiment: str, suffix: str, folder: Path | None) -> pd.DataFrame:
 
 
 def fit(name: str, run, seed: int = 0, lr: float | None = None) -> SparseCoder:
-    """Fit a member as the tables of the zoo have it.
+    """Fit a member on a run's training rows as the tables of the zoo have it; validation rows choose the epoch.
 
-    Parameters
-    ----------
-    name : one of `members()`
-    run : capsae.pipeline.run.Run
-        Whose training rows it is fitted on; its validation rows choose the epoch.
-    seed : int
-    lr : float or None
-        None takes the rate that the committed table of the experiment chose; the experiment's own where there is none.
+    ``lr`` None takes the rate that the experiment's committed table chose, or the experiment's own.
     """
     if lr is None and member(name).trained:
         lr = chosen_rates(run.experiment.name).get(name, run.experiment.sae.lr)
-    head = normalised_head(run) if needs_head(name) else None
-    return fit_rows(name, settings(run.experiment), run.features("train").cls, run.features("val").cls, seed, lr, head)[
-        0
-    ]
+    return fit_run(name, run, seed, lr)[0]

@@ -18,7 +18,7 @@ from capsae.sae.dictionaries import methods as dictionaries
 from capsae.sae.model import SparseCoder, TopKSAE
 
 from . import measure
-from .fitting import fit_code, fit_rows, member, needs_head, normalised_head, settings
+from .fitting import fit_code, fit_run, member, settings
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,21 @@ def perform(run: Run, task: Task) -> pd.DataFrame:
     """Make an artefact, or read it: for a fit its record (one row), else a table of `measure`'s columns."""
     if task.kind == "fit":
         return pd.DataFrame([fitted(run, task.member, task.lr, task.seeds[0])[1]])
-    return {"measure": _measured, "stability": _stability}[task.kind](run, task)
+
+    def make():
+        models, records = zip(*(fitted(run, task.member, task.lr, seed) for seed in task.seeds), strict=True)
+        if task.kind == "stability":
+            return measure.stability(models)
+        took = {(n, "train"): records[0][n] for n in ("train_cpu_s", "train_wall_s", "best_epoch") if n in records[0]}
+        return pd.concat([measure.tidy(took), measure.measure(run, models[0])], ignore_index=True)
+
+    return run.store.get_or_make(
+        *recipe(run, task),
+        make,
+        save=lambda table, folder: table.to_parquet(folder / "table.parquet", index=False),
+        load=lambda folder: pd.read_parquet(folder / "table.parquet"),
+        provenance={"experiment": run.experiment.name},
+    )
 
 
 def fitted(run: Run, name: str, lr: float | None, seed: int) -> tuple[SparseCoder | None, dict]:
@@ -51,10 +65,8 @@ def fitted(run: Run, name: str, lr: float | None, seed: int) -> tuple[SparseCode
     stage, config, inputs, code = _recipe(run, name, lr, seed)
 
     def make():
-        head = normalised_head(run) if needs_head(name) else None
-        train, val = run.features("train").cls, run.features("val").cls
         try:
-            return fit_rows(name, settings(run.experiment), train, val, seed, lr, head)
+            return fit_run(name, run, seed, lr)
         except FloatingPointError as error:
             return None, {"held_out_fvu": np.nan, "held_out_l0": np.nan, "diverged": str(error)}
 
@@ -74,11 +86,8 @@ def fitted(run: Run, name: str, lr: float | None, seed: int) -> tuple[SparseCode
 
 
 def _recipe(run: Run, name: str, lr: float | None, seed: int):
-    shared = asdict(settings(run.experiment)) | {
-        "lr": lr,
-        "seed": seed,
-        "train_fraction": run.experiment.train_fraction,
-    }
+    shared = asdict(settings(run.experiment)) | {"lr": lr, "seed": seed}
+    shared |= {"train_fraction": run.experiment.train_fraction}
     inputs = {one: run.inputs.digest(one) for one in ("train", "val")}
     return "zoo-fit", {"member": name, **shared}, inputs, fit_code(name)
 
@@ -103,37 +112,7 @@ def seconds(run: Run, task: Task) -> float:
     return (run.store.provenance(stage, artefact_digest(stage, *rest)) or {"wall_s": 0.0})["wall_s"]
 
 
-def _measured(run: Run, task: Task) -> pd.DataFrame:
-    def make():
-        model, record = fitted(run, task.member, task.lr, task.seeds[0])
-        took = {name: record[name] for name in ("train_cpu_s", "train_wall_s", "best_epoch") if name in record}
-        took = measure._rows({(name, "train"): value for name, value in took.items()})
-        return pd.concat([took, measure.measure(run, model)], ignore_index=True)
-
-    return _frame(run, task, make)
-
-
-def _stability(run: Run, task: Task) -> pd.DataFrame:
-    def make():
-        return measure.stability([fitted(run, task.member, task.lr, seed)[0] for seed in task.seeds])
-
-    return _frame(run, task, make)
-
-
-def _frame(run: Run, task: Task, make) -> pd.DataFrame:
-    return run.store.get_or_make(
-        *recipe(run, task),
-        make,
-        save=lambda table, folder: table.to_parquet(folder / "table.parquet", index=False),
-        load=lambda folder: pd.read_parquet(folder / "table.parquet"),
-        provenance={"experiment": run.experiment.name},
-    )
-
-
 def code_digests(names: Iterable[str]) -> dict:
     """Digests of the code that the tables hang on: of each member's fit, of the measures, of the stability."""
-    return {
-        "fit": {name: fit_code(name)[:20] for name in names},
-        "measures": code_digest(measure.measure)[:20],
-        "stability": code_digest(measure.stability)[:20],
-    }
+    of_measures = {"measures": code_digest(measure.measure)[:20], "stability": code_digest(measure.stability)[:20]}
+    return {"fit": {name: fit_code(name)[:20] for name in names}} | of_measures

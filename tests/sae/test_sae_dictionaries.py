@@ -85,7 +85,7 @@ def test_a_seed_decides_all(method):
     first, same, other = make(method, x, 3), make(method, x, 3), make(method, x, 4)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, same.state_dict()[name]), name
-    assert torch.equal(first.decoder, other.decoder) == (method in ("pca", "dense_relu"))  # that have no dice
+    assert torch.equal(first.decoder, other.decoder) == (method in ("pca", "dense_relu"))  # that draw nothing
 
 
 @pytest.mark.parametrize("method", ["itda", "semi_nmf", "kmeans"])

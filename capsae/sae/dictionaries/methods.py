@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import io
-from ..config import _OPTIONS, _need_int
+from ..config import SAEConfig
 from ..model import SparseCoder, check_rows, directions
 from ..select import topk
 from .pursuit import kmeans, matching_pursuit, nearest, nonnegative_fit, omp
@@ -40,13 +40,7 @@ class DictionaryConfig:
     options: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key, at_least in (("latents", 1), ("k", 1), ("seed", 0)):
-            _need_int(key, getattr(self, key), at_least)
-        if self.k > self.latents:
-            raise ValueError(f"k is {self.k}, latents {self.latents}: k must be at most latents")
-        if self.normalize not in _OPTIONS["normalize"]:
-            known = ", ".join(map(repr, _OPTIONS["normalize"]))
-            raise ValueError(f"normalize is {self.normalize!r}; one of {known} would do")
+        SAEConfig(self.latents, self.k, normalize=self.normalize, seed=self.seed)  # which checks them
 
 
 class Dictionary(SparseCoder):
@@ -97,9 +91,10 @@ class Dictionary(SparseCoder):
     def _sample(self, u: torch.Tensor) -> torch.Tensor:
         if len(u) <= SAMPLE:
             return u
-        return u[
-            torch.randperm(len(u), generator=torch.Generator().manual_seed(self.config.seed))[:SAMPLE].to(u.device)
-        ]
+        return u[self._order(len(u))[:SAMPLE].to(u.device)]
+
+    def _order(self, n: int) -> torch.Tensor:
+        return torch.randperm(n, generator=torch.Generator().manual_seed(self.config.seed))
 
     @property
     def atoms(self) -> torch.Tensor:
@@ -108,7 +103,8 @@ class Dictionary(SparseCoder):
 
     def save(self, folder: str | Path) -> Path:
         """Write `sae.safetensors` and `cfg.json` (its "kind" is the method), atomically."""
-        return io.save(folder, self.state_dict(), self.config, kind=_name(type(self)))
+        kind = next(name for name, known in METHODS.items() if known is type(self))
+        return io.save(folder, self.state_dict(), self.config, kind=kind)
 
 
 def _opposites(atoms: torch.Tensor) -> torch.Tensor:
@@ -148,7 +144,7 @@ class ITDA(Dictionary):
 
     def _learn(self, u):
         o = self.options
-        order = torch.randperm(len(u), generator=torch.Generator().manual_seed(self.config.seed)).to(u.device)
+        order = self._order(len(u)).to(u.device)
         atoms, rows = u.new_zeros(0, u.shape[1]), []
         for _ in range(o["passes"]):
             before = len(rows)
@@ -169,12 +165,10 @@ class ITDA(Dictionary):
 
     def _error(self, u: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
         """What k steps of signed matching pursuit leave, |r|^2 / |u|^2 (N,); 0 for a row that is the mean itself."""
-        whole = u.square().sum(1)
-        left = (
-            whole - matching_pursuit(u, _opposites(atoms), self.config.k, 0.0)[0].square().sum(1)
-            if len(atoms)
-            else whole
-        )
+        left = whole = u.square().sum(1)
+        if len(atoms):
+            found = matching_pursuit(u, _opposites(atoms), self.config.k, 0.0)[0]
+            left = whole - found.square().sum(1)
         return left.clamp_min(0) / whole.clamp_min(1e-30)
 
     def code(self, x):
@@ -334,10 +328,6 @@ METHODS: dict[str, type[Dictionary]] = {
 }
 
 
-def _name(cls: type[Dictionary]) -> str:
-    return next(name for name, known in METHODS.items() if known is cls)
-
-
 def create(method: str, latents: int, k: int, normalize: str = "sample", seed: int = 0, **options) -> Dictionary:
     """A dictionary to `fit`. ValueError for an unknown method, TypeError for an option that it does not have."""
     if method not in METHODS:
@@ -351,9 +341,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Dictionary:
     settings = cfg["config"]
     wanted = {"latents", "k", "normalize", "seed", "options"}
     if cfg.get("kind") not in METHODS or set(settings) != wanted:
-        raise ValueError(
-            f"{folder} holds a {cfg.get('kind')!r} with {sorted(settings)}, not a dictionary of this version"
-        )
+        found = f"a {cfg.get('kind')!r} with {sorted(settings)}"
+        raise ValueError(f"{folder} holds {found}, not a dictionary of this version")
     model = METHODS[cfg["kind"]](DictionaryConfig(**settings))
     model._keep(**state)
     return model.to(device)

@@ -6,11 +6,12 @@ deterministic: of equal candidates the lower index is taken.
 
 from __future__ import annotations
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
+
+from ..select import compiled
 
 SPAN = 1e-3  # an atom whose part outside the span of those chosen is shorter adds nothing but noise
 
@@ -18,17 +19,8 @@ SPAN = 1e-3  # an atom whose part outside the span of those chosen is shorter ad
 def omp(x: torch.Tensor, atoms: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Orthogonal matching pursuit (Pati et al. 1993): the atom with the largest |w . r|, then a new fit on all chosen.
 
-    Parameters
-    ----------
-    x : (N, d)
-    atoms : (M, d) unit rows
-    k : atoms per row, at most M
-
-    Returns
-    -------
-    values (N, k) with signs, in the order of choice; 0 where nothing was left to explain
-    indices (N, k) int64, distinct within a row
-    residual (N, d)
+    Of x (N, d), with unit atoms (M, d), k of them a row. Returns values (N, k) with signs, in the order of choice, 0
+    where nothing was left to explain; indices (N, k) int64, distinct within a row; the residual (N, d).
     """
     n, d = x.shape
     k = min(k, len(atoms))
@@ -89,8 +81,8 @@ def kmeans(x: torch.Tensor, n: int, steps: int = 30, seed: int = 0, block: int =
     """
     if n > len(x):
         raise ValueError(f"k-means of {n} centroids needs as many rows, found {len(x)}")
-    dice = torch.Generator().manual_seed(seed)
-    chosen = [int(torch.randint(len(x), (1,), generator=dice))]
+    rng = torch.Generator().manual_seed(seed)
+    chosen = [int(torch.randint(len(x), (1,), generator=rng))]
     distance, squares = torch.full((len(x),), torch.inf, device=x.device), x.square().sum(1)
     for _ in range(n - 1):
         new = squares + squares[chosen[-1]] - 2 * (x @ x[chosen[-1]])
@@ -98,7 +90,7 @@ def kmeans(x: torch.Tensor, n: int, steps: int = 30, seed: int = 0, block: int =
         distance[chosen[-1]] = 0
         total = distance.double().cumsum(0)
         # Where all that is left are copies of chosen rows, any row that is not chosen yet will do.
-        spot = int(torch.searchsorted(total, torch.rand(1, generator=dice, dtype=torch.float64).to(total) * total[-1]))
+        spot = int(torch.searchsorted(total, torch.rand(1, generator=rng, dtype=torch.float64).to(total) * total[-1]))
         if total[-1] <= 0 or distance[min(spot, len(x) - 1)] <= 0:
             free = torch.ones(len(x), dtype=torch.bool)
             free[chosen] = False
@@ -123,29 +115,20 @@ def kmeans(x: torch.Tensor, n: int, steps: int = 30, seed: int = 0, block: int =
 
 
 def matching_pursuit(
-    x: torch.Tensor, atoms: torch.Tensor, k: int, tolerance: float, half: bool = False
+    x: torch.Tensor, atoms: torch.Tensor, k: int, tolerance: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Matching pursuit with values >= 0, through the Gram matrix: z <- z - c_j G[i_j], without touching the rows.
 
-    Parameters
-    ----------
-    x : (N, d)
-    atoms : (M, d) unit rows
-    k : steps
-    tolerance : the pursuit of a row ends where no product is over this share of |x|
-    half : the Gram matrix in bfloat16, which is multiplied and read in half the time: of atoms that are as good as
-        each other to about 1/200, any may be chosen. On a CPU with numba; elsewhere float32.
-
-    Returns
-    -------
-    values (N, k), in the order of choice, 0 after the end; what is left has |r|^2 = |x|^2 - sum of their squares
-    indices (N, k) int64, maybe repeated
+    Of x (N, d), with unit atoms (M, d), in k steps; the pursuit of a row ends where no product is over `tolerance` |x|.
+    Returns values (N, k), in the order of choice, 0 after the end, and indices (N, k) int64, maybe repeated. What is
+    left has |r|^2 = |x|^2 - the sum of the values' squares.
     """
     least = tolerance * x.norm(dim=1)
     indices = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
     values = torch.zeros(len(x), k, dtype=x.dtype, device=x.device)
     if (kernels := _kernels(x)) is not None:
-        z, gram = F.linear(x, padded := _padded(atoms, 0, 32)), _gram(padded, half)
+        padded = _padded(atoms, 0, 32)
+        z, gram = F.linear(x, padded), (padded @ padded.T).numpy()
 
         def choose(rows: slice) -> None:
             kernels.choose_rows(z[rows].numpy(), gram, *_numpy(rows, least, indices, values))
@@ -234,15 +217,8 @@ BLOCK = 256  # rows that a thread takes at a time
 
 
 def _kernels(x: torch.Tensor):
-    """The numba kernels where they serve: float32 on a CPU."""
-    return _compiled() if x.device.type == "cpu" and x.dtype == torch.float32 else None
-
-
-@functools.cache
-def _compiled():
-    from ..select import compiled
-
-    if compiled() is None:
+    """The numba kernels where they serve, float32 on a CPU; else None."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or compiled() is None:
         return None
     from ..kernels import cpu_pursuit
 
@@ -270,12 +246,3 @@ def _padded(x: torch.Tensor, dim: int, to: int, copy: bool = False) -> torch.Ten
     if missing := -x.shape[dim] % to:
         return F.pad(x, (0, missing) if dim == 1 else (0, 0, 0, missing))
     return x.clone(memory_format=torch.contiguous_format) if copy else x.contiguous()
-
-
-def _gram(atoms: torch.Tensor, half: bool):
-    """W W^T of (2 h, d) as `cpu_vectors` reads it: float32 (2 h, 2 h), or words (2 h, h) of bfloat16."""
-    if not half:
-        return (atoms @ atoms.T).numpy()
-    rows = atoms.bfloat16()
-    halves = rows.view(2, len(rows) // 2, -1).transpose(0, 1).reshape(rows.shape)  # columns j and j + h side by side
-    return (rows @ halves.T).view(torch.int32).numpy()

@@ -22,23 +22,15 @@ normalize "dataset"           folded into the weights  folded into the weights  
 ============================  =======================  ==========================  ===========================
 
 Written folders give the library the same codes as `TopKSAE.encode`, to float32 rounding. Where its input is s times
-ours, v = s u, that takes E / s, s b and s W: s = sqrt(d) for constant_norm_rescale, which gives rows that length, and
+ours, that takes E / s, s b and s W: s = sqrt(d) for constant_norm_rescale, which gives rows that length, and
 s = sqrt(1 - 1/d) for layer_norm, which divides by the sample's std (n - 1) where we divide by the population's; it also
-adds 1e-5 to the std, so its input is smaller by 1e-5 / std, relatively. "dataset" is affine, u = (x - mean) / std, and
-folds exactly: E / std, mean + std b, std W. sparsify normalises no row: with "sample" and "l2" its input must be
-``sae.normalize(x)``, which a warning and the file say. A key "capsae" in cfg.json (SAELens: in its metadata) keeps
-our settings; with it the folder comes back as it was, bit for bit with normalize = "none", else to float32 rounding.
+adds 1e-5 to the std. "dataset" is affine, u = (x - mean) / std, and folds exactly: E / std, mean + std b, std W. A key
+"capsae" in cfg.json (SAELens: in its metadata) keeps our settings; with it the folder comes back as it was.
 
-Read folders keep the library's codes. Rows of W that all have one length g other than 1 become unit rows, and the codes
-are then g times the library's, with the same selection. Rows of several lengths cannot become unit rows without another
-selection of latents: they are refused, or kept as they are with ``unit_rows=False``. SAELens' own rule for them,
-rescale_acts_by_decoder_norm, is folded exactly, and so is apply_b_dec_to_input = false. What else the formula above
-does not say (other activations, skip connections, transcoders) is refused. A latent whose row of W is zero stays.
-
-Of SAELens, JumpReLU (threshold theta, a = z H(z - theta)), BatchTopK (for inference a JumpReLU of one theta) and gated
-SAEs (b_gate, r_mag, b_mag) are exchanged, too: the variants "jumprelu", "batch_topk" and "gated" here, with the shift
-of their calibration folded in. There each latent has a level of its own, so that rows of any length become unit rows.
-The training settings in ``config`` of an SAE made elsewhere are defaults: its files do not tell them.
+Read folders keep the library's codes, but where rows of W have one length g other than 1: they become unit rows, and
+the codes g times as large. SAELens' rescale_acts_by_decoder_norm and apply_b_dec_to_input = false are folded. What else
+the formula above does not say is refused. JumpReLU (theta, a = z H(z - theta)), BatchTopK (a JumpReLU of one theta) and
+gated SAEs (b_gate, r_mag, b_mag) of SAELens are variants here, the shift of their calibration folded in.
 
 Sources: sae-lens 6.54.12, eai-sparsify 1.3.3, dictionary-learning 0.1.0 as installed.
 """
@@ -63,27 +55,12 @@ _SAELENS_NORMALIZE = {"none": "none", "layer_norm": "sample", "constant_norm_res
 _SAELENS_VARIANTS = {"topk": "topk", "batch_topk": "jumprelu", "jumprelu": "jumprelu", "gated": "gated"}
 
 
-# --- SAELens
-
-
 def load_saelens(folder: str | Path, device: str | torch.device = "cpu", unit_rows: bool = True) -> TopKSAE:
     """Read a top-k, JumpReLU, BatchTopK or gated SAE that SAELens has saved (``save_model``, ``save_inference_model``),
-    of version 6 or before.
+    of version 6 or before. ``unit_rows=False`` keeps decoder rows of several lengths, in place of refusing them.
 
-    Parameters
-    ----------
-    folder : path
-        With ``cfg.json`` and ``sae_weights.safetensors``, of any floating dtype; the SAE is float32.
-    device : str or torch.device
-    unit_rows : bool
-        False keeps decoder rows of several lengths as they are, in place of refusing them.
-
-    Raises
-    ------
-    ValueError
-        A pickle, a damaged file, weights that do not fit the settings, or an SAE that no TopKSAE is.
-    FileNotFoundError
-        One of the two files is missing.
+    ValueError: a pickle, a damaged file, weights that do not fit the settings, or an SAE that no TopKSAE is.
+    FileNotFoundError: one of the two files is missing.
     """
     folder, cfg, tensors = files.read("saelens", folder)
     metadata = cfg.get("metadata") or {}
@@ -126,10 +103,7 @@ def load_saelens(folder: str | Path, device: str | torch.device = "cpu", unit_ro
 
 def save_saelens(sae: TopKSAE, folder: str | Path) -> Path:
     """Write an SAE (top-k, JumpReLU, BatchTopK, gated) so that ``sae_lens.SAE.load_from_disk(folder)`` reads it, with
-    the same codes. A BatchTopK becomes a JumpReLU with one threshold, as in SAELens itself.
-
-    With normalize = "sample" they agree but for the 1e-5 that SAELens adds to each row's std (see the module).
-    """
+    the same codes. A BatchTopK becomes a JumpReLU with one threshold, as in SAELens itself."""
     weights, normalize, own = _exported(sae, _SAELENS_VARIANTS)
     architecture = _SAELENS_VARIANTS[sae.config.variant]
     latents, d = weights.encoder.shape
@@ -139,19 +113,12 @@ def save_saelens(sae: TopKSAE, folder: str | Path) -> Path:
         tensors |= {"b_mag": weights.encoder_bias, "b_gate": weights.level, "r_mag": weights.log_gain}
     else:
         tensors |= {"b_enc": weights.encoder_bias} | ({} if weights.level is None else {"threshold": weights.level})
-    own_keys = {"k": sae.config.k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
-    cfg = {
-        "d_in": d,
-        "d_sae": latents,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": {ours: theirs for theirs, ours in _SAELENS_NORMALIZE.items()}[normalize],
-        "reshape_activations": "none",
-        **own_keys,
-        "architecture": architecture,
-        "metadata": {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, OWN_KEY: own},
-    }
+    theirs = {ours: theirs for theirs, ours in _SAELENS_NORMALIZE.items()}
+    cfg: dict[str, Any] = {"d_in": d, "d_sae": latents, "dtype": "float32", "device": "cpu"}
+    cfg |= {"apply_b_dec_to_input": True, "normalize_activations": theirs[normalize], "reshape_activations": "none"}
+    cfg |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
+    metadata = {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, OWN_KEY: own}
+    cfg |= {"architecture": architecture, "metadata": metadata}
     return files.write("saelens", folder, tensors, cfg)
 
 
@@ -168,14 +135,9 @@ def _saelens_before_6(cfg: dict[str, Any]) -> dict[str, Any]:
     return {"architecture": "standard", "reshape_activations": "hook_z" if "hook_z" in hook else "none", **cfg}
 
 
-# --- sparsify
-
-
 def load_sparsify(folder: str | Path, device: str | torch.device = "cpu", unit_rows: bool = True) -> TopKSAE:
-    """Read a top-k SAE that sparsify has saved (``SparseCoder.save_to_disk``): the folder of one layer.
-
-    Parameters and errors are those of `load_saelens`.
-    """
+    """Read a top-k SAE that sparsify has saved (``SparseCoder.save_to_disk``): the folder of one layer. Parameters and
+    errors are those of `load_saelens`."""
     folder, cfg, tensors = files.read("sparsify", folder)
     files.need(folder, cfg, "activation", ("topk",), default="topk")
     for key in ("skip_connection", "transcode", "signed"):
@@ -201,22 +163,10 @@ def save_sparsify(sae: TopKSAE, folder: str | Path) -> Path:
     latents, d = weights.encoder.shape
     tensors = {"encoder.weight": weights.encoder, "encoder.bias": weights.encoder_bias}
     tensors |= {"W_dec": weights.decoder, "b_dec": weights.pre_bias}
-    cfg = {
-        "activation": "topk",
-        "expansion_factor": max(1, latents // d),  # not used where num_latents is given
-        "normalize_decoder": sae.config.normalize != "dataset",
-        "num_latents": latents,
-        "k": sae.config.k,
-        "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
-        "d_in": d,
-        OWN_KEY: own,
-    }
+    cfg = {"activation": "topk", "expansion_factor": max(1, latents // d)}  # not used where num_latents is given
+    cfg |= {"normalize_decoder": sae.config.normalize != "dataset", "num_latents": latents, "k": sae.config.k}
+    cfg |= {"multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d, OWN_KEY: own}
     return files.write("sparsify", folder, tensors, cfg)
-
-
-# --- dictionary_learning
 
 
 def load_dictionary_learning(folder: str | Path, device: str | torch.device = "cpu", unit_rows: bool = True) -> TopKSAE:
@@ -225,7 +175,6 @@ def load_dictionary_learning(folder: str | Path, device: str | torch.device = "c
     The library writes its weights as a pickle alone, which is refused; the error says how to convert it.
     ``config.json`` must lie beside them: a BatchTopKSAE has weights of the same names, and only that file tells them
     apart. The threshold, which the library can use in place of top-k, is not: `TopKSAE` keeps k latents a row.
-
     Parameters and errors are those of `load_saelens`.
     """
     folder, cfg, tensors = files.read("dictionary_learning", folder)
@@ -241,9 +190,6 @@ def load_dictionary_learning(folder: str | Path, device: str | torch.device = "c
     shapes = {"encoder.weight": (latents, d), "encoder.bias": (latents,), "decoder.weight": (d, latents), "b_dec": (d,)}
     encoder, bias, decoder, b_dec = files.take(folder, tensors, shapes)
     return _build(folder, _Weights(encoder, bias, decoder.T, b_dec), trainer, "none", {}, unit_rows).to(device)
-
-
-# --- any of them
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> TopKSAE | None:

@@ -143,11 +143,11 @@ def _with_unit_rows(folder: Path, weights: _Weights, own_levels: bool) -> _Weigh
     each latent has a level of its own, rows may have several lengths.
     """
     lengths = _lengths(weights.decoder)
-    said = weights.decoder.any(dim=1)
-    g = lengths[said].mean() if said.any() else torch.ones((), dtype=lengths.dtype)
+    full = weights.decoder.any(dim=1)
+    g = lengths[full].mean() if full.any() else torch.ones((), dtype=lengths.dtype)
     if own_levels:
         g = lengths
-    elif not ((lengths[said] - g).abs() <= _EQUAL * g).all() or not said.any():
+    elif not ((lengths[full] - g).abs() <= _EQUAL * g).all() or not full.any():
         raise ValueError(
             f"{folder}: decoder rows have lengths from {lengths.min():.3g} to {lengths.max():.3g}; rows of one length "
             "would do, for unit rows would change which latents are the k largest. unit_rows=False of the reader keeps "

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ..model import register
-from .thresholds import Forward, Levelled, bar, follow, positive
+from .thresholds import Forward, Levelled, bar, descending, follow
 
 
 @register("batch_topk")
@@ -25,13 +25,6 @@ class BatchTopK(Levelled):
         self.register_buffer("threshold", torch.zeros(1))
         self.last_bar = torch.zeros(1)
 
-    def margin(self, x):
-        z = self.preactivations(x)
-        return positive(z, z - self.threshold)
-
-    def activate(self, x):
-        return self.preactivations(x) * self.fires(x)
-
     def train_activate(self, x, done):
         z = self.preactivations(x)
         self.last_bar = bar(z, self.config.k)
@@ -45,28 +38,18 @@ class BatchTopK(Levelled):
 class Matryoshka(BatchTopK):
     """One BatchTopK code of which every prefix of the dictionary must reconstruct: general latents first.
 
-    Four groups of 1/16, 2/16, 4/16 and 9/16 of the latents; or `random_prefixes` new ones each step, of lengths from a
-    Pareto distribution with exponent `pareto`, and always the whole. Where planted features have
-    no order, it recovers them less well than BatchTopK (tests).
+    Four groups of 1/16, 2/16, 4/16 and 9/16 of the latents. Where planted features have no order, it recovers them less
+    well than BatchTopK (tests).
     """
 
     title = "Matryoshka"
     formula = r"\sum_{m\in\mathcal M}\lVert x-b-\sum_{i\le m}a_iw_i\rVert^2"
     source = "arXiv 2503.17547 [s]"
-    defaults: ClassVar[dict] = BatchTopK.defaults | {"random_prefixes": 0, "pareto": 0.5}
-
-    def prefixes(self, done: int) -> list[int]:
-        latents, n = self.config.latents, self.options["random_prefixes"]
-        if not n:
-            return sorted({max(1, round(latents * part)) for part in (1 / 16, 3 / 16, 7 / 16)} | {latents})
-        u = torch.rand(n - 1, generator=self.dice(done), device=self.decoder.device).clamp_min(1e-12)
-        lengths = (u ** (-1 / self.options["pareto"])).clamp_max(latents).int().tolist()  # at least 1
-        return sorted({*lengths, latents})
 
     def forward_loss(self, x, done):
-        a = self.train_activate(x, done)
+        a, latents = self.train_activate(x, done), self.config.latents
         residual, loss, start = x - self.pre_bias, 0.0, 0
-        for end in self.prefixes(done):
+        for end in sorted({max(1, round(latents * part)) for part in (1 / 16, 3 / 16, 7 / 16)} | {latents}):
             residual = residual - a[:, start:end] @ self.decoder[start:end]
             loss, start = loss + residual.square().sum(), end
         return Forward((a != 0).sum(0), residual, loss)
@@ -134,8 +117,7 @@ class FeatureChoice(_Zipf):
         drive = self.drive if done else z.detach().relu().mean(0)
         rank = drive.argsort(descending=True, stable=True).argsort()
         m = (self.zipf()[rank] * len(x)).clamp(1, len(x)).round().long()
-        ordered = z.detach().sort(0, descending=True).values
-        self.last_bar = ordered.gather(0, (m - 1)[None])[0].clamp_min(0)
+        self.last_bar = descending(z, 0).gather(0, (m - 1)[None])[0].clamp_min(0)
         self.last_drive = z.detach().relu().mean(0)
         return z * (z >= self.last_bar) * (z > 0)
 

@@ -12,20 +12,17 @@ class VariantStep(PlainStep):
     """Autograd over the dense (B, M) code in float32, Adam, unit rows, then the variant's thresholds."""
 
     def __init__(self, sae, variance: float, window: int) -> None:
-        if sae.config.products == "bf16" and not sae.may_halve:
+        if sae.config.products == "bf16":
             raise ValueError(f"variant {sae.config.variant!r} trains in float32; products='auto' would do")
         super().__init__(sae, variance, window)
-        if not sae.may_halve:
-            self.products = "float32"
-        sae.half = self.products == "bf16"
-        self.idle = self.idle.new_zeros(sae.n_latents)  # signed codes have two latents a row
+        self.products = "float32"
 
     def __call__(self, x: torch.Tensor, lr: float) -> None:
         sae = self.sae
         forward = sae.forward_loss(x, self.steps)
         loss, squared_error = forward.loss, forward.residual.detach().square().sum()
         if sae.auxk and len(self.dead) and self.config.aux_alpha:
-            rows = [t[self.dead] for t in sae.revivable()]
+            rows = (sae.encoder[self.dead], sae.encoder_bias[self.dead], sae.rows()[self.dead])
             loss = loss + self.auxk(x - sae.pre_bias, forward.residual, *rows)
         self.adam.zero_grad()
         (loss / (len(x) * self.variance)).backward()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,13 +27,11 @@ from ..model import REGISTRY, TopKSAE, model, register
 from ..select import topk
 
 SAMPLE = 4096  # rows whose pre-activations thresholds start from
-__all__ = [
-    "REGISTRY", "Forward", "Levelled", "Variant", "bar", "follow", "info", "keep", "model", "positive", "register",
-]  # fmt: skip
+__all__ = ["REGISTRY", "model", "register"]  # with what is defined here
 
 
 class Forward(NamedTuple):
-    """What a variant's training step needs: rows fired per latent of the code, x - x_hat (B, d), the summed loss."""
+    """What a variant's training step needs: rows fired per latent (M,), x - x_hat (B, d), the summed loss."""
 
     fired: torch.Tensor
     residual: torch.Tensor
@@ -62,8 +61,6 @@ class Variant(TopKSAE):
     defaults: ClassVar[dict] = {}
     needs_head: ClassVar[bool] = False  # a linear head on normalised rows, given to train_sae
     auxk: ClassVar[bool] = True  # dead latents reconstruct the residual, as TopK's do
-    may_halve: ClassVar[bool] = False  # what it chooses by may be bfloat16 in training
-    half: bool = False  # it is
     block = 512  # rows of the dense code at a time
 
     def __init__(self, d: int, config: SAEConfig) -> None:
@@ -105,10 +102,6 @@ class Variant(TopKSAE):
         """Decoder rows (M, d) as the loss sees them."""
         return self.decoder
 
-    def revivable(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Encoder, bias and decoder by latent of the codes, as AuxK sees them."""
-        return self.encoder, self.encoder_bias, self.rows()
-
     def after_step(self, x: torch.Tensor, forward: Forward, done: int) -> None:
         """After the optimiser's step: thresholds, coefficients, constraints."""
 
@@ -120,10 +113,6 @@ class Variant(TopKSAE):
     def scale(self) -> float:
         """sqrt(V): the unit of codes."""
         return self.variance**0.5
-
-    def dice(self, done: int) -> torch.Generator:
-        """The random numbers of one step: of the seed and its place alone, so that a resumed training has the same."""
-        return torch.Generator(self.decoder.device).manual_seed(self.config.seed * 1_000_003 + done)
 
 
 class Levelled(Variant):
@@ -139,13 +128,17 @@ class Levelled(Variant):
         super().__init__(d, config)
         self.register_buffer("shift", torch.zeros(1))
 
+    def level(self) -> torch.Tensor:
+        """Thresholds, (M,) or (1,)."""
+        return self.threshold
+
     def margin(self, x: torch.Tensor) -> torch.Tensor:
         """By how much each latent is over its threshold (B, M); -infinity where no threshold would let it fire."""
-        raise TypeError(f"{type(self).__name__} defines no margin")
+        z = self.preactivations(x)
+        return positive(z, z - self.level())
 
-    def fires(self, x: torch.Tensor) -> torch.Tensor:
-        """Which latents do at inference, (B, M) bool."""
-        return self.margin(x) > self.shift
+    def activate(self, x):
+        return self.preactivations(x) * (self.margin(x) > self.shift)
 
     @torch.no_grad()
     def calibrate(self, rows: torch.Tensor) -> None:
@@ -168,6 +161,12 @@ def keep(z: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 def follow(done: int, decay: float) -> float:
     """Weight of the past in a running mean after `done` steps: less of it early, so that the start is forgotten."""
     return min(decay, (1 + done) / (10 + done))
+
+
+def descending(z: torch.Tensor, dim: int) -> torch.Tensor:
+    """z sorted along a dimension, largest first, without gradient. On a CPU numpy sorts over ten times faster."""
+    z = z.detach()
+    return torch.from_numpy(np.sort(z.numpy(), dim)).flip(dim) if z.device.type == "cpu" else z.sort(dim, True).values
 
 
 def bar(z: torch.Tensor, k: int) -> torch.Tensor:
@@ -262,35 +261,22 @@ class Gated(_Controlled):
 
 
 class Jump(torch.autograd.Function):
-    """z H(z - theta); its gradient in theta is that of a rectangle of width `bandwidth` (arXiv 2407.14435, eq. 11)."""
+    """z H(z - theta), or H(z - theta) with `count`; the gradient in theta is that of a rectangle of width `bandwidth`
+    (arXiv 2407.14435, eq. 11 and 12; the count has none in z)."""
 
     @staticmethod
-    def forward(ctx, z, theta, bandwidth):
+    def forward(ctx, z, theta, bandwidth, count):
         ctx.save_for_backward(z, theta)
-        ctx.bandwidth = bandwidth
-        return z * (z > theta)
+        ctx.bandwidth, ctx.count = bandwidth, count
+        return (z > theta).to(z) if count else z * (z > theta)
 
     @staticmethod
     def backward(ctx, g):
         z, theta = ctx.saved_tensors
         near = ((z - theta).abs() < ctx.bandwidth / 2) / ctx.bandwidth
-        return g * (z > theta), -(theta * near * g).sum(0), None
-
-
-class Count(torch.autograd.Function):
-    """H(z - theta), with the same rectangle for its gradient in theta, and none in z (eq. 12)."""
-
-    @staticmethod
-    def forward(ctx, z, theta, bandwidth):
-        ctx.save_for_backward(z, theta)
-        ctx.bandwidth = bandwidth
-        return (z > theta).to(z)
-
-    @staticmethod
-    def backward(ctx, g):
-        z, theta = ctx.saved_tensors
-        near = ((z - theta).abs() < ctx.bandwidth / 2) / ctx.bandwidth
-        return None, -(near * g).sum(0), None
+        if ctx.count:
+            return None, -(near * g).sum(0), None, None
+        return g * (z > theta), -(theta * near * g).sum(0), None, None
 
 
 @register("jumprelu")
@@ -316,19 +302,17 @@ class JumpReLU(Levelled):
         rows = rows[:SAMPLE]
         self.log_threshold.fill_(bar(self.preactivations(rows), self.config.k).clamp_min(1e-3 * self.scale()).log())
 
-    def margin(self, x):
-        z = self.preactivations(x)
-        return positive(z, z - self.log_threshold.exp())
+    def level(self):
+        return self.log_threshold.exp()
 
-    def activate(self, x):
-        return self.preactivations(x) * self.fires(x)
+    def jump(self, x, count: bool) -> torch.Tensor:
+        return Jump.apply(self.preactivations(x), self.level(), self.options["bandwidth"] * self.scale(), count)
 
     def train_activate(self, x, done):
-        return Jump.apply(self.preactivations(x), self.log_threshold.exp(), self.options["bandwidth"] * self.scale())
+        return self.jump(x, count=False)
 
     def penalty(self, x, a, done):
-        z = self.preactivations(x)
-        l0 = Count.apply(z, self.log_threshold.exp(), self.options["bandwidth"] * self.scale()).sum() / len(x)
+        l0 = self.jump(x, count=True).sum() / len(x)
         return self.options["weight"] * self.variance * len(x) * (l0 / self.config.k - 1).square()
 
 
@@ -368,18 +352,11 @@ class GBA(Levelled):
     def begin(self, rows, variance, n_steps, head=None):
         super().begin(rows, variance, n_steps, head)
         rows = rows[:SAMPLE]
-        ordered = self.preactivations(rows).sort(0, descending=True).values
+        ordered = descending(self.preactivations(rows), 0)
         place = (self.targets() * len(rows)).long().clamp(0, len(rows) - 1)
         self.threshold.copy_(ordered.gather(0, place[None])[0].clamp_min(0))
         self.peak.copy_(ordered[0].clamp_min(0))
         self.density.copy_(self.targets())
-
-    def margin(self, x):
-        z = self.preactivations(x)
-        return positive(z, z - self.threshold)
-
-    def activate(self, x):
-        return self.preactivations(x) * self.fires(x)
 
     def train_activate(self, x, done):
         z = self.preactivations(x)
