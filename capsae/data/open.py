@@ -59,10 +59,9 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
     ------
     ValueError
         Unknown kind, key, class or column; empty source; labels that are no whole numbers or have no name; two classes
-        of one name; a list that names missing files; an ``exclude`` file that names images that the source does not
-        have.
+        of one name; an ``exclude`` file that names images that the source does not have.
     FileNotFoundError
-        If the path, list or root is not there.
+        If the path, list, root or a listed file is not there.
     """
     if isinstance(spec, str | os.PathLike):
         spec = {"kind": "folder", "path": os.fspath(spec)}

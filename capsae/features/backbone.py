@@ -70,7 +70,7 @@ def _spec(settings) -> BackboneSpec:
     try:
         return BackboneSpec.model_validate(given, strict=False)
     except ValidationError as error:
-        wrong = error.errors()[0]
+        wrong = error.errors()[-1]  # a wrong key says more than what is missing for it
         key, known = ".".join(map(str, wrong["loc"])), ", ".join(BackboneSpec.model_fields)
         if wrong["type"] == "extra_forbidden":
             raise ValueError(f"unknown backbone key {key!r}; it takes {known}") from None
