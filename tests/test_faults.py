@@ -39,7 +39,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (b"", "is empty (0 bytes)"),
         (POINTER, "git lfs pull"),
@@ -47,14 +47,14 @@ def home(tmp_path, monkeypatch):
         (b"<html>", "weights"),
     ],
 )
-def test_weights_that_are_none(suffix, content, words, tmp_path, capsys):
+def test_weights_that_are_none(suffix, content, message, tmp_path, capsys):
     weights, image = tmp_path / f"w{suffix}", tmp_path / "a.png"
     weights.write_bytes(content)
     Image.new("RGB", (8, 8)).save(image)
     experiment = str(small_experiment.write(tmp_path))
     assert main(["score", "-p", experiment, str(image), "--checkpoint", str(weights), "-q"]) == 2
     out, err = capsys.readouterr()
-    assert words in err and str(weights) in err and err.startswith("capsae: ") and not out
+    assert message in err and str(weights) in err and err.startswith("capsae: ") and not out
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_table_is_read_a_column_a_feature(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "parquet folder"])
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda f: f["train"].insert(0, "path", "a.jpg"), "column 'path' of .* holds 'a.jpg'"),
         (lambda f: f["train"].__setitem__("label", 1.5), "label of train holds 1.5"),
@@ -119,12 +119,12 @@ def test_a_table_is_read_a_column_a_feature(kind, tmp_path):
         (lambda f: f["test"].__setitem__("a", np.nan), "NaN"),
     ],
 )
-def test_a_table_that_does_not_fit_is_said(kind, change, words, tmp_path):
+def test_a_table_that_does_not_fit_is_an_error(kind, change, message, tmp_path):
     parts = frames()
     change(parts)
     if "path" in parts["train"]:
         parts = {name: part.assign(path="a.jpg") for name, part in parts.items()}
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_arrays(table_of(kind, parts, tmp_path))
 
 

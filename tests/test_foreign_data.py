@@ -167,7 +167,7 @@ def test_classes_go_by_name(listed, role, experiment, tmp_path):
         assert rows.loc[("head", "test"), "value"] == 1.0, "an accuracy is over the rows that have a label"
 
 
-def test_what_is_missing_unknown_or_named_twice_is_said(experiment, tmp_path, caplog):
+def test_what_is_missing_unknown_or_named_twice_is_an_error(experiment, tmp_path, caplog):
     run = experiment(test=without_a_class(tmp_path / "less"))
     with caplog.at_level(logging.WARNING):
         run.inputs.source("test")
@@ -207,7 +207,7 @@ WRONG_LABELS = {
 
 @pytest.mark.parametrize("case", WRONG_LABELS)
 def test_labels_are_whole_numbers(case, tmp_path):
-    labels, words = WRONG_LABELS[case]
+    labels, message = WRONG_LABELS[case]
     cls = np.zeros((2, 3), np.float32)
     uses = [as_labels, lambda labels: FeatureSet(cls, labels, ["a", "b"])]
     uses.append(lambda labels: fit_linear_probe(cls, labels, 2))
@@ -216,7 +216,7 @@ def test_labels_are_whole_numbers(case, tmp_path):
         pq.write_table(pa.table({"image": [blob] * 2, "label": pa.array(labels)}), tmp_path / "x.parquet")
         uses.append(lambda _: open_source({"kind": "parquet", "path": str(tmp_path / "x.parquet")}))
     for use in uses:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             use(labels)
 
 
@@ -271,7 +271,7 @@ def test_a_row_is_found_by_its_id_whatever_the_file_calls_it(experiment, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("role", "of", "words"),
+    ("role", "of", "message"),
     [
         ("test", "train", "test: 24 of 24 images are images of train, the first is 'ant/0.png', 'ant/0.png' there"),
         ("ood.near/shifted", "test", "near/shifted: 24 of 24 images are images of test"),
@@ -280,27 +280,27 @@ def test_a_row_is_found_by_its_id_whatever_the_file_calls_it(experiment, tmp_pat
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "parquet", "renamed"])
-def test_a_set_that_is_another_is_refused(role, of, words, kind, experiment, tmp_path):
+def test_a_set_that_is_another_is_refused(role, of, message, kind, experiment, tmp_path):
     seed = {"train": 0, "test": 1}[of]
     spec = folder(tmp_path / "copy", seed=seed)
     if kind == "renamed":
-        words = words.partition(", the first")[0]
+        message = message.partition(", the first")[0]
         for path in (tmp_path / "copy").glob("*/*.png"):
             path.rename(path.with_name(f"new {path.name}"))
     if kind == "parquet":
-        words = words.partition(", the first")[0]
+        message = message.partition(", the first")[0]
         source = open_source(spec)
         labels, blobs = source.labels.tolist(), [(tmp_path / "copy" / name).read_bytes() for name in source.ids]
         spec = parquet(tmp_path / "c.parquet", NAMES, [NAMES[label] for label in labels])
         table = pq.read_table(tmp_path / "c.parquet")
         pq.write_table(table.set_column(0, "image", pa.array(blobs, pa.binary())), tmp_path / "c.parquet")
     run = experiment(**{role: spec}, val=folder(tmp_path / "val", seed=7))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         for name in run.experiment.sets:
             run.features(name)
 
 
-def test_a_few_copies_are_told(experiment, tmp_path, caplog):
+def test_a_few_copies_are_logged(experiment, tmp_path, caplog):
     spec = folder(tmp_path / "copy", seed=1)
     drawn("ant", 3).save(tmp_path / "copy" / "ant" / "of train.png")
     drawn("ant", 101).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "copy" / "bee" / "mirrored.png")
@@ -594,7 +594,7 @@ def test_preparation_is_timms_own(family):
     config = {"crop_mode": "border", "crop_pct": 0.9, "mean": (0.1, 0.5, 0.9)} if border else {}
     config = config or timm.get_pretrained_cfg(family).to_dict()
     net = _Pixels(config)
-    backbone = Backbone(net, BackboneSpec(family, pooling="avg", image_size=32))
+    backbone = Backbone(net, BackboneSpec(model=family, pooling="avg", image_size=32))
     theirs = create_transform(**resolve_model_data_config(net) | {"input_size": (3, 32, 32)})
     for width, height in list(SHAPES.values())[: -1 if border else None]:  # a thin one would be less than a pixel
         pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -611,12 +611,12 @@ def test_preparation_is_timms_own(family):
 def test_a_line_of_pixels_is_no_memory_bomb(tmp_path):
     import tracemalloc
 
-    backbone = Backbone(_Pixels({"crop_pct": 1.0}), BackboneSpec("pixels", pooling="avg", image_size=32))
+    backbone = Backbone(_Pixels({"crop_pct": 1.0}), BackboneSpec(model="pixels", pooling="avg", image_size=32))
     tracemalloc.start()
     assert backbone.prepare(Image.new("RGB", (2_000_000, 1))).shape == (32, 32, 3)
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
-    border = Backbone(_Pixels({"crop_mode": "border"}), BackboneSpec("pixels", pooling="avg", image_size=32))
+    border = Backbone(_Pixels({"crop_mode": "border"}), BackboneSpec(model="pixels", pooling="avg", image_size=32))
     Image.new("RGB", (4000, 1)).save(tmp_path / "line.png")
     drawn("ant", 1).save(tmp_path / "a.png")
     found = capsae.features.extract.extract(tmp_path, border, tmp_path / "out", max_bad=0.5, progress=False)
@@ -629,7 +629,7 @@ def test_the_feature_of_a_distilled_model_is_its_first_token(model):
 
     torch.manual_seed(0)
     net = timm.create_model(model).eval()
-    backbone = Backbone(net, BackboneSpec(model))
+    backbone = Backbone(net, BackboneSpec(model=model))
     image = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
     with torch.inference_mode():
         cls, logits = backbone.forward(image)
@@ -769,7 +769,7 @@ def test_a_killed_shard_goes_on_where_it_was_written(tmp_path, monkeypatch):
     for row in range(10):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "x" / f"{row}.png")
     (tmp_path / "x" / "1.png").write_bytes(b"")
-    backbone = Backbone(_Pixels({"crop_pct": 1.0}), BackboneSpec("pixels", pooling="avg", image_size=8))
+    backbone = Backbone(_Pixels({"crop_pct": 1.0}), BackboneSpec(model="pixels", pooling="avg", image_size=8))
     source, seen = open_source(tmp_path / "x"), []
     given = {"batch_size": 2, "workers": 1, "progress": False, "max_bad": 0.5}
     whole = module.extract(source, backbone, tmp_path / "whole", **given)

@@ -31,18 +31,9 @@ def as_numpy(array, read_only: bool = False) -> np.ndarray:
 
 
 def as_labels(values, what: str = "labels") -> np.ndarray:
-    """Labels (N,) as int64; None and -1 mean "none".
+    """Labels (N,) as int64 of whole numbers of any numeric type; None and -1 mean "none".
 
-    Parameters
-    ----------
-    values : sequence of N whole numbers, of any numeric type
-    what : str
-        Their name in an error.
-
-    Raises
-    ------
-    ValueError
-        For text, fractions, NaN and numbers under -1; the first one is named with its row.
+    Raises ValueError, which names ``what``, for text, fractions, NaN and numbers under -1, with the first row of them.
     """
     if isinstance(values, list | tuple):
         values = [-1 if value is None else value for value in values]

@@ -22,17 +22,9 @@ LETTERS = "ACEFHKMNPRTVWXYadefhkmnrtuwxy"
 """Letters that no digit looks like. Left out, because a drawn one is often a digit: O o Q D U (0), I i l J j L (1), Z
 z (2), B (3 or 8), S s (5), G b (6), q g p (9), and c v, which are parts of digits."""
 
-FONTS = (
-    "DejaVuSans.ttf",
-    "DejaVuSans-Bold.ttf",
-    "DejaVuSerif.ttf",
-    "DejaVuSerif-Italic.ttf",
-    "DejaVuSansMono.ttf",
-    "STIXGeneral.ttf",
-    "STIXGeneralItalic.ttf",
-    "cmss10.ttf",
-)
-"""Fonts that matplotlib carries."""
+FONTS = tuple(
+    "DejaVuSans DejaVuSans-Bold DejaVuSerif DejaVuSerif-Italic DejaVuSansMono STIXGeneral STIXGeneralItalic cmss10".split()
+)  # that matplotlib carries
 
 N_PATCHES = 600
 N_NOISE = 100  # of each kind
@@ -40,22 +32,10 @@ Images = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 
 
 def load(name: str, seed: int = 0) -> Images:
-    """Images of a built-in set.
+    """Images of a built-in set, one of ``NAMES``: (N, 32, 32, 3) uint8, labels (N,) int64, ids (N,) str, class names.
 
-    Parameters
-    ----------
-    name : str
-        One of ``NAMES``.
-    seed : int
-        Of drawing and cutting. The split of the digits does not depend on it: nobody should test on what another run
-        trained on.
-
-    Returns
-    -------
-    images : (N, 32, 32, 3) uint8
-    labels : (N,) int64
-    ids : (N,) str
-    class_names : tuple of str
+    ``seed`` is of drawing and cutting. The split of the digits does not depend on it: nobody should test on what
+    another run trained on.
     """
     if name not in _MAKERS:
         raise ValueError(f"no built-in set {name!r}; there are {', '.join(NAMES)}")
@@ -104,25 +84,22 @@ def _letters(seed: int, variants: int = 3) -> Images:
     rng = np.random.default_rng(seed)
     drawn, labels, ids = [], [], []
     for file in FONTS:
-        font = ImageFont.truetype(str(folder / file), 96)
+        font = ImageFont.truetype(str(folder / f"{file}.ttf"), 96)
         for label, letter in enumerate(LETTERS):
             for variant in range(variants):
                 hand = {"angle": rng.uniform(-12, 12), "slant": rng.uniform(-0.2, 0.2), "narrow": rng.uniform(0.7, 1.0)}
                 drawn.append(_draw(letter, font, stroke=int(rng.integers(0, 5)), **hand))
                 labels.append(label)
-                ids.append(f"{letter}-{file.removesuffix('.ttf')}-{variant}")
+                ids.append(f"{letter}-{file}-{variant}")
     return enlarge(count_cells(np.stack(drawn))), np.array(labels, dtype=np.int64), np.array(ids), tuple(LETTERS)
 
 
-def _draw(
-    letter: str, font: ImageFont.FreeTypeFont, stroke: int, angle: float, slant: float, narrow: float
-) -> np.ndarray:
+def _draw(letter: str, font, stroke: int, angle: float, slant: float, narrow: float) -> np.ndarray:
     """A letter as bitmap (32, 32) of 0 and 1, as high as the frame and centred, as the digits were."""
     canvas = Image.new("L", (256, 256))
     ImageDraw.Draw(canvas).text((128, 128), letter, fill=255, font=font, anchor="mm", stroke_width=stroke)
-    canvas = canvas.transform(
-        canvas.size, Image.Transform.AFFINE, (1, slant, -128 * slant, 0, 1, 0), Image.Resampling.BILINEAR
-    )
+    slanted = (1, slant, -128 * slant, 0, 1, 0)
+    canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, slanted, Image.Resampling.BILINEAR)
     canvas = canvas.rotate(angle, Image.Resampling.BILINEAR)
     canvas = canvas.crop(canvas.getbbox())
     width, height = canvas.size
@@ -188,9 +165,8 @@ def _noise(seed: int) -> Images:
     rng = np.random.default_rng(seed)
     shape = (N_NOISE, CELLS, CELLS)
     coarse = rng.uniform(size=(N_NOISE, 4, 4)).astype(np.float32)
-    smooth = np.stack(
-        [np.asarray(Image.fromarray(each).resize((CELLS, CELLS), Image.Resampling.BICUBIC)) for each in coarse]
-    )
+    small = [Image.fromarray(each).resize((CELLS, CELLS), Image.Resampling.BICUBIC) for each in coarse]
+    smooth = np.stack([np.asarray(each) for each in small])
     kinds: dict[str, np.ndarray] = {
         "uniform": rng.uniform(size=shape),
         "salt and pepper": (rng.uniform(size=shape) < rng.uniform(0.2, 0.6, size=(N_NOISE, 1, 1))).astype(np.float64),

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..files import replacing
+from ..files import default_root, replacing
 from .images import IMAGE_SUFFIXES, is_image
 
 log = logging.getLogger(__name__)
@@ -30,24 +30,14 @@ def images_below(root: str | os.PathLike) -> tuple[list[Path], LeftOut]:
 
     What Pillow opens is an image: by suffix, and else by content. Linked folders are followed. Hidden files and folders
     (``._*``, ``.ipynb_checkpoints``) and those that file servers keep (``@eaDir``) are left out, as are broken links,
-    pipes, and folders that cannot be read.
-
-    Parameters
-    ----------
-    root : path of a folder
-
-    Returns
-    -------
-    list of Path, tuple of (path below root, why)
+    pipes, and folders that cannot be read: (path below root, why) for each.
     """
     root, found, left = Path(root), [], []
 
     def leave(path, why):
         left.append((os.path.relpath(path, root), why))
 
-    def unreadable(error):
-        leave(error.filename, f"unreadable folder ({error.strerror})")
-
+    unreadable = lambda error: leave(error.filename, f"unreadable folder ({error.strerror})")  # noqa: E731
     for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
         place = os.path.realpath(folder)
         for name in list(folders):
@@ -86,7 +76,7 @@ def _why_not(path: Path, name: str) -> str | None:
     return f"needs {_PLUGINS[suffix]}" if suffix in _PLUGINS else "no image that Pillow opens"
 
 
-def tell(name: str, left_out: LeftOut) -> None:
+def log_left_out(name: str, left_out: LeftOut) -> None:
     """Log what was left out: how many files for each reason, and the first of them."""
     reasons: dict[str, list[str]] = {}
     for path, why in left_out:
@@ -140,14 +130,11 @@ def _stamp(path: str) -> list[int]:
 
 
 def _cache_of(paths: list[str]) -> Path:
-    from ..files import default_root
-
     name = hashlib.sha256("\n".join(sorted(paths)).encode(errors="surrogateescape")).hexdigest()
     return default_root() / "hashes" / f"{name[:20]}.json"
 
 
 def _read_cache(path: Path) -> dict:
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-    except (OSError, ValueError):
-        return {}
+    return {}

@@ -65,15 +65,7 @@ _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 class BadImage(ValueError):
-    """An image that cannot be used.
-
-    Attributes
-    ----------
-    id : str
-        Name of the image in its source.
-    why : str
-        What is wrong with it, in one line.
-    """
+    """An image that cannot be used: its ``id`` in its source, and ``why``, in one line."""
 
     def __init__(self, id: str, why: str):
         super().__init__(f"image {id!r}: {why}")
@@ -89,16 +81,10 @@ def decode_image(data: bytes | str | os.PathLike | Image.Image, id: str = "image
     Parameters
     ----------
     data : bytes, path or PIL image
-        Encoded bytes, a file to read them from, or an image that is opened already.
     id : str
         The name that an error carries.
     exif : bool
         Turn the image as its EXIF orientation says.
-
-    Returns
-    -------
-    PIL.Image.Image
-        Mode ``RGB``, its own size.
 
     Raises
     ------
@@ -115,9 +101,7 @@ def decode_image(data: bytes | str | os.PathLike | Image.Image, id: str = "image
         return _to_rgb(_upright(data) if exif else data, data.format, id)
     except BadImage:
         raise
-    except (
-        Exception
-    ) as error:  # on a damaged file Pillow's plugins raise OSError, SyntaxError, struct.error, EOFError ...
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, EOFError ... on damage
         raise BadImage(id, f"truncated or damaged: {error}") from None
 
 
@@ -149,14 +133,12 @@ def measure_image(
     data: bytes | str | os.PathLike | Image.Image, id: str = "image", exif: bool = True
 ) -> tuple[Image.Image, np.ndarray]:
     """Decode one image as :func:`decode_image` does, and measure it; returns it and its :func:`pixel_statistics`."""
-    if isinstance(data, Image.Image):
-        image = decode_image(data, id, exif)
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        return image, pixel_statistics(image, file.tell())
-    data = read_encoded(data, id)
-    image = decode_image(data, id, exif)
-    return image, pixel_statistics(image, len(data))
+    encoded = None if isinstance(data, Image.Image) else read_encoded(data, id)
+    image = decode_image(data if encoded is None else encoded, id, exif)
+    if encoded is None:
+        image.save(file := io.BytesIO(), "PNG")
+        encoded = file.getbuffer()
+    return image, pixel_statistics(image, len(encoded))
 
 
 def pixel_statistics(image: Image.Image, n_bytes: int) -> np.ndarray:
@@ -172,7 +154,7 @@ def pixel_statistics(image: Image.Image, n_bytes: int) -> np.ndarray:
     Returns
     -------
     (P,) float32
-        One value for each name of :data:`PIXEL_STATISTICS`. An image under 3 pixels wide or high has sharpness 0.
+        An image under 3 pixels wide or high has sharpness 0.
 
     Notes
     -----
@@ -205,9 +187,8 @@ def _open(data: bytes, id: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage(id, f"huge: {error}; the limit is {MAX_PIXELS} pixels") from None
     except Exception:
-        raise BadImage(
-            id, f"not an image that Pillow can read ({len(data)} bytes, beginning with {data[:8]!r})"
-        ) from None
+        found = f"{len(data)} bytes, beginning with {data[:8]!r}"
+        raise BadImage(id, f"not an image that Pillow can read ({found})") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:

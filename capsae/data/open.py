@@ -19,13 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .image_files import tell
-from .images import IMAGE_SUFFIXES, BadImage
+from .image_files import log_left_out
 from .sources import OPENERS, ImageSource, renumber
 
 log = logging.getLogger(__name__)
-
-__all__ = ["IMAGE_SUFFIXES", "BadImage", "ImageSource", "KINDS", "by_name", "open_source"]
 
 KINDS = tuple(OPENERS)
 _FILTERS = ("classes", "limit", "exclude", "exif")  # for all kinds
@@ -62,10 +59,9 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
     ------
     ValueError
         Unknown kind, key, class or column; empty source; labels that are no whole numbers or have no name; two classes
-        of one name; a list that names missing files; an ``exclude`` file that names images that the source does not
-        have.
+        of one name; an ``exclude`` file that names images that the source does not have.
     FileNotFoundError
-        If the path, list or root is not there.
+        If the path, list, root or a listed file is not there.
     """
     if isinstance(spec, str | os.PathLike):
         spec = {"kind": "folder", "path": os.fspath(spec)}
@@ -86,7 +82,7 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
     source = OPENERS[kind](**{key: value for key, value in spec.items() if key not in ("kind", *_FILTERS)})
     if len(source) == 0:
         raise ValueError(f"{source.name} holds no images")
-    tell(source.name, source.left_out)
+    log_left_out(source.name, source.left_out)
     source = replace(source, exif=bool(spec.get("exif", True)))
     if source.class_names:
         renumber(source.labels, source.class_names, source.class_names, source.name)
@@ -111,22 +107,10 @@ def _each_id_once(source: ImageSource) -> ImageSource:
 
 
 def by_name(labelled, class_names, what: str):
-    """An ID source or feature set with its labels counted along the class list of train.
+    """An ID source or feature set, ``what``, with its labels counted along ``class_names``, the class list of train.
 
-    Parameters
-    ----------
-    labelled : ImageSource or FeatureSet
-        Where it, or train, names no classes, its labels are taken as they are.
-    class_names : sequence of str
-        Those of train.
-    what : str
-        Its name in an error.
-
-    Raises
-    ------
-    ValueError
-        For images of a class that train does not have; a name that stands for two classes. Classes of train without an
-        image are logged.
+    Where either names no classes, labels are taken as they are. Raises ValueError for images of a class that train does
+    not have and for a name that stands for two classes; classes of train without an image are logged.
     """
     lists = labelled.class_names, class_names
     own, wanted = ([unicodedata.normalize("NFC", name) for name in names] for names in lists)
@@ -161,15 +145,9 @@ def _of_classes(source: ImageSource, classes) -> ImageSource:
     unknown = [name for name in classes if name not in source.class_names]
     if unknown:
         known = ", ".join(source.class_names[:8]) + (" ..." if len(source.class_names) > 8 else "")
-        raise ValueError(
-            f"class {unknown[0]!r} is not in {source.name}; "
-            f"its {len(source.class_names)} classes are {known or 'unnamed'}"
-        )
-    if len(set(classes)) < len(classes):
-        raise ValueError(f"classes names {next(c for c in classes if classes.count(c) > 1)!r} twice")
-    position = np.full(len(source.class_names) + 1, -1, dtype=np.int64)  # the last entry serves label -1
-    position[[source.class_names.index(name) for name in classes]] = np.arange(len(classes))
-    labels = position[source.labels]
+        listed = f"its {len(source.class_names)} classes are {known or 'unnamed'}"
+        raise ValueError(f"class {unknown[0]!r} is not in {source.name}; {listed}")
+    labels = renumber(source.labels, source.class_names, classes, source.name)
     rows = np.flatnonzero(labels >= 0)
     if rows.size == 0:
         raise ValueError(f"{source.name} holds no image of the classes {', '.join(classes)}")
@@ -177,16 +155,14 @@ def _of_classes(source: ImageSource, classes) -> ImageSource:
 
 
 def _without(source: ImageSource, path: Path) -> ImageSource:
-    """Leave out the images that a file names, by id or, where a name holds no ``/``, by the id's last part."""
+    """Leave out the images that a file names, by id or by the id's last part."""
     named = _read_names(path)
     ids = source.ids.tolist()
     matched = [{id, id.rpartition("/")[2]} & named for id in ids]
     unknown = sorted(named - set().union(*matched))
     if unknown:
-        raise ValueError(
-            f"{path}: {len(unknown)} of {len(named)} names are of no image of {source.name}, e.g. {unknown[0]!r}; "
-            f"its ids look like {ids[0]!r}"
-        )
+        found = f"{len(unknown)} of {len(named)} names are of no image of {source.name}, e.g. {unknown[0]!r}"
+        raise ValueError(f"{path}: {found}; its ids look like {ids[0]!r}")
     keep = np.array([not each for each in matched])
     if not keep.any():
         raise ValueError(f"{path} excludes every image of {source.name}")

@@ -9,11 +9,12 @@ import glob
 import hashlib
 import json
 import os
+import re
 import threading
 import unicodedata
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,6 @@ class ImageSource:
 
     Attributes
     ----------
-    name : str
-        Short name for progress bars and provenance.
     labels : (N,) int64
         The source's own labels, -1 where it has none; with ``classes`` their positions in that list.
     ids : (N,) str
@@ -43,18 +42,6 @@ class ImageSource:
         ``read(row)`` gives encoded bytes, a path or a PIL image of a row of the whole source.
     rows : (N,) int64
         Rows of the whole source that this one keeps.
-    fingerprint : str
-        What identifies the stored images; part of :meth:`digest`.
-    files : tuple of Path
-        The files to hash for full provenance (parquet and lists only).
-    spec : dict
-        What :func:`capsae.data.open.open_source` was given.
-    excluded : int
-        Images that ``exclude`` left out.
-    left_out : tuple of (file, why)
-        Files of a folder that are not among the images.
-    exif : bool
-        Whether images are turned as their EXIF orientation says.
     """
 
     name: str
@@ -63,12 +50,12 @@ class ImageSource:
     class_names: tuple[str, ...]
     read: Callable[[int], bytes | str | Path | Image.Image] = field(repr=False)
     rows: np.ndarray = field(repr=False)
-    fingerprint: str = field(default="", repr=False)
-    files: tuple[Path, ...] = field(default=(), repr=False)
-    spec: dict = field(default_factory=dict, repr=False)
-    excluded: int = 0
-    left_out: LeftOut = field(default=(), repr=False)
-    exif: bool = True
+    fingerprint: str = field(default="", repr=False)  # of the stored images
+    files: tuple[Path, ...] = field(default=(), repr=False)  # to hash for full provenance (parquet and lists only)
+    spec: dict = field(default_factory=dict, repr=False)  # what open_source was given
+    excluded: int = 0  # images that ``exclude`` left out
+    left_out: LeftOut = field(default=(), repr=False)  # files of a folder that are no images
+    exif: bool = True  # turn images as their EXIF orientation says
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -100,28 +87,21 @@ class ImageSource:
 def _pick_columns(where: str, columns: list[str], features: dict, image: str | None, label: str | None, id: str | None):
     """Names of the image, label and id column; features: {column: {"_type": ...}} as the hub writes it, or empty."""
 
-    def of_type(kind):
-        return [name for name in columns if features.get(name, {}).get("_type") == kind]
+    def choice(key, named, kind):
+        found = [name for name in named if name in columns] or [
+            name for name in columns if features.get(name, {}).get("_type") == kind
+        ]
+        if not found or (key == "label" and len(found) > 1):
+            none = ", or '' for none" if key == "label" else ""
+            listed = ", ".join(columns)
+            raise ValueError(f"{where} has no {key} column {key!r}; its columns are {listed}; name it by {key!r}{none}")
+        return found[0]
 
     for key, name in (("image", image), ("label", label), ("id", id)):
         if name and name not in columns:
             raise ValueError(f"{where} has no {key} column {name!r}; its columns are {', '.join(columns)}")
-    if image is None:
-        found = [name for name in ("image", "img") if name in columns] or of_type("Image")
-        if not found:
-            raise ValueError(
-                f"{where} has no image column 'image'; its columns are {', '.join(columns)}; "
-                "name the right one by 'image'"
-            )
-        image = found[0]
-    if label is None:
-        found = ["label"] if "label" in columns else of_type("ClassLabel")
-        if len(found) != 1:
-            raise ValueError(
-                f"{where} has no label column 'label'; its columns are {', '.join(columns)}; "
-                "name the right one by 'label', or '' for none"
-            )
-        label = found[0]
+    image = choice("image", ("image", "img"), "Image") if image is None else image
+    label = choice("label", ("label",), "ClassLabel") if label is None else label
     if id is None:
         id = next((name for name in ("source", "file_name", "filename") if name in columns), None)
     return image, label or None, id
@@ -133,39 +113,29 @@ def _pick_columns(where: str, columns: list[str], features: dict, image: str | N
 class _RowGroups:
     """Image column of parquet files, a row group at a time; two stay in memory because threads overlap at a border."""
 
-    KEEP = 2
-
     def __init__(self, files: list[Path], column: str):
         import pyarrow.parquet as pq
 
-        self.files, self.column = files, column
-        self.groups = []  # (file, row group)
-        starts, self.file_starts = [0], [0]
-        for number, path in enumerate(files):
-            meta = pq.ParquetFile(path).metadata
-            self.file_starts.append(self.file_starts[-1] + meta.num_rows)
-            for group in range(meta.num_row_groups):
-                self.groups.append((number, group))
-                starts.append(starts[-1] + meta.row_group(group).num_rows)
-        self.starts = np.array(starts)
-        self.cache: OrderedDict[int, object] = OrderedDict()
-        self.lock = threading.Lock()
+        metas = [pq.ParquetFile(path).metadata for path in files]
+        self.sizes = [meta.num_rows for meta in metas]
+        groups = [(path, i) for path, meta in zip(files, metas, strict=True) for i in range(meta.num_row_groups)]
+        rows = [meta.row_group(i).num_rows for meta in metas for i in range(meta.num_row_groups)]
+        self.starts, self.lock = np.cumsum([0, *rows]), threading.Lock()
+
+        @lru_cache(maxsize=2)
+        def images(group: int):
+            path, i = groups[group]
+            # pre_buffer off: it would hold the raw bytes of the row group a second time
+            with pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+                return file.read_row_group(i, columns=[column]).column(0)
+
+        self.images = images
 
     def __call__(self, row: int) -> bytes:
         group = int(np.searchsorted(self.starts, row, side="right")) - 1
-        with self.lock:
-            if group not in self.cache:
-                import pyarrow.parquet as pq
-
-                number, index = self.groups[group]
-                # pre_buffer off: it would hold the raw bytes of the row group a second time
-                with pq.ParquetFile(self.files[number], memory_map=True, pre_buffer=False) as file:
-                    self.cache[group] = file.read_row_group(index, columns=[self.column]).column(0)
-                while len(self.cache) > self.KEEP:
-                    self.cache.popitem(last=False)
-            self.cache.move_to_end(group)
-            column = self.cache[group]
-        value = column[row - int(self.starts[group])].as_py()
+        with self.lock:  # or threads would decode one group side by side
+            images = self.images(group)
+        value = images[row - int(self.starts[group])].as_py()
         value = value.get("bytes") if isinstance(value, dict) else value
         return value or b""
 
@@ -182,9 +152,8 @@ def _open_parquet(path, image=None, label=None, id=None) -> ImageSource:
         kind = schema.field(image).type
         is_struct = pa.types.is_struct(kind) and "bytes" in [f.name for f in kind]
         if not (is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise ValueError(
-                f"image column {image!r} of {where} holds {kind}, expected encoded bytes or a struct with 'bytes'"
-            )
+            wanted = "encoded bytes or a struct with 'bytes'"
+            raise ValueError(f"image column {image!r} of {where} holds {kind}, expected {wanted}")
         tables = [pq.read_table(file, columns=[name for name in dict.fromkeys((label, id)) if name]) for file in files]
         read = _RowGroups(files, image)
     except pa.ArrowInvalid as error:
@@ -208,12 +177,9 @@ def _open_parquet(path, image=None, label=None, id=None) -> ImageSource:
     if id:
         ids = np.array([str(v) for table in tables for v in table[id].to_pylist()], dtype=str)
     else:
-        sizes = np.diff(read.file_starts)
-        ids = np.array(
-            [f"{file.name}#{row}" for file, size in zip(files, sizes, strict=True) for row in range(size)], dtype=str
-        )
-    fingerprint = hashlib.sha256(json.dumps(content_digests(files)).encode()).hexdigest()
-    return ImageSource(str(path), labels, ids, names, read, np.arange(count), fingerprint, tuple(files))
+        named = [f"{file.name}#{row}" for file, size in zip(files, read.sizes, strict=True) for row in range(size)]
+        ids = np.array(named, dtype=str)
+    return ImageSource(str(path), labels, ids, names, read, np.arange(count), _fingerprint(files), tuple(files))
 
 
 def _hub_features(schema) -> dict:
@@ -229,10 +195,10 @@ def renumber(labels: np.ndarray, own, wanted, what: str) -> np.ndarray:
         For a name that is in a list twice, or a label without a name.
     """
     for names in (own, wanted):
-        twice = [name for name in names if list(names).count(name) > 1] if len(set(names)) < len(names) else []
-        if twice:
-            at = [i for i, name in enumerate(names) if name == twice[0]]
-            raise ValueError(f"{what}: classes {at[0]} and {at[1]} are both {twice[0]!r}; give each its own name")
+        seen: dict[str, int] = {}
+        for i, name in enumerate(names):
+            if (first := seen.setdefault(name, i)) < i:
+                raise ValueError(f"{what}: classes {first} and {i} are both {name!r}; give each its own name")
     if len(labels) and labels.max() >= len(own):
         raise ValueError(f"{what}: label {labels.max()} has no name, there are {len(own)}")
     position = {name: i for i, name in enumerate(wanted)}
@@ -241,19 +207,16 @@ def renumber(labels: np.ndarray, own, wanted, what: str) -> np.ndarray:
 
 def _parquet_files(path) -> list[Path]:
     text = os.fspath(path)
-    if glob.has_magic(text) and not os.path.exists(text):  # brackets may be part of a name
-        files = sorted(Path(p) for p in glob.glob(text, recursive=True))
-        if not files:
-            raise FileNotFoundError(f"no parquet file matches {text!r}")
-        return files
     if os.path.isdir(text):
         files = sorted(Path(text).glob("*.parquet"))
         if not files:
             raise ValueError(f"folder {text!r} holds no .parquet file")
-        return files
-    if not os.path.isfile(text):
-        raise FileNotFoundError(f"no parquet file or folder {text!r}")
-    return [Path(text)]
+    else:  # brackets may be part of a name
+        files = [Path(text)] if os.path.isfile(text) else sorted(map(Path, glob.glob(text, recursive=True)))
+        if not files:
+            what = "file matches" if glob.has_magic(text) else "file or folder"
+            raise FileNotFoundError(f"no parquet {what} {text!r}")
+    return files
 
 
 def _open_folder(path) -> ImageSource:
@@ -262,9 +225,8 @@ def _open_folder(path) -> ImageSource:
         raise FileNotFoundError(f"no folder {str(root)!r}")
     found, left_out = images_below(root)
     if not found:
-        raise ValueError(
-            f"folder {str(root)!r} holds no images (looked for {' '.join(sorted(IMAGE_SUFFIXES))}, at any depth)"
-        )
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"folder {str(root)!r} holds no images (looked for {kinds}, at any depth)")
     below = [file.relative_to(root) for file in found]
     folders = [each.parts[0] if len(each.parts) > 1 else None for each in below]  # None: beside the class folders
     known = {folder: unicodedata.normalize("NFC", folder) for folder in folders if folder}
@@ -286,14 +248,10 @@ def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the
         if not line.strip():
             continue
         name, _, label = line.rstrip().rpartition(" ")  # the name itself may hold blanks
-        try:
-            labels.append(int(label))
-        except ValueError:
-            raise ValueError(f"{path}:{number}: expected 'relative/path label', found {line!r}") from None
-        if not name or labels[-1] < -1:
-            raise ValueError(
-                f"{path}:{number}: expected 'relative/path label' with a label of at least -1, found {line!r}"
-            )
+        if not name or not re.fullmatch("-1|[0-9]{1,9}", label):
+            wanted = "'relative/path label' with a label of at least -1"
+            raise ValueError(f"{path}:{number}: expected {wanted}, found {line!r}")
+        labels.append(int(label))
         names.append(name.strip())
     if not names:
         raise ValueError(f"image list {str(path)!r} names no image")
@@ -302,31 +260,26 @@ def _open_imglist(list, root, class_names=()) -> ImageSource:  # noqa: A002 (the
         raise ValueError(f"{path} names {outside[0]!r}, which leaves its root {str(root)!r}; a path below it would do")
     absent = [name for name in names if not (root / name).is_file()]
     if absent:
-        raise FileNotFoundError(
-            f"{len(absent)} of the {len(names)} files of {str(path)!r} are not under {str(root)!r}; "
-            f"the first is {absent[0]!r}"
-        )
+        found = f"{len(absent)} of the {len(names)} files of {str(path)!r} are not under {str(root)!r}"
+        raise FileNotFoundError(f"{found}; the first is {absent[0]!r}")
     return _from_files(str(path), root, names, labels, tuple(class_names), (path,))
 
 
 def _from_files(name, root: Path, names, labels, class_names, files=()) -> ImageSource:
-    contents = content_digests([root / each for each in names])
-    fingerprint = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-    rows = np.arange(len(names))
-    labels = np.array(labels, dtype=np.int64)
-    return ImageSource(
-        name, labels, np.array(names, dtype=str), class_names, lambda row: root / names[row], rows, fingerprint, files
-    )
+    content, rows = _fingerprint([root / each for each in names]), np.arange(len(names))
+    labels, ids = np.array(labels, dtype=np.int64), np.array(names, dtype=str)
+    return ImageSource(name, labels, ids, class_names, lambda row: root / names[row], rows, content, files)
+
+
+def _fingerprint(files) -> str:
+    return hashlib.sha256(json.dumps(content_digests(files)).encode()).hexdigest()
 
 
 def _open_hub(name, split, config=None, image=None, label=None, id=None) -> ImageSource:
     try:
         import datasets
     except ImportError:
-        raise ImportError(
-            "a hub source needs the package 'datasets' (pip install datasets); parquet, folder and imglist do not"
-        ) from None
-
+        raise ImportError("a hub source needs the package 'datasets' (pip install datasets)") from None
     table = datasets.load_dataset(name, config, split=split)
     hub = {key: {"_type": type(value).__name__} for key, value in table.features.items()}
     image, label, id = _pick_columns(f"data set {name!r}", table.column_names, hub, image, label, id)
@@ -337,9 +290,7 @@ def _open_hub(name, split, config=None, image=None, label=None, id=None) -> Imag
         labels = as_labels(column.to_pylist(), f"label column {label!r} of {name!r}")
     ids = [str(v) for v in table.select_columns([id])[:][id]] if id else [f"{split}#{row}" for row in range(count)]
     names = tuple(getattr(table.features[label], "names", ())) if label else ()
-    images = table.select_columns([image]).cast_column(
-        image, datasets.Image(decode=False)
-    )  # the bytes: we decode, by our own rules
+    images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))  # by our own rules
 
     def read(row):
         value = images[row][image] or {}
@@ -358,13 +309,10 @@ def _open_builtin(name, seed=0) -> ImageSource:
     from . import builtin
 
     images, labels, ids, class_names = builtin.load(name, seed=seed)
-    fingerprint = hashlib.sha256(
-        images.tobytes()
-    ).hexdigest()  # fonts and photographs may change with the packages that carry them
-    rows = np.arange(len(images))
-    return ImageSource(
-        f"builtin {name}", labels, ids, class_names, lambda row: Image.fromarray(images[row]), rows, fingerprint
-    )
+    # fonts and photographs may change with the packages that carry them
+    content, rows = hashlib.sha256(images.tobytes()).hexdigest(), np.arange(len(images))
+    read = lambda row: Image.fromarray(images[row])  # noqa: E731
+    return ImageSource(f"builtin {name}", labels, ids, class_names, read, rows, content)
 
 
 OPENERS = {

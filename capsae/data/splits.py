@@ -20,12 +20,9 @@ def stratified_mask(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
 
 
 def holdout_mask(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Choose the rows to hold out of train, by class: mask (N,) bool. Every class keeps at least one row in train.
+    """Choose the samples to hold out of train, by class: mask (N,) bool. Every class keeps at least one in train.
 
-    Raises
-    ------
-    ValueError
-        If no row can be held out, because every class has a single one.
+    Raises ValueError if none can be held out, because every class has a single one.
     """
     labels = np.asarray(labels)
     mask = stratified_mask(labels, fraction, seed)
@@ -34,9 +31,8 @@ def holdout_mask(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         if mask[rows].all():
             mask[np.flatnonzero(rows)[-1]] = False
     if not mask.any():
-        raise ValueError(
-            f"no row can be held out of {len(labels)}: every class has only one; add training images or a val source"
-        )
+        found = f"no sample can be held out of {len(labels)}: every class has only one"
+        raise ValueError(f"{found}; add training images or a val source")
     return mask
 
 
@@ -53,8 +49,7 @@ def check_classes(labels: np.ndarray, n_classes: int, what: str, every: bool = T
     empty = np.flatnonzero(counts == 0)
     if every and len(empty):
         named = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        called = ", ".join(repr(names[c]) for c in empty[:5] if c < len(names))
-        called = called and f": {called}"
+        called = ": " + ", ".join(repr(names[c]) for c in empty[:5]) if names else ""
         raise ValueError(
             f"{what}: class {named} (of {n_classes}) has no training sample{called}; add some, or lower n_classes"
         )

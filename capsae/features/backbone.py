@@ -6,24 +6,22 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..files import refuse_stub
+from ..files import file_record, refuse_stub
 
-POOLINGS = ("cls", "token", "avg")
-INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 _LONGEST = 32  # times its short side: what of a longer image lies in the central square would be the same
 
 
-@dataclass(frozen=True)
-class BackboneSpec:
-    """Settings of a backbone.
+class BackboneSpec(BaseModel):
+    """Settings of a backbone, and the table ``backbone`` of an experiment.
 
     Attributes
     ----------
@@ -31,7 +29,7 @@ class BackboneSpec:
         A timm name (``deit_tiny_patch16_224``), or ``torchvision/vit_b_16`` (converted to timm), or
         ``capsae/digits_vit`` (embedded).
     checkpoint : str or None
-        A file of weights (safetensors, or a torch state dict).
+        A file of weights (safetensors, or a torch state dict); an experiment's relative paths start from data_root.
     pretrained : bool
         Download timm's weights (or torchvision's); ignored if ``checkpoint`` is given.
     pooling : str
@@ -46,49 +44,37 @@ class BackboneSpec:
         ``crop_mode`` "squash" both sides go there, of "border" the longer one, and a border is added.
     interpolation, mean, std
         None = the model's own.
+    dtype : str or None
+        Of products, in :func:`capsae.features.extract.extract`; None = bfloat16 on CUDA, else float32.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: str
     checkpoint: str | None = None
     pretrained: bool = False
-    pooling: str = "cls"
-    image_size: int | None = None
-    crop: float | None = None
-    interpolation: str | None = None
+    pooling: Literal["cls", "token", "avg"] = "cls"
+    image_size: int | None = Field(None, ge=1)
+    crop: float | None = Field(None, gt=0, le=1)
+    interpolation: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
 
-    def __post_init__(self):
-        for key, allowed in (("pooling", POOLINGS), ("interpolation", (None, *INTERPOLATIONS))):
-            if getattr(self, key) not in allowed:
-                raise ValueError(
-                    f"backbone {key} is {getattr(self, key)!r}, expected one of {', '.join(str(a) for a in allowed)}"
-                )
-        if self.crop is not None and not 0 < self.crop <= 1:
-            raise ValueError(f"backbone crop is {self.crop!r}, expected a share in (0, 1]")
-        if self.checkpoint is not None and not os.path.isfile(self.checkpoint):
-            raise FileNotFoundError(f"no checkpoint file {os.fspath(self.checkpoint)!r} for backbone {self.model!r}")
 
-    @classmethod
-    def of(cls, settings) -> BackboneSpec:
-        """From a timm name, a mapping, or any object with these attributes (an experiment's backbone); None and unset =
-        default."""
-        if isinstance(settings, cls):
-            return settings
-        if isinstance(settings, str):
-            return cls(settings)
-        names = [f.name for f in fields(cls)]
-        if isinstance(settings, Mapping):
-            unknown = sorted(set(settings) - set(names))
-            if unknown:
-                raise ValueError(f"unknown backbone key {unknown[0]!r}; it takes {', '.join(names)}")
-            values = dict(settings)
-        else:
-            values = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if v is not None}
-        if "checkpoint" in values:
-            values["checkpoint"] = os.fspath(values["checkpoint"])
-        return cls(**values)
+def _spec(settings) -> BackboneSpec:
+    if isinstance(settings, BackboneSpec):
+        return settings
+    given = {"model": settings} if isinstance(settings, str) else {k: v for k, v in settings.items() if v is not None}
+    given = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in given.items()}
+    try:
+        return BackboneSpec.model_validate(given, strict=False)
+    except ValidationError as error:
+        wrong = error.errors()[-1]  # a wrong key says more than what is missing for it
+        key, known = ".".join(map(str, wrong["loc"])), ", ".join(BackboneSpec.model_fields)
+        if wrong["type"] == "extra_forbidden":
+            raise ValueError(f"unknown backbone key {key!r}; it takes {known}") from None
+        raise ValueError(f"backbone {key} is {wrong['input']!r}: {wrong['msg']}") from None
 
 
 class Backbone:
@@ -106,8 +92,6 @@ class Backbone:
     digest : str
         SHA-256 of weights and preprocessing: equal digests give equal features.
     """
-
-    crop_mode, mean = "center", (0.5, 0.5, 0.5)
 
     def __init__(self, net: torch.nn.Module, spec: BackboneSpec, weights: str | None = None):
         from timm.data import resolve_model_data_config
@@ -133,10 +117,8 @@ class Backbone:
 
     def describe(self) -> dict:
         """Everything that decides the features, as JSON."""
-        spec = asdict(self.spec)
-        spec["checkpoint"] = (
-            Path(spec["checkpoint"]).name if spec["checkpoint"] else None
-        )  # the path is this machine's affair
+        spec = self.spec.model_dump(exclude={"dtype"})
+        spec["checkpoint"] = spec["checkpoint"] and Path(spec["checkpoint"]).name  # the path is this machine's affair
         own = {key: getattr(self, key) for key in ("crop", "mean", "std", "interpolation")}
         own |= {"crop_mode": self.crop_mode} if self.crop_mode != "center" else {}
         return spec | own | {"image_size": self.size, "weights_sha256": self.weights}
@@ -179,14 +161,11 @@ class Backbone:
         pooled_by = getattr(net, "global_pool", None)
         has_token = getattr(net, "cls_token", None) is not None and tokens.ndim == 3
         if pooling in ("cls", "token") and not has_token:
-            raise ValueError(
-                f"backbone {self.spec.model!r} has no CLS token, so pooling = {pooling!r} is impossible; use 'avg'"
-            )
+            found = f"backbone {self.spec.model!r} has no CLS token, so pooling = {pooling!r} is impossible"
+            raise ValueError(f"{found}; use 'avg'")
         if pooling == "cls" and pooled_by != "token":
-            raise ValueError(
-                f"the head of {self.spec.model!r} reads the {pooled_by!r} pool, not the CLS token; "
-                "use pooling = 'token' or 'avg'"
-            )
+            found = f"the head of {self.spec.model!r} reads the {pooled_by!r} pool, not the CLS token"
+            raise ValueError(f"{found}; use pooling = 'token' or 'avg'")
         if pooling == "token" or (pooling == "cls" and getattr(net, "head_dist", None) is not None):
             return tokens[:, 0]
         if pooling == "avg" and has_token and pooled_by == "token":
@@ -195,19 +174,26 @@ class Backbone:
 
 
 def load_backbone(settings) -> Backbone:
-    """Load a backbone; ``settings`` is anything that :meth:`BackboneSpec.of` takes, or a :class:`Backbone`, which is
-    returned as it is.
+    """Load a backbone.
+
+    Parameters
+    ----------
+    settings : str, mapping, BackboneSpec or Backbone
+        A name of a model, the fields of :class:`BackboneSpec` (None = default), or a backbone, which is returned as it
+        is.
 
     Raises
     ------
     ValueError
-        Unknown model, weights that do not fit it, a pooling that it does not have.
+        Unknown model or setting, weights that do not fit it, a pooling that it does not have.
     FileNotFoundError
         No such checkpoint.
     """
     if isinstance(settings, Backbone):
         return settings
-    spec = BackboneSpec.of(settings)
+    spec = _spec(settings)
+    if spec.checkpoint is not None and not os.path.isfile(spec.checkpoint):
+        raise FileNotFoundError(f"no checkpoint file {spec.checkpoint!r} for backbone {spec.model!r}")
     family, _, name = spec.model.partition("/")
     if family == "torchvision":
         from .convert import load_torchvision_vit
@@ -220,18 +206,14 @@ def load_backbone(settings) -> Backbone:
         if name != "digits_vit":
             raise ValueError(f"unknown backbone {spec.model!r}; ours is 'capsae/digits_vit'")
         return Backbone(load_digits_vit(spec.checkpoint or WEIGHTS), spec)
-    return Backbone(_timm_model(spec), spec, _file_digest(spec.checkpoint) if spec.checkpoint else None)
+    return Backbone(_timm_model(spec), spec, file_record(Path(spec.checkpoint))["sha256"] if spec.checkpoint else None)
 
 
 def load_weights(settings: Mapping) -> Backbone:
     """Load a backbone that must have weights: as :func:`load_backbone`, with errors that say how to get them.
 
-    Raises
-    ------
-    FileNotFoundError
-        Neither a file of weights nor downloaded ones can be had.
-    ValueError
-        The file of weights is empty, a pointer of git-lfs, damaged, or of another model.
+    Raises FileNotFoundError where neither a file of weights nor downloaded ones can be had, ValueError for a file that
+    is empty, a pointer of git-lfs, damaged, or of another model.
     """
     model, file = settings["model"], settings.get("checkpoint")
     if not file and not settings.get("pretrained"):
@@ -280,15 +262,8 @@ def _classes_in(checkpoint: str) -> int:
     from timm.models import load_state_dict
 
     weights = load_state_dict(checkpoint)
-    heads = [
-        weights[key] for key in ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight") if key in weights
-    ]
-    return len(heads[0]) if heads else 0
-
-
-def _file_digest(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    names = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
+    return next((len(weights[name]) for name in names if name in weights), 0)
 
 
 def _weights_digest(net: torch.nn.Module) -> str:

@@ -4,7 +4,6 @@ extractor."""
 from __future__ import annotations
 
 import os
-import re
 
 import torch
 
@@ -17,40 +16,35 @@ TIMM_NAMES = {
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-_RENAMED = (
-    (r"class_token", "cls_token"),
-    (r"conv_proj\.(weight|bias)", r"patch_embed.proj.\1"),
-    (r"encoder\.pos_embedding", "pos_embed"),
-    (r"encoder\.ln\.(weight|bias)", r"norm.\1"),
-    (r"heads\.head\.(weight|bias)", r"head.\1"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.ln_1\.(weight|bias)", r"blocks.\1.norm1.\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.ln_2\.(weight|bias)", r"blocks.\1.norm2.\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_(weight|bias)", r"blocks.\1.attn.qkv.\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:0|linear_1)\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.(?:3|linear_2)\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
-)
+_RENAMED = {
+    "class_token": "cls_token",
+    "conv_proj.": "patch_embed.proj.",
+    "encoder.pos_embedding": "pos_embed",
+    "encoder.ln.": "norm.",
+    "heads.head.": "head.",
+    "encoder.layers.encoder_layer_": "blocks.",
+    ".ln_": ".norm",
+    ".self_attention.in_proj_": ".attn.qkv.",
+    ".self_attention.out_proj.": ".attn.proj.",
+    ".mlp.0.": ".mlp.fc1.",
+    ".mlp.3.": ".mlp.fc2.",
+    ".mlp.linear_": ".mlp.fc",
+}
 
 
 def convert_torchvision_vit(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """State dict of torchvision's ``VisionTransformer`` -> state dict of timm's; the tensors are the same, only named
     otherwise.
 
-    Raises
-    ------
-    ValueError
-        On a key that torchvision's vision transformers do not have, or on two keys that become one.
+    Raises ValueError for a key that torchvision's vision transformers do not have.
     """
     out: dict[str, torch.Tensor] = {}
     for key, value in state.items():
-        for pattern, replacement in _RENAMED:
-            if match := re.fullmatch(pattern, key):
-                new = match.expand(replacement)
-                break
-        else:
+        new = key
+        for theirs, ours in _RENAMED.items():
+            new = new.replace(theirs, ours)
+        if new == key:
             raise ValueError(f"{key!r} is no parameter of torchvision's VisionTransformer: is this its state dict?")
-        if new in out:
-            raise ValueError(f"{key!r} and another key both become {new!r}")
         out[new] = value
     return out
 
@@ -98,9 +92,8 @@ def load_torchvision_vit(
         try:
             net.load_state_dict(converted)
         except RuntimeError as error:
-            raise ValueError(
-                f"{os.fspath(weights)!r} does not fit {model_name}: {' '.join(str(error).split()[:40])}"
-            ) from None
+            why = " ".join(str(error).split()[:40])
+            raise ValueError(f"{os.fspath(weights)!r} does not fit {model_name}: {why}") from None
     net.pretrained_cfg = net.default_cfg = {
         "input_size": (3, size, size),
         "mean": mean,
@@ -114,13 +107,11 @@ def load_torchvision_vit(
 def _named_weights(model_name: str, name: str):
     from torchvision.models import get_model_weights
 
-    known = get_model_weights(model_name)
-    try:
-        return known[name]
-    except KeyError:
-        raise ValueError(
-            f"no weights {name!r} for {model_name}, and no such file; torchvision has {', '.join(known.__members__)}"
-        ) from None
+    known = get_model_weights(model_name).__members__
+    if name not in known:
+        there = ", ".join(known)
+        raise ValueError(f"no weights {name!r} for {model_name}, and no such file; torchvision has {there}")
+    return known[name]
 
 
 def _read_state(path: str | os.PathLike) -> dict[str, torch.Tensor]:

@@ -35,20 +35,10 @@ def copies(a: FeatureSet, b: FeatureSet) -> tuple[np.ndarray, np.ndarray]:
 def check_copies(name: str, sets: Mapping[str, FeatureSet], what: str) -> list[str]:
     """What to report about the copies between ``sets[name]`` and the other sets, and within it.
 
-    Parameters
-    ----------
-    name : str
-        "train", "val", "test", ``shifted/<set>`` or an OOD set.
-    sets : mapping
-    what : str
-        Of whom, in an error.
-
-    Raises
-    ------
-    ValueError
-        If more than half of a test or shifted set are training images, or of an OOD set ID images.
+    Raises ValueError, which begins with ``what``, if more than half of a test or shifted set are training images, or of
+    an OOD set ID images.
     """
-    told = []
+    found = []
     for other in sets:
         later, earlier = sorted((name, other), key=_role, reverse=True)
         rows, same = copies(sets[later], sets[earlier])
@@ -56,15 +46,15 @@ def check_copies(name: str, sets: Mapping[str, FeatureSet], what: str) -> list[s
             continue
         first = f"the first is {str(sets[later].ids[rows[0]])!r}"
         if later == earlier:
-            told.append(f"{later}: {len(rows)} of {len(sets[later])} images are there twice, {first}")
+            found.append(f"{later}: {len(rows)} of {len(sets[later])} images are there twice, {first}")
             continue
         first += f", {str(sets[earlier].ids[same[0]])!r} there"
         line = f"{later}: {len(rows)} of {len(sets[later])} images are images of {earlier}, {first}"
         tested = _role(later) == 2 and earlier == "train" or _role(later) == 3 > _role(earlier)
         if tested and len(rows) > SHARE * len(sets[later]):
             raise ValueError(f"{what}, {line}; give other images")
-        told.append(line)
-    return told
+        found.append(line)
+    return found
 
 
 def _role(name: str) -> int:

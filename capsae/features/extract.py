@@ -16,30 +16,21 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
 
 from .. import distributed
 from ..data.images import PIXEL_STATISTICS, BadImage
 from ..data.open import open_source
 from ..data.sources import ImageSource
 from ..device import available_cores, pick_device, pick_dtype
-from .backbone import Backbone, BackboneSpec, load_backbone
-from .extraction_report import bar_of, device_name, versions
-from .featureset import FeatureSet, LinearHead, write_tensors
-from .probe import fit_linear_probe
-
-__all__ = [
-    "BackboneSpec",
-    "BadImagesError",
-    "FeatureSet",
-    "LinearHead",
-    "extract",
-    "fit_linear_probe",
-    "load_backbone",
-]
+from .backbone import Backbone, load_backbone
+from .featureset import FeatureSet, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +40,10 @@ resumed."""
 
 __code_version__ = 1
 """Counts in place of this file's text (:mod:`capsae.pipeline.code`). The extractor counts by EXTRACTOR alone, in the
-settings of
-what it makes, so that a change of its threads or its progress bar does not cost a day of extraction."""
+settings of what it makes, so that a change of its threads or its progress bar does not cost a day of extraction."""
 
 MAX_BAD = 0.01
-_TASK = (
-    16  # images per decoding task: few enough to spread a batch over the threads, enough that the queue costs nothing
-)
+_TASK = 16  # images per decoding task: few enough to spread a batch over the threads, enough that the queue is cheap
 _SECONDS = 60.0  # after which the rows of a shard so far are written: what a kill costs at most
 _AHEAD = 3  # batches decoded ahead of the forward pass
 
@@ -65,17 +53,14 @@ class BadImagesError(ValueError):
 
     def __init__(self, source: str, bad: list[dict], total: int, max_bad: float):
         first = "; ".join(f"{each['id']!r}: {each['why']}" for each in bad[:3])
-        super().__init__(
-            f"{source}: at least {len(bad)} of {total} images are bad, "
-            f"more than the {max_bad:.2%} that may be skipped. "
-            f"The first: {first}. Repair or remove them, or raise max_bad"
-        )
+        found = f"at least {len(bad)} of {total} images are bad, more than the {max_bad:.2%} that may be skipped"
+        super().__init__(f"{source}: {found}. The first: {first}. Repair or remove them, or raise max_bad")
         self.bad = bad
 
 
 @dataclass(frozen=True)
 class _Batch:
-    shard: int
+    shard: _Shard
     rows: np.ndarray  # (B,)
     pixels: torch.Tensor  # (B, size, size, 3) uint8
     statistics: np.ndarray  # (B, P) float32, of the images before they were resized
@@ -101,10 +86,8 @@ def extract(
 
     Parameters
     ----------
-    source : ImageSource or mapping
-        What :func:`capsae.data.open.open_source` gives or takes.
-    backbone : str, mapping, BackboneSpec or Backbone
-        What :func:`capsae.features.backbone.load_backbone` takes.
+    source : ImageSource, or what :func:`capsae.data.open.open_source` takes
+    backbone : what :func:`capsae.features.backbone.load_backbone` takes
     out_dir : path
         Gets ``shard-00000.safetensors`` and so on. Run again after a kill: finished shards are kept, one that was begun
         goes on (its rows are written once a minute), shards of another source, backbone or setting are replaced.
@@ -120,11 +103,11 @@ def extract(
     logits : bool
         Keep the logits of the model's own head, if it has one.
     name : str or None
-        Name of the set; None = the source's.
+        Of the set; None = the source's.
     max_bad : float
         Share of bad images that may be skipped.
     progress : bool
-        Show a bar with images/s: rank 0's own share.
+        Show a bar with images/s.
 
     Returns
     -------
@@ -155,46 +138,36 @@ def extract(
     out_dir.mkdir(parents=True, exist_ok=True)
 
     key = _key(source, backbone, shard_size, dtype, logits)
-    n_shards = -(-len(source) // shard_size)
+    sizes = [min(shard_size, len(source) - at) for at in range(0, len(source), shard_size)]
     rank, n_ranks = distributed.rank(), distributed.world_size()
-    # Rank 0 tidies up and says what is there before any rank writes: all must leave out the same shards.
-    there = distributed.broadcast(_tidied(out_dir, n_shards, key) if rank == 0 else None)
-    sizes = [min(shard_size, len(source) - i * shard_size) for i in range(n_shards)]
+    # Rank 0 tidies up and finds what is there before any rank writes: all must leave out the same shards.
+    there = distributed.broadcast(_tidied(out_dir, len(sizes), key) if rank == 0 else None)
     done = [i for i, info in there.items() if info["n_rows"] == sizes[i]]
-    begun = {i: info["n_rows"] for i, info in there.items() if i not in done}
-    own = [i for i in range(n_shards) if i not in done][rank::n_ranks]
-    bad: list[dict] = [each for i in sorted(there) for each in there[i]["bad_images"]]
+    own = [i for i in range(len(sizes)) if i not in done][rank::n_ranks]
+    bad: list[dict] = [each for info in there.values() for each in info["bad_images"]]
     if done:
-        log.info("%s: %d of %d shards are finished already", source.name, len(done), n_shards)
+        log.info("%s: %d of %d shards are finished already", source.name, len(done), len(sizes))
 
-    started = time.perf_counter()
-    with (
-        bar_of(source, there, own, sizes, progress) as bar,
-        ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
-    ):
-        shard, written = _Shard(None), started
-        starts = [range(i * shard_size + begun.get(i, 0), i * shard_size + sizes[i], batch_size) for i in own]
-        batches = _batches(source, backbone, dict(zip(own, starts, strict=True)), pool, device)
+    started = written = time.perf_counter()
+    shards = [_Shard(out_dir, i, key, range(i * shard_size, i * shard_size + sizes[i]), there.get(i)) for i in own]
+    with _bar(source, shards, len(source), there, progress) as bar, ThreadPoolExecutor(workers, "decode") as pool:
         try:
-            for batch, found, cls, scores in _forward(batches, backbone, device, dtype, logits):
-                if batch.shard != shard.number:
-                    shard.write(out_dir, key)
-                    shard, written = _Shard(batch.shard), time.perf_counter()
-                    if batch.shard in begun:
-                        shard.resume(out_dir, there[batch.shard])
-                shard.add(source, batch, found, cls, scores)
-                bad += [{"id": each.id, "why": each.why} for _, each in found]
+            batches = _batches(source, backbone, shards, batch_size, pool, device)
+            for batch, found, arrays in _forward(batches, backbone, device, dtype, logits):
+                found = [(position, {"id": each.id, "why": each.why}) for position, each in found]
+                batch.shard.add(batch.rows, found, arrays | {"pixels": batch.statistics})
+                bad += [each for _, each in found]
                 if len(bad) > max_bad * len(source):
                     raise BadImagesError(source.name, bad, len(source), max_bad)
                 bar.update(len(batch.rows))
-                if time.perf_counter() - written > _SECONDS:
-                    shard.write(out_dir, key)
+                whole = batch.shard.n_rows == len(batch.shard.range)
+                if whole or time.perf_counter() - written > _SECONDS:
+                    batch.shard.write()
                     written = time.perf_counter()
-            shard.write(out_dir, key)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     distributed.barrier()
-    bad = [each for i in range(n_shards) for each in _needed(out_dir, i, key, sizes[i])["bad_images"]]
+    bad = [each for i, size in enumerate(sizes) for each in _needed(out_dir, i, key, size)["bad_images"]]
     if len(bad) > max_bad * len(source):
         raise BadImagesError(source.name, bad, len(source), max_bad)
     for each in bad if rank == 0 else ():
@@ -209,30 +182,47 @@ def extract(
         "excluded": source.excluded,
         "left_out": len(source.left_out),
         "n_images": len(source),
-        "device": device_name(device),
+        "device": _device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": round(time.perf_counter() - started, 3),
         "resumed_shards": len(done),
         "ranks": n_ranks,
         "extractor": EXTRACTOR,
-        "versions": versions(),
+        "versions": {each: metadata.version(each) for each in ("torch", "timm", "pillow", "numpy")},
     }
-    features = _collect(out_dir, n_shards, source, name or source.name, distributed.broadcast(meta), logits)
+    features = _collect(out_dir, len(sizes), source, name or source.name, distributed.broadcast(meta), logits)
     distributed.barrier()  # whoever removes the shards must not do so before all have read them
     return features
+
+
+def _bar(source: ImageSource, shards: list[_Shard], total: int, there: dict[int, dict], progress: bool):
+    """A bar with images/s; under torchrun, of this rank's own share."""
+    label, initial = source.name, sum(info["n_rows"] for info in there.values())
+    if os.sep in label:
+        label = os.sep.join(Path(label).parts[-2:])
+    if distributed.world_size() > 1:
+        total, initial = sum(len(each.range) for each in shards), sum(each.n_rows for each in shards)
+        label += f", rank {distributed.rank()} of {distributed.world_size()}"
+        progress = progress and distributed.rank() == 0
+    given = {"unit": "images", "mininterval": 0.5, "smoothing": 0.05}
+    return tqdm(total=total, initial=initial, desc=f"features {label}", disable=not progress, **given)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def _batches(source, backbone: Backbone, shards: dict[int, range], pool, device) -> Iterator[_Batch]:
-    """Batches in order, decoding up to ``_AHEAD`` of them beyond the one that is handed out; ``shards`` gives each
-    shard's rows as range(first, end, batch size)."""
+def _batches(source, backbone: Backbone, shards: list[_Shard], size: int, pool, device) -> Iterator[_Batch]:
+    """Batches in order, decoding up to ``_AHEAD`` of them beyond the one that is handed out."""
     waiting: deque[_Batch] = deque()
     pinned = device.type == "cuda"
-    for shard, starts in shards.items():
-        for start in starts:
-            rows = np.arange(start, min(starts.stop, start + starts.step))
+    for shard in shards:
+        missing = np.array(shard.range)[shard.n_rows :]
+        for start in range(0, len(missing), size):
+            rows = missing[start : start + size]
             pixels = torch.zeros(len(rows), backbone.size, backbone.size, 3, dtype=torch.uint8, pin_memory=pinned)
             view, statistics = pixels.numpy(), np.zeros((len(rows), len(PIXEL_STATISTICS)), np.float32)
             parts = [slice(i, i + _TASK) for i in range(0, len(rows), _TASK)]
@@ -260,66 +250,50 @@ def _decode(source: ImageSource, backbone: Backbone, rows, out, statistics, part
 
 
 def _forward(batches: Iterator[_Batch], backbone: Backbone, device, dtype, logits: bool):
-    """Yield (batch, bad, cls, logits); from an accelerator one batch late, so that it computes the next while this one
-    is fetched."""
-    previous = None
+    """Yield (batch, bad, {"cls", "logits"}); from an accelerator one batch late, so that it computes the next while
+    this one is fetched."""
+    waiting: deque = deque()
     for batch in batches:
         found = [each for task in batch.tasks for each in task.result()]
         with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            out = backbone.forward(batch.pixels.to(device, non_blocking=True), logits)
-        if previous is not None:
-            yield _fetch(*previous)
-        previous = (batch, found, out)
-        if device.type == "cpu":
-            yield _fetch(*previous)
-            previous = None
-    if previous is not None:
-        yield _fetch(*previous)
+            cls, scores = backbone.forward(batch.pixels.to(device, non_blocking=True), logits)
+        waiting.append((batch, found, {"cls": cls} if scores is None else {"cls": cls, "logits": scores}))
+        if device.type == "cpu" or len(waiting) > 1:
+            yield _fetched(*waiting.popleft())
+    while waiting:
+        yield _fetched(*waiting.popleft())
 
 
-def _fetch(batch, found, out):
-    cls, scores = out
-    return batch, found, cls.float().cpu().numpy(), None if scores is None else scores.float().cpu().numpy()
+def _fetched(batch, found, out):
+    return batch, found, {key: value.float().cpu().numpy() for key, value in out.items()}
 
 
 # --- shards ---------------------------------------------------------------------------------------
 
 
 class _Shard:
-    """Rows of one shard until it is full."""
+    """Rows ``range`` of the source, as far as they are made; those that a killed run has written are taken over."""
 
-    def __init__(self, number: int | None):
-        self.number, self.n_rows, self.bad = number, 0, []
-        self.rows: list[np.ndarray] = []
-        self.cls: list[np.ndarray] = []
-        self.logits: list[np.ndarray] = []
-        self.pixels: list[np.ndarray] = []
+    def __init__(self, out_dir: Path, number: int, key: str, rows: range, info: dict | None):
+        self.path, self.key, self.range = _shard_path(out_dir, number), key, rows
+        self.parts, self.n_rows, self.bad = [], 0, []
+        if info is not None:
+            self.parts.append(read_tensors(self.path)[0])
+            self.n_rows, self.bad = info["n_rows"], list(info["bad_images"])
 
-    def resume(self, out_dir: Path, info: dict) -> None:
-        """Take what a killed run has written of this shard."""
-        self.n_rows, self.bad = info["n_rows"], list(info["bad_images"])
-        for key in ("rows", "cls", "pixels", *(("logits",) if info["logits"] else ())):
-            getattr(self, key).append(_read(out_dir, self.number, key))
+    def add(self, rows: np.ndarray, bad: list[tuple[int, dict]], arrays: dict[str, np.ndarray]) -> None:
+        good = np.ones(len(rows), dtype=bool)
+        good[[position for position, _ in bad]] = False
+        self.parts.append({key: value[good] for key, value in (arrays | {"rows": rows}).items()})
+        self.bad += [each for _, each in bad]
+        self.n_rows += len(rows)
 
-    def add(self, source, batch: _Batch, found, cls, logits) -> None:
-        good = np.ones(len(batch.rows), dtype=bool)
-        good[[position for position, _ in found]] = False
-        self.rows.append(batch.rows[good])
-        self.cls.append(cls[good])
-        self.pixels.append(batch.statistics[good])
-        if logits is not None:
-            self.logits.append(logits[good])
-        self.bad += [{"id": each.id, "why": each.why} for _, each in found]
-        self.n_rows += len(batch.rows)
-
-    def write(self, out_dir: Path, key: str) -> None:
-        if self.number is None:
-            return
-        tensors = {key: np.concatenate(getattr(self, key)) for key in ("rows", "cls", "pixels")}
-        if self.logits:
-            tensors["logits"] = np.concatenate(self.logits)
-        info = {"key": key, "n_rows": self.n_rows, "bad_images": self.bad, "logits": bool(self.logits)}
-        write_tensors(_shard_path(out_dir, self.number), tensors, info)
+    def write(self) -> None:
+        self.parts = [{key: np.concatenate([part[key] for part in self.parts]) for key in self.parts[0]}]
+        info = {"key": self.key, "n_rows": self.n_rows, "bad_images": self.bad, "logits": "logits" in self.parts[0]}
+        write_tensors(self.path, self.parts[0], info)
+        if self.n_rows == len(self.range):
+            self.parts = []
 
 
 def _shard_path(out_dir: Path, number: int) -> Path:
@@ -334,8 +308,6 @@ def _key(source: ImageSource, backbone: Backbone, shard_size: int, dtype, logits
 def _found(out_dir: Path, number: int, key: str) -> dict | None:
     """Info of a shard that this very run would make, else None. A rename puts only whole files there; the header
     alone is read."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(_shard_path(out_dir, number), framework="numpy") as file:
             info = json.loads((file.metadata() or {}).get("capsae", "{}"))
@@ -348,9 +320,8 @@ def _needed(out_dir: Path, number: int, key: str, n_rows: int = 0) -> dict:
     """Info of a shard that must be there, whole."""
     info = _found(out_dir, number, key)
     if info is None or info["n_rows"] < n_rows:
-        raise FileNotFoundError(
-            f"{_shard_path(out_dir, number)} is not there, or not whole; a folder that all ranks share would do"
-        )
+        path = _shard_path(out_dir, number)
+        raise FileNotFoundError(f"{path} is not there, or not whole; a folder that all ranks share would do")
     return info
 
 
@@ -374,20 +345,10 @@ def _collect(out_dir: Path, n_shards: int, source: ImageSource, name: str, meta:
             start += len(part)
         return out
 
-    return FeatureSet(
-        cls=whole("cls"),
-        labels=source.labels[rows],
-        ids=source.ids[rows],
-        logits=whole("logits") if logits else None,
-        name=name,
-        class_names=source.class_names,
-        meta=meta,
-        pixels=whole("pixels"),
-    )
+    scores, names = whole("logits") if logits else None, source.class_names
+    return FeatureSet(whole("cls"), source.labels[rows], source.ids[rows], scores, name, names, meta, whole("pixels"))
 
 
 def _read(out_dir: Path, number: int, key: str) -> np.ndarray:
-    from safetensors import safe_open
-
     with safe_open(_shard_path(out_dir, number), framework="numpy") as file:
         return file.get_tensor(key)

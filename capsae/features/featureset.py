@@ -82,6 +82,11 @@ def restored(tensors: dict[str, np.ndarray]) -> np.ndarray:
     return cls * tensors["scale"] if "scale" in tensors else cls
 
 
+def as_float32(array) -> np.ndarray | None:
+    """Any framework's array in C order and float32; None stays None."""
+    return None if array is None else as_numpy(array).astype(np.float32, copy=False)
+
+
 @dataclass(frozen=True)
 class FeatureSet:
     """Features of N images.
@@ -96,10 +101,8 @@ class FeatureSet:
         Names of the images in their source.
     logits : (N, C) float32 or None
         Output of a head, the backbone's own or a probe.
-    name : str
-        Name of the set, e.g. ``"near/imagenet980"``.
-    class_names : tuple of str
-        ``class_names[label]``; empty if unknown.
+    name, class_names : str, tuple of str
+        Of the set, e.g. ``"near/imagenet980"``, and of its labels (empty if unknown).
     meta : dict
         Where the features come from: backbone, digest of the weights, source, bad images, device, wall time.
     pixels : (N, P) float32 or None
@@ -116,17 +119,12 @@ class FeatureSet:
     pixels: np.ndarray | None = None
 
     def __post_init__(self):
-        cls = as_numpy(self.cls).astype(np.float32, copy=False)
+        arrays: dict[str, Any] = {key: as_float32(getattr(self, key)) for key in ("cls", "logits", "pixels")}
+        cls = arrays["cls"]
         if cls.ndim != 2:
             raise ValueError(f"cls has shape {cls.shape}, expected (N, d)")
-        arrays: dict[str, Any] = {
-            "cls": cls,
-            "labels": as_labels(self.labels),
-            "ids": np.asarray(self.ids, dtype=str),
-            "logits": None if self.logits is None else as_numpy(self.logits).astype(np.float32, copy=False),
-            "class_names": tuple(self.class_names),
-            "pixels": None if self.pixels is None else as_numpy(self.pixels).astype(np.float32, copy=False),
-        }
+        arrays |= {"labels": as_labels(self.labels), "ids": np.asarray(self.ids, dtype=str)}
+        arrays["class_names"] = tuple(self.class_names)
         for key in ("labels", "ids", "logits", "pixels"):
             if arrays[key] is not None and len(arrays[key]) != len(cls):
                 raise ValueError(f"{key} has {len(arrays[key])} rows, cls {len(cls)}")
@@ -143,8 +141,8 @@ class FeatureSet:
             raise ValueError(f"mask has shape {rows.shape}, expected ({len(self)},)")
         if rows.size == 0:
             rows = rows.astype(np.int64)
-        wanted = ("cls", "labels", "ids", "logits", "pixels")
-        return replace(self, **{key: getattr(self, key)[rows] for key in wanted if getattr(self, key) is not None})
+        arrays = {key: getattr(self, key) for key in ("cls", "labels", "ids", "logits", "pixels")}
+        return replace(self, **{key: value[rows] for key, value in arrays.items() if value is not None})
 
     def digest(self) -> str:
         """SHA-256 of the content (arrays and names, not ``meta``: a wall time is no content), in hex."""
@@ -176,41 +174,27 @@ class FeatureSet:
         """Read what :meth:`save` wrote."""
         tensors, info = read_tensors(path)
         if info.get("schema") != SCHEMA or "cls" not in tensors:
-            raise ValueError(
-                f"{os.fspath(path)!r} holds no FeatureSet of schema {SCHEMA} (found {info.get('schema')!r})"
-            )
-        return cls(
-            cls=restored(tensors),
-            labels=tensors["labels"],
-            ids=np.asarray(unpack_strings(tensors["ids"])),
-            logits=tensors.get("logits"),
-            name=info["name"],
-            class_names=tuple(info["class_names"]),
-            meta=info["meta"],
-            pixels=tensors.get("pixels"),
-        )
+            found = info.get("schema")
+            raise ValueError(f"{os.fspath(path)!r} holds no FeatureSet of schema {SCHEMA} (found {found!r})")
+        given = {"cls": restored(tensors), "ids": unpack_strings(tensors["ids"])}
+        given |= {key: tensors.get(key) for key in ("labels", "logits", "pixels")}
+        return cls(**given, name=info["name"], class_names=info["class_names"], meta=info["meta"])
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Linear classifier on features: ``logits = cls @ weight.T + bias``.
-
-    Attributes
-    ----------
-    weight : (C, d) float32
-    bias : (C,) float32
-    """
+    """Linear classifier on features: ``logits = cls @ weight.T + bias``, weight (C, d) and bias (C,) float32."""
 
     weight: np.ndarray
     bias: np.ndarray
 
     def __post_init__(self):
         for key in ("weight", "bias"):
-            object.__setattr__(self, key, as_numpy(getattr(self, key)).astype(np.float32, copy=False))
+            object.__setattr__(self, key, as_float32(getattr(self, key)))
 
     def logits(self, cls: np.ndarray) -> np.ndarray:
         """Logits (N, C) float32 of features (N, d)."""
-        cls = as_numpy(cls).astype(np.float32, copy=False)
+        cls = as_float32(cls)
         if cls.ndim != 2 or cls.shape[1] != self.weight.shape[1]:
             raise ValueError(f"cls has shape {cls.shape}, this head expects (N, {self.weight.shape[1]})")
         return cls @ self.weight.T + self.bias

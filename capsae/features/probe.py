@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..data.asarray import as_labels, as_numpy
-from .featureset import LinearHead
+from ..data.asarray import as_labels
+from .featureset import LinearHead, as_float32
 
 STRENGTHS = (0.003, 0.01, 0.03, 0.1)
 
@@ -22,22 +22,16 @@ def fit_linear_probe(
     ----------
     cls : (N, d) float
     labels : (N,) int in [0, n_classes)
-        Every class needs at least one row.
-    n_classes : int
+        Every class needs at least one sample.
     seed : int
         Of the split.
     strengths : tuple of float
         scikit-learn's ``C`` to choose from; one value = no choice.
-
-    Returns
-    -------
-    LinearHead
-        For raw features: ``logits = cls @ weight.T + bias``.
     """
     from sklearn.metrics import log_loss
     from sklearn.model_selection import StratifiedShuffleSplit
 
-    cls, labels = as_numpy(cls).astype(np.float32, copy=False), as_labels(labels)
+    cls, labels = as_float32(cls), as_labels(labels)
     if cls.ndim != 2 or labels.shape != (len(cls),):
         raise ValueError(f"cls has shape {cls.shape} and labels {labels.shape}, expected (N, d) and (N,)")
     counts = np.bincount(labels[labels >= 0], minlength=n_classes)
@@ -53,10 +47,8 @@ def fit_linear_probe(
     best = strengths[0]
     if len(strengths) > 1 and counts.min() >= 2 and len(labels) >= 10 * n_classes:
         inner, outer = next(StratifiedShuffleSplit(1, test_size=0.2, random_state=seed).split(x, labels))
-        losses = [
-            log_loss(labels[outer], model.predict_proba(x[outer]))
-            for model in (_fit(x[inner], labels[inner], c) for c in strengths)
-        ]
+        fits = [_fit(x[inner], labels[inner], c) for c in strengths]
+        losses = [log_loss(labels[outer], model.predict_proba(x[outer])) for model in fits]
         best = strengths[int(np.argmin(losses))]
     model = _fit(x, labels, best)
     weight, bias = model.coef_.astype(np.float64), model.intercept_.astype(np.float64)

@@ -13,26 +13,19 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from tqdm.auto import tqdm
 
-from ..device import pick_device
+from ..data import builtin
+from ..data.open import open_source
+from ..data.sources import ImageSource
+from ..device import machine, pick_device, versions
+from ..files import file_record
 from .featureset import read_tensors, write_tensors
 
-CONFIG = {
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 64,
-    "depth": 4,
-    "num_heads": 4,
-    "mlp_ratio": 2.0,
-    "num_classes": 10,
-}
-PREPROCESSING = {
-    "input_size": (3, 32, 32),
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-}
+CONFIG = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2.0, num_classes=10)
+HALF = (0.5, 0.5, 0.5)
+PREPROCESSING = dict(input_size=(3, 32, 32), mean=HALF, std=HALF, interpolation="bicubic", crop_pct=1.0)
 EPOCHS = 60
 WEIGHTS = Path(__file__).parents[1] / "packs" / "digits" / "vit.safetensors"
 """The embedded weights: seed 0, trained on ``digits/train``. ``vit.json`` beside them tells how they were made."""
@@ -40,15 +33,8 @@ WEIGHTS = Path(__file__).parents[1] / "packs" / "digits" / "vit.safetensors"
 
 @dataclass(frozen=True)
 class DigitsViT:
-    """A trained network and how its training went.
-
-    Attributes
-    ----------
-    net : timm VisionTransformer
-        On the CPU, in evaluation mode.
-    history : pandas.DataFrame
-        epoch, loss, accuracy (on the augmented training images), seconds.
-    """
+    """A trained network (on the CPU, in evaluation mode) and how its training went: epoch, loss, accuracy (on the
+    augmented training images), seconds."""
 
     net: torch.nn.Module
     history: pd.DataFrame
@@ -82,33 +68,18 @@ def train_digits_vit(
 
     Parameters
     ----------
-    source : ImageSource or mapping, optional
-        What :func:`capsae.data.open.open_source` gives or takes; None = the built-in ``digits/train``. Labels from 0 to
-        9.
+    source : ImageSource, or what :func:`capsae.data.open.open_source` takes; None = the built-in ``digits/train``
+        Labels from 0 to 9.
     seed : int
         Of initial weights, order and augmentation.
-    device : str
-    epochs, batch_size : int
     lr : float
         Peak learning rate.
-    progress : bool
-        Show a bar.
-
-    Returns
-    -------
-    DigitsViT
     """
-    from tqdm.auto import tqdm
-
-    from ..data.open import open_source
-    from ..data.sources import ImageSource
-
     source = {"kind": "builtin", "name": "digits/train"} if source is None else source
     source = source if isinstance(source, ImageSource) else open_source(source)
     if source.labels.min() < 0 or source.labels.max() >= CONFIG["num_classes"]:
-        raise ValueError(
-            f"{source.name}: labels lie in [{source.labels.min()}, {source.labels.max()}], expected [0, 9]"
-        )
+        lowest, highest = source.labels.min(), source.labels.max()
+        raise ValueError(f"{source.name}: labels lie in [{lowest}, {highest}], expected [0, 9]")
     device = pick_device(device)
     images = torch.as_tensor(np.stack([np.asarray(source.image(i)) for i in range(len(source))])).to(device)
     labels = torch.as_tensor(source.labels).to(device)
@@ -118,21 +89,15 @@ def train_digits_vit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = _build().to(device).train()
-    decayed = [p for p in net.parameters() if p.ndim > 1]
-    others = [p for p in net.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
-    )
+    parameters = list(net.parameters())
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05}]
+    groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
     steps = epochs * -(-len(images) // batch_size)
     warmup = min(steps // 2, max(1, steps // 20))
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimiser,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimiser, 0.01, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps - warmup), eta_min=lr * 0.01),
-        ],
-        milestones=[warmup],
-    )
+    rise = LinearLR(optimiser, 0.01, total_iters=warmup)
+    fall = CosineAnnealingLR(optimiser, max(1, steps - warmup), eta_min=lr * 0.01)
+    schedule = SequentialLR(optimiser, [rise, fall], milestones=[warmup])
     rows = []
     # Products this small gain little from a second thread, and wait long for it where another program has the core.
     threads = torch.get_num_threads()
@@ -158,10 +123,6 @@ def train_digits_vit(
 def save_with_provenance(vit: DigitsViT, folder: str | os.PathLike, seed: int, source) -> Path:
     """Write ``vit.safetensors`` and, in ``vit.json``, how it was made: seed, training images, versions, machine,
     accuracies on the built-in digits. Returns the path of the weights."""
-    from ..data import builtin
-    from ..device import machine, versions
-    from ..files import file_record
-
     path = vit.save(Path(folder) / WEIGHTS.name)
     accuracy = {}
     for part in ("train", "val", "test"):
@@ -193,10 +154,7 @@ def load_digits_vit(path: str | os.PathLike = WEIGHTS) -> torch.nn.Module:
     it; ValueError if it is another file."""
     tensors, info = read_tensors(path)
     if info.get("kind") != "digits_vit":
-        raise ValueError(
-            f"{os.fspath(path)!r} holds no digits ViT (kind {info.get('kind')!r}); "
-            "train one with capsae.features.tinyvit.train_digits_vit"
-        )
+        raise ValueError(f"{os.fspath(path)!r} holds no digits ViT (kind {info.get('kind')!r})")
     net = _build()
     net.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in tensors.items()})
     return net.eval()

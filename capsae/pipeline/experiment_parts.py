@@ -1,4 +1,4 @@
-"""The parts of an experiment: backbone, sources of images, validation rows, profiles of classes."""
+"""The parts of an experiment: sources of images, validation rows, profiles of classes."""
 
 from __future__ import annotations
 
@@ -14,30 +14,11 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-# The shorter side is resized to size / crop, then a square is cut out: 1.0 keeps all of a square image.
-Crop = Annotated[float, Field(gt=0, le=1)]
-
-
-class Backbone(Part):
-    """The frozen feature extractor: a timm name, ``torchvision/vit_b_16``, or ``capsae/digits_vit``."""
-
-    model: str
-    checkpoint: str | None = None  # weights file; relative paths start from data_root
-    pretrained: bool = False
-    pooling: Literal["cls", "avg", "token"] = "cls"
-    image_size: int | None = Field(None, ge=1)  # None here and below: what the weights were trained with
-    crop: Crop | None = None
-    interpolation: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on CUDA, else float32
-
-
 class _Source(Part):
     classes: tuple[str, ...] | None = None  # keep these classes only, in this order
     limit: int | None = Field(None, ge=1)  # at most so many images, evenly spaced over the source
     exclude: str | None = None  # file that names images to leave out: a text file, or a .csv with a column id
-    crop: Crop | None = None  # in place of the backbone's, for a set whose images are cut already
+    crop: float | None = Field(None, gt=0, le=1)  # in place of the backbone's, for a set whose images are cut already
     exif: bool | None = None  # false: images as they are stored, not turned as their EXIF orientation says
 
 

@@ -19,11 +19,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ..features.backbone import BackboneSpec
 from ..sae.config import SAEConfig
 from ..sae.model import model as sae_model
 from .experiment_errors import ExperimentError, explain_validation
 from .experiment_parts import (
-    Backbone,
     Builtin,
     CapConfig,
     Holdout,
@@ -54,7 +54,7 @@ class Experiment(Part):
     needs: str = ""  # what has to be there or is downloaded, as text, for `capsae experiments`
     pack: str | None = None  # embedded features that stand in for the images
     data_root: str | None = None
-    backbone: Backbone
+    backbone: BackboneSpec
     n_classes: int = Field(ge=1)
     train: Source
     val: Validation = Holdout()
@@ -223,7 +223,7 @@ def load_experiment(name_or_path: str | Path | Experiment, overrides: Mapping[st
 
 def known_keys() -> dict[str, list[str]]:
     """Return the keys of each table: "" (of the file itself), backbone, sae, caps, val, and "source" of every set."""
-    models = {"": Experiment, "backbone": Backbone, "caps": CapConfig, "val": Holdout}
+    models = {"": Experiment, "backbone": BackboneSpec, "caps": CapConfig, "val": Holdout}
     keys = {table: list(model.model_fields) for table, model in models.items()}
     sources = [list(model.model_fields) for model in (Hub, Parquet, ImageFolder, ImgList, Builtin)]
     return keys | {"sae": [f.name for f in fields(SAEConfig)], "source": list(dict.fromkeys(sum(sources, [])))}

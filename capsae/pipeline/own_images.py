@@ -15,7 +15,7 @@ import pandas as pd
 
 from .. import detectors as _detectors
 from ..caps import ClassActivationProfiles
-from ..data.image_files import images_below, tell
+from ..data.image_files import images_below, log_left_out
 from ..data.images import IMAGE_SUFFIXES
 from ..data.sources import ImageSource
 from ..detectors import Observations
@@ -257,7 +257,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             inside, left_out = images_below(path)
-            tell(str(path), left_out)
+            log_left_out(str(path), left_out)
             if not inside:
                 raise FileNotFoundError(f"folder {str(path)!r} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
             found += inside

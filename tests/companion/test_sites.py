@@ -164,7 +164,7 @@ def test_the_digits_vit_has_sites():
     from capsae.features.backbone import BackboneSpec
 
     torch.manual_seed(0)
-    backbone = Backbone(tinyvit._build(), BackboneSpec("capsae/digits_vit"))
+    backbone = Backbone(tinyvit._build(), BackboneSpec(model="capsae/digits_vit"))
     assert site_names(backbone)[:3] == ("block01/attn", "block01/cls", "block01/patches")
     assert len(site_names(backbone)) == 13
 

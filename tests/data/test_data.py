@@ -136,7 +136,7 @@ def test_parquet_in_shards_reads_few_row_groups(tmp_path):
     assert [source.image(i).getpixel((0, 0))[0] for i in range(15)] == [
         shard * 10 + i for shard in range(3) for i in range(5)
     ]
-    assert len(source.read.cache) <= 2
+    assert source.read.images.cache_info().currsize <= 2
     assert source.ids[6] == "train-1.parquet#1"
     assert len(open_source({"kind": "parquet", "path": str(tmp_path / "train-[01].parquet")})) == 10
 
@@ -169,12 +169,12 @@ def test_imglist_of_openood(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"2 of the 3 files .* the first is 'gone/1.png'"):
         open_source({"kind": "imglist", "list": str(tmp_path / "list.txt"), "root": str(tmp_path)})
     (tmp_path / "list.txt").write_text("a.png\n")
-    with pytest.raises(ValueError, match=r"list.txt:1: expected 'relative/path label', found 'a.png'"):
+    with pytest.raises(ValueError, match=r"list.txt:1: expected 'relative/path label' .*, found 'a.png'"):
         open_source({"kind": "imglist", "list": str(tmp_path / "list.txt"), "root": str(tmp_path)})
 
 
 @pytest.mark.parametrize(
-    ("spec", "error", "words"),
+    ("spec", "error", "message"),
     [
         ({"kind": "zip"}, ValueError, "kind of source is 'zip', expected one of hub, parquet"),
         ({"kind": "folder", "path": "x", "pth": 1}, ValueError, "unknown key 'pth'"),
@@ -190,14 +190,14 @@ def test_imglist_of_openood(tmp_path):
         ({"kind": "folder", "path": "{tmp}", "limit": 0}, ValueError, "limit is 0"),
     ],
 )
-def test_what_cannot_be_opened_is_said(tmp_path, spec, error, words):
+def test_what_cannot_be_opened_is_an_error(tmp_path, spec, error, message):
     (tmp_path / "text.parquet").parent.mkdir(exist_ok=True)
     if "text.parquet" in str(spec):
         (tmp_path / "text.parquet").write_text("hello")
     spec = {
         key: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value for key, value in spec.items()
     }
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         open_source(spec)
 
 
@@ -246,7 +246,7 @@ USABLE = {  # name: (bytes, what to check of the RGB image as an array)
     "turned_by_exif": (_rotated, lambda a: a.shape == (12, 10, 3)),
     "colour_key": (lambda: encode(solid((5, 6, 7)), transparency=(5, 6, 7)), lambda a: (a == 255).all()),
 }
-BAD = {  # name: (bytes, words)
+BAD = {  # name: (bytes, message)
     "empty": (lambda: b"", "empty file"),
     "wrong_bytes": (lambda: b"this is no image at all", "not an image that Pillow can read"),
     "truncated_jpeg": (lambda: (b := encode(NOISE, "JPEG"))[: len(b) // 2], "truncated or damaged"),
@@ -286,8 +286,8 @@ def test_odd_images_are_converted(name, kind, tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", BAD)
 def test_bad_images_are_named(name, kind, tmp_path):
-    blob, words = BAD[name]
-    with pytest.raises(BadImage, match=words) as caught:
+    blob, message = BAD[name]
+    with pytest.raises(BadImage, match=message) as caught:
         as_source(kind, blob(), tmp_path).image(0)
     assert caught.value.id == "a/odd.png"
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -98,9 +97,10 @@ def test_features_are_what_timm_computes(backbone, pixels, tmp_path):
 def test_preparation_is_torchvisions(size, name):
     from torchvision.transforms import v2
 
-    spec = BackboneSpec("resnet10t.c3_in1k", pooling="avg", crop=0.875, interpolation=name)
+    spec = BackboneSpec(model="resnet10t.c3_in1k", pooling="avg", crop=0.875, interpolation=name)
     backbone = Backbone.__new__(Backbone)
     backbone.spec, backbone.size, backbone.crop, backbone.interpolation = spec, 224, 0.875, name
+    backbone.crop_mode, backbone.mean = "center", (0.5, 0.5, 0.5)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     theirs = v2.Compose([v2.Resize(256, interpolation=v2.InterpolationMode(name)), v2.CenterCrop(224)])(image)
     difference = np.abs(backbone.prepare(image).astype(int) - np.asarray(theirs))
@@ -114,14 +114,14 @@ def test_pooled_backbones(pixels):
     net = SwinTransformer(
         img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2), num_classes=3
     )
-    swin = Backbone(net, BackboneSpec("a swin", pooling="avg", image_size=32))
+    swin = Backbone(net, BackboneSpec(model="a swin", pooling="avg", image_size=32))
     batch = torch.from_numpy(pixels[:2, :32, :32].copy())
     with torch.inference_mode():
         cls, logits = swin.forward(batch)
         torch.testing.assert_close(net.head.fc(cls), logits)
     assert cls.shape == (2, 32)
     with pytest.raises(ValueError, match="'a swin' has no CLS token.*use 'avg'"):
-        Backbone(net, BackboneSpec("a swin", image_size=32))
+        Backbone(net, BackboneSpec(model="a swin", image_size=32))
 
 
 def test_token_and_mean_of_a_vit(checkpoint, pixels):
@@ -275,18 +275,18 @@ def test_capsae_extract_under_torchrun(checkpoint, pixels, tmp_path):
         capsae.features.extract.extract.__kwdefaults__["shard_size"] = 16
         sys.exit(main(["extract", sys.argv[1], "--quiet"]))
     """
-    said, digests = {}, {}
+    text, digests = {}, {}
     for count in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("CAPSAE_HOME", str(tmp_path / f"home{count}"))
-            said[count] = ranks.run(code, tmp_path / "own.toml", ranks=count, timeout=140)
+            text[count] = ranks.run(code, tmp_path / "own.toml", ranks=count, timeout=140)
         files = sorted((tmp_path / f"home{count}" / "features").glob("*/features.safetensors"))
         found = {file.parent.name: FeatureSet.load(file) for file in files}
         assert all(each.meta["ranks"] == count for each in found.values())
         digests[count] = {name: each.digest() for name, each in found.items()}
         assert not any((tmp_path / f"home{count}" / "scratch").iterdir())
-    assert "train: 72 x 192\n" in said[1][0] and "far/noise: 40 x 192\n" in said[1][0]
-    assert said[2] == [said[1][0].replace("home1", "home2"), ""], "the first rank alone speaks"
+    assert "train: 72 x 192\n" in text[1][0] and "far/noise: 40 x 192\n" in text[1][0]
+    assert text[2] == [text[1][0].replace("home1", "home2"), ""], "the first rank alone speaks"
     assert len(digests[1]) == 3 and digests[1] == digests[2]
 
 
@@ -410,20 +410,19 @@ def test_backbone_errors(checkpoint, tmp_path):
         load_backbone({"model": "vit_tiny_patch16_224", "checkpoint": "nowhere.safetensors"})
     with pytest.raises(ValueError, match="unknown backbone key 'modl'"):
         load_backbone({"modl": "vit_tiny_patch16_224"})
-    with pytest.raises(ValueError, match="pooling is 'max', expected one of cls, token, avg"):
+    with pytest.raises(ValueError, match="pooling is 'max': Input should be 'cls', 'token' or 'avg'"):
         load_backbone({"model": "vit_tiny_patch16_224", "pooling": "max"})
     with pytest.raises(ValueError, match="vit_small_patch16_224.*size mismatch|vit_small_patch16_224"):
         load_backbone({"model": "vit_small_patch16_224", "checkpoint": checkpoint, "image_size": 32})
 
 
-def test_spec_from_any_object():
-    @dataclass
-    class Settings:
-        model: str = "vit_tiny_patch16_224"
-        crop: float | None = None
-        something_else: int = 3
+def test_settings_are_those_of_an_experiment(checkpoint):
+    from pathlib import Path
 
-    assert BackboneSpec.of(Settings()) == BackboneSpec("vit_tiny_patch16_224")
+    given = {"model": "vit_tiny_patch16_224", "image_size": 32, "checkpoint": Path(checkpoint), "mean": [0.1, 0.2, 0.3]}
+    spec = BackboneSpec(**given | {"checkpoint": checkpoint, "mean": (0.1, 0.2, 0.3), "dtype": "float32"})
+    one, other = load_backbone(given | {"std": None}), load_backbone(spec)
+    assert one.digest == other.digest and one.mean == (0.1, 0.2, 0.3), "the precision of products is no part of it"
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -542,7 +541,7 @@ def test_probe_refuses_what_it_cannot_fit():
 
 
 def test_import_stays_light():
-    heavy = ("timm", "torchvision", "datasets", "pydantic", "matplotlib")
+    heavy = ("timm", "torchvision", "datasets", "matplotlib")
     code = f"import sys, capsae.features.extract; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
