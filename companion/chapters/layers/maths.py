@@ -1,8 +1,8 @@
 """Where along a vision transformer class profiles form, and where OOD separates: one SAE a site, the same recipe.
 
 At every site (:mod:`companion.chapters.layers.sites`) an SAE, profiles and a linear probe are fitted on the training
-rows, and scores are taken of the test rows and the OOD sets. :func:`measure_site` takes arrays; :func:`layers` is the
-whole for an experiment.
+samples, and scores are taken of the test samples and the OOD sets. :func:`measure_site` takes arrays; :func:`layers` is
+the whole for an experiment.
 
 An experiment that comes as a pack holds no images, so its table is made once, where the images are::
 
@@ -28,9 +28,8 @@ import pandas as pd
 
 from capsae.caps import ClassActivationProfiles, stability
 from capsae.features.featureset import FeatureSet
-from capsae.pipeline.code import digest as code_digest
 
-from ..shift import probes
+from ...cached import cached
 from .against_final import N_BOOT, table_of
 from .sites import FINAL, KINDS
 
@@ -38,41 +37,29 @@ SEEDS = (0, 1)
 EPOCHS_SHARE = 0.4  # of the experiment's own: the same for every site, a third of the time, nearly the same FVU
 END_TOLERANCE = 0.01  # of a vector's length: float16, and the arithmetic of another machine
 STRENGTH = 0.01  # of the probes' penalty, on standardised features: one for all sites, nothing is chosen
-GROUPS = ("near", "far", "all")
-ON_CODES = ("epd", "epd_site", "rpd", "rpd_site")
 ON_FEATURES = ("mds++", "knn")
-METHODS = (*ON_CODES, *ON_FEATURES)
-MEASURES = (
-    *("fvu", "dead", "core_overlap", "stability", "between", "gap", "cap_accuracy", "cap_accuracy_val"),
-    *("probe_accuracy", "top1_1", "top1_5", "top1_20"),
-)
-
-
-# --- one site
 
 
 def measure_site(sets: Mapping[str, FeatureSet], n_classes: int, config, core_fraction: float, seeds=SEEDS):
-    """Fit SAE, profiles and probe at one site, measure them, and score the test rows and the OOD sets.
+    """Fit SAE, profiles and probe at one site, measure them, and score the test samples and the OOD sets.
 
     Parameters
     ----------
     sets : {name: FeatureSet}
         "train", "val", "test" and the OOD sets; ``cls`` (N, d) at the site, ``logits`` of the head at the end.
-    n_classes : int
     config : SAEConfig
-        The same for every site; ``seed`` is replaced.
+        The same for every site; ``seed`` is replaced by each of ``seeds``.
     core_fraction : float
         p of EPD.
-    seeds : of the SAE
 
     Returns
     -------
     measures : DataFrame
-        seed, metric (:data:`MEASURES`), value, n (test rows behind a share, else 0).
+        seed, metric, value, n (test samples behind a share, else 0).
     scores : {(method, seed): {set: (N,) float64}}
-        Methods :data:`METHODS`; ``epd`` and ``rpd`` take the class (its posterior) from the head at the network's end,
-        ``epd_site`` and ``rpd_site`` from a linear probe of this site. ``mds++`` and ``knn`` read the site's features,
-        know no SAE, and stand under the first seed.
+        ``epd`` and ``rpd`` take the class (its posterior) from the head at the network's end, ``epd_site`` and
+        ``rpd_site`` from a linear probe of this site. ``mds++`` and ``knn`` read the site's features, know no SAE, and
+        stand under the first seed.
     """
     from capsae import detectors
     from capsae.detectors import Observations
@@ -81,62 +68,42 @@ def measure_site(sets: Mapping[str, FeatureSet], n_classes: int, config, core_fr
     from capsae.sae import train_sae
 
     train, test = sets["train"], sets["test"]
-    scored = [name for name in sets if name not in ("train", "val")]
     probe = fit_linear_probe(train.cls, train.labels, n_classes, strengths=(STRENGTH,))
-    rows, scores = [], {}
-
-    def note(seed, metric, value, n=0):
-        rows.append({"seed": seed, "metric": metric, "value": float(value), "n": n})
-
-    note(seeds[0], "probe_accuracy", (probe.logits(test.cls).argmax(1) == test.labels).mean(), len(test))
+    accuracy = (probe.logits(test.cls).argmax(1) == test.labels).mean()
+    rows, scores = [(seeds[0], "probe_accuracy", accuracy, len(test))], {}
+    heads = {"": {name: of.logits for name, of in sets.items()}}
+    heads["_site"] = {name: probe.logits(of.cls) for name, of in sets.items()}
     for seed in seeds:
         given = {"held_out": sets["val"].cls, "keep": "best", "progress": False}
         sae = train_sae(train.cls, replace(config, seed=seed), "cpu", **given)[0]
         codes = {name: sae.encode(features.cls).numpy() for name, features in sets.items()}
         caps = ClassActivationProfiles.fit(codes["train"], train.labels, n_classes)
-        within, between = stability(codes["train"], train.labels, n_classes), between_classes(caps)
-        note(seed, "fvu", of_sae.fvu(sae, test.cls, codes["test"]))
-        note(seed, "dead", of_sae.dead_fraction(codes["train"]))
-        note(seed, "core_overlap", of_sae.core_overlap(caps))
-        note(seed, "stability", within.mean())
-        note(seed, "between", between)
-        note(seed, "gap", within.mean() - between)
+        unit = caps.mean / np.maximum(np.linalg.norm(caps.mean, axis=1, keepdims=True), 1e-300)
+        between = float((unit @ unit.T)[~np.eye(n_classes, dtype=bool)].mean())  # cosine of two classes' profiles
+        within = stability(codes["train"], train.labels, n_classes).mean()
+        found = {
+            "fvu": of_sae.fvu(sae, test.cls, codes["test"]), "dead": of_sae.dead_fraction(codes["train"]),
+            "core_overlap": of_sae.core_overlap(caps), "stability": within, "between": between, "gap": within - between,
+        }  # fmt: skip
+        rows += [(seed, metric, value, 0) for metric, value in found.items()]
         for name, metric in (("test", "cap_accuracy"), ("val", "cap_accuracy_val")):
-            hit = nearest_cap(codes[name], caps) == sets[name].labels
-            note(seed, metric, hit.mean(), len(hit))
+            nearest = (codes[name].csr() @ unit.T).argmax(1)  # the largest cosine; the first class for a zero code
+            rows.append((seed, metric, (nearest == sets[name].labels).mean(), len(nearest)))
         few = of_sae.class_probing(codes["train"], train.labels, codes["test"], test.labels, n_classes)
-        for row in few.itertuples():
-            note(seed, f"top1_{row.size}", row.top1, len(test))
-        for ending, logits in (("", {name: f.logits for name, f in sets.items()}),
-                               ("_site", {name: probe.logits(f.cls) for name, f in sets.items()})):  # fmt: skip
+        rows += [(seed, f"top1_{row.size}", row.top1, len(test)) for row in few.itertuples()]
+        for ending, logits in heads.items():
             seen = {
-                name: Observations(f.cls, logits=logits[name], codes=codes[name],
-                                   labels=f.labels if name == "train" else None)
-                for name, f in sets.items() if name != "val"
+                name: Observations(of.cls, logits=logits[name], codes=codes[name],
+                                   labels=of.labels if name == "train" else None)
+                for name, of in sets.items() if name != "val"
             }  # fmt: skip
-            for name, options in (("epd", {"core_fraction": core_fraction}), ("rpd", {})):
-                detector = detectors.create(name, **options).fit(seen["train"])
-                scores[name + ending, seed] = {where: detector.score(seen[where]) for where in scored}
+            wanted = {"epd" + ending: ("epd", {"core_fraction": core_fraction}), "rpd" + ending: ("rpd", {})}
             if seed == seeds[0] and not ending:
-                for name in ON_FEATURES:
-                    detector = detectors.create(name).fit(seen["train"])
-                    scores[name, seed] = {where: detector.score(seen[where]) for where in scored}
-    return pd.DataFrame(rows), scores
-
-
-def nearest_cap(codes, caps: ClassActivationProfiles) -> np.ndarray:
-    """The class (N,) whose profile has the largest cosine with a code; the first where a code is zero."""
-    return probes.nearest_cap(codes, caps.mean).argmax(1)
-
-
-def between_classes(caps: ClassActivationProfiles) -> float:
-    """Mean cosine between the profiles of two different classes: what a class's own stability must be held against."""
-    unit = caps.mean / np.maximum(np.linalg.norm(caps.mean, axis=1, keepdims=True), 1e-300)
-    cosine = unit @ unit.T
-    return float(cosine[~np.eye(len(cosine), dtype=bool)].mean())
-
-
-# --- an experiment
+                wanted |= {name: (name, {}) for name in ON_FEATURES}
+            for method, (name, options) in wanted.items():
+                detector = detectors.create(name, **options).fit(seen["train"])
+                scores[method, seed] = {where: detector.score(of) for where, of in seen.items() if where != "train"}
+    return pd.DataFrame(rows, columns=["seed", "metric", "value", "n"]).astype({"value": float}), scores
 
 
 def config_of(run):
@@ -144,28 +111,22 @@ def config_of(run):
     return replace(run.experiment.sae, epochs=max(1, round(EPOCHS_SHARE * run.experiment.sae.epochs)))
 
 
-def layers(run, checkpoint=None, seeds=SEEDS, n_boot: int = N_BOOT, kinds=KINDS, **options):
+def layers(run, checkpoint=None, kinds=KINDS, **options):
     """The tables of :func:`table_of` for an experiment: extraction in one pass, then one site after the other.
 
     Parameters
     ----------
     run : capsae.pipeline.run.Run
     checkpoint : file of the backbone's weights, in place of what the experiment says
-    seeds, n_boot : as for :func:`measure_site`, :func:`table_of`
     kinds : of sites; ``final/cls`` is always there
-    **options : of :func:`companion.chapters.layers.sites.extract_sites`
+    **options : of :func:`capsae.features.extract.extract`
 
     Returns
     -------
     table, against : DataFrames
     read : dict
-        What was read of the images, for :func:`write`: ``vectors``, a digest of all sites of a set; ``end``, what
-        :func:`end_against_experiment` found.
-
-    Raises
-    ------
-    ValueError
-        Where the vectors read at ``final/cls`` are not the experiment's.
+        What was read of the images: ``vectors``, a digest of all sites of a set; ``end_against_experiment``, what
+        :func:`end_against_experiment` found, with its ValueError where the vectors are not the experiment's.
     """
     from .sites import run_sites
 
@@ -173,27 +134,24 @@ def layers(run, checkpoint=None, seeds=SEEDS, n_boot: int = N_BOOT, kinds=KINDS,
     end = end_against_experiment(
         {name: of[FINAL].cls for name, of in sets.items()}, lambda name: run.features(name).cls
     )
-    read = {"end": end, "vectors": {name: _digest_of_sites(of) for name, of in sets.items()}}
+    read = {"vectors": {name: _digest({site: f.digest() for site, f in of.items()}) for name, of in sets.items()},
+            "end_against_experiment": {name: float(f"{value:.2g}") for name, value in end.items()}}  # fmt: skip
+    given = run.experiment.n_classes, config_of(run), run.experiment.caps.core_fraction
     sites = [site for site in next(iter(sets.values())) if site == FINAL or site.split("/")[1] in kinds]
-    measured = {}
-    for site in sorted(sites, key=lambda name: (name != FINAL, KINDS.index(name.split("/")[1]))):
-        here = {name: of[site] for name, of in sets.items()}
-        measured[site] = _kept(run, site, here, seeds)
-    return *table_of({site: measured[site] for site in sites}, n_boot), read
+    measure = cached(measure_site, run.store)
+    measured = {site: measure({name: of[site] for name, of in sets.items()}, *given) for site in sites}
+    return *table_of(measured), read
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
 def end_against_experiment(here: Mapping[str, np.ndarray], experiment: Callable[[str], np.ndarray]) -> dict[str, float]:
     """How far the vectors (N, d) read at ``final/cls`` lie from those of the experiment (of its pack, if it has one).
 
-    Returns
-    -------
-    {set: float}
-        The largest distance of a row, as a share of its length.
-
-    Raises
-    ------
-    ValueError
-        Above :data:`END_TOLERANCE`: other weights, another crop, or other images under the same names.
+    Returns {set: the largest distance of a vector, as a share of its length}. ValueError above :data:`END_TOLERANCE`:
+    other weights, another crop, or other images under the same names.
     """
     found = {}
     for name, x in here.items():
@@ -208,37 +166,6 @@ def end_against_experiment(here: Mapping[str, np.ndarray], experiment: Callable[
     return found
 
 
-def _digest_of_sites(of: Mapping[str, FeatureSet]) -> str:
-    text = json.dumps({site: features.digest() for site, features in of.items()})
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def _kept(run, site: str, here: dict[str, FeatureSet], seeds):
-    """One site from the store, or measured and kept there."""
-    config, core = config_of(run), run.experiment.caps.core_fraction
-    recipe = {"site": site, "sae": asdict(config), "core_fraction": core, "seeds": list(seeds)}
-    inputs = {name: features.digest() for name, features in here.items()}
-
-    def save(value, folder):
-        value[0].to_json(folder / "measures.json", orient="records", double_precision=15)
-        flat = {f"{m}|{s}|{w}": v for (m, s), of in value[1].items() for w, v in of.items()}
-        np.savez(folder / "scores.npz", **flat)
-
-    def load(folder):
-        scores: dict = {}
-        with np.load(folder / "scores.npz", allow_pickle=False) as file:
-            for name in file.files:
-                method, seed, where = name.split("|")
-                scores.setdefault((method, int(seed)), {})[where] = file[name]
-        return pd.read_json(folder / "measures.json", orient="records"), scores
-
-    def make():
-        return measure_site(here, run.experiment.n_classes, config, core, seeds)
-
-    made_by, who = code_digest(measure_site), {"experiment": run.experiment.name}
-    return run.store.get_or_make("layer", recipe, inputs, made_by, make, save, load, who)
-
-
 # --- the committed tables
 
 
@@ -246,13 +173,8 @@ def files(experiment: str) -> dict[str, Path]:
     """Where an experiment's tables lie: "table", "against", "provenance"."""
     from ...publish.plan import root
 
-    folder = root() / "book" / "layers"
-    names = {
-        "table": f"{experiment}.csv",
-        "against": f"{experiment}_against_final.csv",
-        "provenance": f"{experiment}.json",
-    }
-    return {key: folder / name for key, name in names.items()}
+    endings = {"table": ".csv", "against": "_against_final.csv", "provenance": ".json"}
+    return {key: root() / "book" / "layers" / f"{experiment}{ending}" for key, ending in endings.items()}
 
 
 def read(experiment: str) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
@@ -271,49 +193,29 @@ def command(experiment: str, pack: bool = True) -> str:
     return f"python -m companion.chapters.layers.maths --experiment {experiment}{images}"
 
 
-def outdated(experiment: str) -> str | None:
-    """Why the committed tables are not today's, with what to run; None if they are."""
-    made = read(experiment)[2]
-    changed = made["code"] != codes()["code"]
-    return f"the code changed since the tables were made: {made['command']}" if changed else None
-
-
-def codes() -> dict[str, dict[str, str]]:
-    """What a table must have been made by, and what is recorded beside it: the SAE's training alone makes none old."""
-    from capsae.sae import train_sae
-
-    made_by, training = code_digest(layers, without=(train_sae,)), code_digest(train_sae)
-    return {"code": {"layers": made_by[:20]}, "code_recorded_only": {"training": training[:20]}}
-
-
 def write(run, table: pd.DataFrame, against: pd.DataFrame, read: Mapping, cpu_s: float, weights: str | None = None):
     """Write an experiment's tables and their provenance, ``read`` as :func:`layers` gives it; returns their places."""
     from capsae.device import machine, versions
+    from capsae.pipeline.code import digest as code_digest
 
-    at = files(run.experiment.name)
+    at, experiment, inputs = files(run.experiment.name), run.experiment, run.inputs
     at["table"].parent.mkdir(parents=True, exist_ok=True)
     for key, data in (("table", table), ("against", against)):
         data.to_csv(at[key], index=False, float_format="%.5g", lineterminator="\n")
+    own = [name for name in experiment.sets if not (name == "val" and inputs.holdout)]
     record = {
-        "command": command(run.experiment.name, bool(run.experiment.pack)),
-        "experiment": run.experiment.name,
-        "backbone": run.experiment.backbone.model,
+        "command": command(experiment.name, bool(experiment.pack)),
+        "experiment": experiment.name,
+        "backbone": experiment.backbone.model,
         "weights_sha256": weights,
         "sites": list(dict.fromkeys(table["site"])),
         "seeds": sorted(int(seed) for seed in table["seed"].unique()),
         "sae": asdict(config_of(run)) | {"seed": None},
-        "core_fraction": run.experiment.caps.core_fraction,
+        "core_fraction": experiment.caps.core_fraction,
         "n_boot": N_BOOT,
-        "images": {
-            name: run.inputs.source(name).digest()[:20]
-            for name in run.experiment.sets
-            if not (name == "val" and run.inputs.holdout)
-        },
-        "vectors": read["vectors"],
-        "end_against_experiment": {name: float(f"{value:.2g}") for name, value in read["end"].items()},
-        "experiment_features": run.digest("features")[:20],
-        "head": run.digest("head")[:20],
-        **codes(),
+        "images": {name: inputs.source(name).digest()[:20] for name in own},
+        **read,
+        "code": code_digest(layers)[:20],
         "machine": machine(),
         "versions": versions(),
         "cpu_seconds_of_this_call": round(cpu_s, 1),
@@ -345,8 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.process_time()
     run = Run(options.experiment, overrides_of(options.set), device="cpu")
     given = {"batch_size": options.batch_size, "workers": options.workers}
-    table, against, read = layers(run, options.checkpoint, kinds=options.kinds, **given)
-    weights = SiteReader(run.inputs.backbone_settings(options.checkpoint), FINAL).weights
+    table, against, read = layers(run, options.checkpoint, options.kinds, **given)
+    weights = SiteReader(run.inputs.backbone_settings(options.checkpoint), [FINAL]).weights
     at = write(run, table, against, read, time.process_time() - started, weights)
     sys.stdout.write("".join(f"{path}\n" for path in at.values()))
     return 0

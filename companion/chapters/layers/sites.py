@@ -2,17 +2,7 @@
 
 One forward pass a batch gives all sites. Decoding, shards and resuming are those of
 :func:`capsae.features.extract.extract`: a :class:`SiteReader` is a backbone whose vector is that of all sites side by
-side, which is cut apart at the end.
-
-Any site can take the place of the features that the head reads::
-
-    train, test = (extract_sites(source, backbone, folder, ["block07/cls"])["block07/cls"] for source, folder in ...)
-    sae, _ = capsae.train_sae(train.cls, capsae.SAEConfig(latents=10 * train.cls.shape[1], k=32))
-    caps = capsae.ClassActivationProfiles.fit(sae.encode(train.cls), train.labels, n_classes)
-    score = capsae.energy_profile_divergence(sae.encode(test.cls), predicted, caps)
-
-with ``predicted`` from whatever head is at hand: ``test.logits`` are the backbone's own, read at its end;
-:func:`capsae.features.extract.fit_linear_probe` makes one for the site.
+side, which is cut apart at the end. Any site can take the place of the features that the head reads.
 """
 
 from __future__ import annotations
@@ -20,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -45,59 +35,38 @@ def site_names(backbone) -> tuple[str, ...]:
     - ``/cls``: the CLS token of the block's output, the residual stream, without any norm;
     - ``/patches``: the mean of the patch tokens of the block's output, without CLS and register tokens;
 
-    and ``final/cls`` is the vector that the head reads (:class:`capsae.features.backbone.BackboneSpec`'s ``pooling``).
-    A transformer without a CLS token has ``/patches`` and ``final/cls`` alone.
-
-    Parameters
-    ----------
-    backbone : what :func:`capsae.features.backbone.load_backbone` takes
-
-    Raises
-    ------
-    ValueError
-        For a backbone that is no plain vision transformer (Swin, ResNet ...): its stages differ in width and tokens.
+    and ``final/cls`` is the vector that the head reads. A transformer without a CLS token has ``/patches`` and
+    ``final/cls`` alone. ``backbone`` is what :func:`capsae.features.backbone.load_backbone` takes; ValueError for one
+    that is no plain vision transformer (Swin, ResNet ...): its stages differ in width and tokens.
     """
-    backbone = load_backbone(backbone)
-    blocks = _blocks(backbone)
-    kinds = ("attn", "cls", "patches") if getattr(backbone.net, "cls_token", None) is not None else ("patches",)
-    return (*(f"block{number:02d}/{kind}" for number in range(1, len(blocks) + 1) for kind in kinds), FINAL)
-
-
-def _blocks(backbone: Backbone):
     from timm.models.vision_transformer import VisionTransformer
 
+    backbone = load_backbone(backbone)
     if not isinstance(backbone.net, VisionTransformer):
         raise ValueError(
             f"backbone {backbone.spec.model!r} is a {type(backbone.net).__name__}, which has no blocks of one width to "
             "read sites from; a plain vision transformer of timm (vit_*, deit_*) or capsae/digits_vit has"
         )
-    return backbone.net.blocks
-
-
-def check_sites(backbone, sites: Iterable[str] | None) -> tuple[str, ...]:
-    """The sites asked for (None: all), each known and named once; ValueError names those there are."""
-    known = site_names(backbone)
-    sites = known if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
-    unknown = [site for site in sites if site not in known]
-    if unknown or not sites or len(set(sites)) < len(sites):
-        what = f"no site {unknown[0]!r}" if unknown else f"sites are {list(sites)}: name one or more, each once"
-        raise ValueError(f"{what}; {load_backbone(backbone).spec.model} has {', '.join(known)}")
-    return sites
+    kinds = ("attn", "cls", "patches") if getattr(backbone.net, "cls_token", None) is not None else ("patches",)
+    numbers = range(1, len(backbone.net.blocks) + 1)
+    return (*(f"block{number:02d}/{kind}" for number in numbers for kind in kinds), FINAL)
 
 
 class SiteReader(Backbone):
     """A backbone whose ``forward`` gives the vectors of several sites side by side, (B, S * d), from one pass.
 
-    Parameters
-    ----------
-    backbone : what :func:`capsae.features.backbone.load_backbone` takes
-    sites : names of :func:`site_names`; None = all
+    ``sites`` are names of :func:`site_names`, each once; None = all. ValueError names those there are.
     """
 
     def __init__(self, backbone, sites: Iterable[str] | None = None):
         whole = load_backbone(backbone)
         self.__dict__.update(whole.__dict__)
-        self.sites = check_sites(whole, sites)
+        known = site_names(whole)
+        self.sites = known if sites is None else tuple(sites)
+        unknown = [site for site in self.sites if site not in known]
+        if unknown or not self.sites or len(set(self.sites)) < len(self.sites):
+            what = f"no site {unknown[0]!r}" if unknown else f"sites are {[*self.sites]}: name one or more, each once"
+            raise ValueError(f"{what}; {whole.spec.model} has {', '.join(known)}")
         self.width = whole.dim
         self.dim = whole.dim * len(self.sites)
         self.digest = hashlib.sha256(json.dumps([whole.digest, self.sites]).encode()).hexdigest()
@@ -109,69 +78,43 @@ class SiteReader(Backbone):
     def forward(self, batch: torch.Tensor, logits: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sites (B, S * d) and logits (B, C) or None of a uint8 batch (B, size, size, 3)."""
         found: dict[str, torch.Tensor] = {}
-        with ExitStack() as hooks:  # of this pass alone: the network may be in other hands
+        first = self.net.num_prefix_tokens
+
+        def reading(site: str, kind: str):
+            def hook(module, given, tokens):
+                found[site] = tokens[:, first:].mean(dim=1) if kind == "patches" else tokens[:, 0].clone()
+
+            return hook
+
+        with ExitStack() as hooks:  # of this pass alone: others may use the network
             for site in self.sites:
                 if site != FINAL:
-                    module, read = self._place(site)
-                    handle = module.register_forward_hook(_keep(found, site, read))
-                    hooks.callback(handle.remove)
+                    name, kind = site.split("/")
+                    block = self.net.blocks[int(name.removeprefix("block")) - 1]
+                    module = block.attn if kind == "attn" else block
+                    hooks.callback(module.register_forward_hook(reading(site, kind)).remove)
             found[FINAL], scores = super().forward(batch, logits)
         return torch.cat([found[site] for site in self.sites], dim=1), scores
-
-    def _place(self, site: str) -> tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-        name, kind = site.split("/")
-        block = self.net.blocks[int(name.removeprefix("block")) - 1]
-        first = self.net.num_prefix_tokens
-        if kind == "patches":
-            return block, lambda tokens: tokens[:, first:].mean(dim=1)
-        return (block.attn if kind == "attn" else block), lambda tokens: tokens[:, 0].clone()
 
     def split(self, features: FeatureSet) -> dict[str, FeatureSet]:
         """A FeatureSet of vectors (N, S * d) as one (N, d) a site; labels, ids and logits are the same for all."""
         if features.cls.shape[1] != self.dim:
             raise ValueError(f"cls has shape {features.cls.shape}, expected (N, {self.dim}) of {len(self.sites)} sites")
-        columns = {site: slice(i * self.width, (i + 1) * self.width) for i, site in enumerate(self.sites)}
+        parts = np.split(features.cls, len(self.sites), axis=1)
         return {
-            site: replace(features, cls=np.ascontiguousarray(features.cls[:, at]), meta=features.meta | {"site": site})
-            for site, at in columns.items()
+            site: replace(features, cls=np.ascontiguousarray(part), meta=features.meta | {"site": site})
+            for site, part in zip(self.sites, parts, strict=True)
         }
 
 
-def _keep(found: dict, site: str, read: Callable):
-    def hook(module, given, tokens):
-        found[site] = read(tokens)
-
-    return hook
-
-
-def extract_sites(
-    source, backbone, out_dir: str | os.PathLike, sites: Iterable[str] | None = None, **options
-) -> dict[str, FeatureSet]:
-    """Features of all images of a source at several sites, in one pass over the images.
-
-    Parameters
-    ----------
-    source, out_dir, **options
-        As for :func:`capsae.features.extract.extract` (batch_size, shard_size, device, dtype, workers, logits, name,
-        ...), which does the work: a killed extraction goes on at the first shard that is not there.
-    backbone : what :func:`capsae.features.backbone.load_backbone` takes, or a :class:`SiteReader`
-        A vision transformer of timm, or ``capsae/digits_vit``.
-    sites : names of :func:`site_names`; None = all
-
-    Returns
-    -------
-    dict of site -> FeatureSet
-        ``cls`` (N, d) float32 is the vector at that site; ``logits`` are the backbone's own for all; ``meta["site"]``
-        names the site.
-
-    Raises
-    ------
-    ValueError
-        For an unknown site, or a backbone without sites; the message says which there are.
+def extract_sites(source, backbone, out_dir: str | os.PathLike, sites: Iterable[str] | None = None, **options):
+    """Features {site: FeatureSet} of all images of a source, in one pass; arguments as for
+    :func:`capsae.features.extract.extract`, which does the work, and for :class:`SiteReader`. ``logits`` are the
+    backbone's own for all sites.
     """
     from capsae.features.extract import extract
 
-    reader = backbone if isinstance(backbone, SiteReader) and sites is None else SiteReader(backbone, sites)
+    reader = SiteReader(backbone, sites)
     return reader.split(extract(source, reader, out_dir, **options))
 
 
@@ -189,12 +132,12 @@ def run_sites(
     set_name : "train", "val", "test" or one of ``run.experiment.ood_sets``
     sites : names of :func:`site_names`; None = all
     checkpoint : file of weights, in place of what the experiment says
-    **options : batch_size, shard_size, workers ... of :func:`extract_sites`
+    **options : batch_size, shard_size, workers ... of :func:`capsae.features.extract.extract`
 
     Returns
     -------
     dict of site -> FeatureSet
-        Rows as in ``run.features(set_name)``, with the same logits: those of the experiment's head, at the network's
+        Samples as in ``run.features(set_name)``, with the same logits: those of the experiment's head, at the network's
         end. Kept as float16 (float32 where a value does not fit).
     """
     from capsae.data.splits import holdout_mask
