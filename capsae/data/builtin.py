@@ -22,9 +22,11 @@ LETTERS = "ACEFHKMNPRTVWXYadefhkmnrtuwxy"
 """Letters that no digit looks like. Left out, because a drawn one is often a digit: O o Q D U (0), I i l J j L (1), Z
 z (2), B (3 or 8), S s (5), G b (6), q g p (9), and c v, which are parts of digits."""
 
-FONTS = tuple(
-    "DejaVuSans DejaVuSans-Bold DejaVuSerif DejaVuSerif-Italic DejaVuSansMono STIXGeneral STIXGeneralItalic cmss10".split()
-)  # that matplotlib carries
+FONTS = (
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono"),
+    *("STIXGeneral", "STIXGeneralItalic", "cmss10"),
+)
+"""Fonts that matplotlib carries."""
 
 N_PATCHES = 600
 N_NOISE = 100  # of each kind
