@@ -20,7 +20,7 @@ from .publish import path_of, template_digest
 from .speed_page import speed_page
 
 NOT_RUN, SHOWN = "not run here yet", "shown, not judged"
-STANDING = ("epd", "rpd", "epd_untrained", "mdspp", "vim", "msp")  # columns of the start page
+STANDING = ("epd", "rpd", "rpdp", "epd_untrained", "mdspp", "vim", "msp")  # columns of the start page
 RESULTS = Path("benchmarks/results")
 SELECTION = Path("benchmarks/results/rpd_selection.csv")
 PARITY = Path("benchmarks/results/parity.json")
