@@ -40,7 +40,7 @@ from .publish.plan import pages, read_notebook, root
 
 HOLDS, UNDECIDED, FAILS, MISSING = "holds", "undecided", "does not hold on this run", "not measured here"
 LEVEL = 0.05
-LONGEST = 40  # of a sentence, counted as the spaces split it
+LONGEST = 40  # of a sentence, split at its spaces
 CSV = "numbers"
 COLUMNS = ("key", "value", "lo", "hi", "p", "unit")
 _START = r"^(?:[-*] )?\*\*Finding\*\* \("
@@ -244,7 +244,9 @@ def load(typed: str, entries: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     found = [Finding(key, sentence, **entries[key]) for key, sentence in written.items()]
     for one in found:
         if len(one.sentence.split()) > LONGEST:
-            raise ValueError(f"the finding {one.key!r} has too many parts ({len(one.sentence.split())}); at most {LONGEST} will do")
+            raise ValueError(
+                f"the finding {one.key!r} is too long: {len(one.sentence.split())}, where {LONGEST} will do"
+            )
         if one.family and not (one.decided or "").isidentifier():
             raise ValueError(f"the finding {one.key!r} is of a family: its 'decided' must be the name of one number")
     return found

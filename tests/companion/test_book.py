@@ -13,7 +13,7 @@ import yaml
 
 from capsae import detectors
 from companion.chapters.claims import profile_claims
-from companion.findings import WORDS, Finding, Numbers, slug
+from companion.findings import LONGEST, Finding, Numbers, slug
 from companion.publish import pages, plan, publish
 
 ROOT = plan.root()
@@ -174,7 +174,7 @@ def test_every_claim_has_a_test_that_its_page_can_answer():
     known = measured | {"active_any_mean", "active_5_percent_mean"}
     for name, of in claims.items():
         finding = Finding(name, of["sentence"], of.get("test", "1 > 0"), of.get("decided"), numbers=of["numbers"])
-        assert len(of["sentence"].split()) <= WORDS
+        assert len(of["sentence"].split()) <= LONGEST
         for key in finding.names:
             ours = re.fullmatch(r"(epd|rpd)_less_(\w+?)_(fpr95_ood_pos|fpr95_id_pos|auroc)", key)
             other = ours and ours[2].removesuffix("pp") + "++" * ours[2].endswith("pp")

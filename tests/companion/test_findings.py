@@ -102,7 +102,7 @@ def test_text_and_yml_must_belong_together():
         load(TYPED, {key: ENTRIES[key] for key in ("gain", "same")})
     with pytest.raises(ValueError, match="'more' is in the yml but nowhere typed"):
         load(TYPED, ENTRIES | {"more": {"test": "gain > 0"}})
-    with pytest.raises(ValueError, match="41 words"):
+    with pytest.raises(ValueError, match="too long: 41, where 40"):
         load("**Finding** (long). " + "word " * 41, {"long": {"test": "a > 0"}})
     with pytest.raises(ValueError, match="typed twice"):
         findings.sentences(TYPED + "\n**Finding** (gain). Again.")

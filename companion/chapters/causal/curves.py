@@ -38,8 +38,9 @@ def places(bench: Bench) -> dict[str, np.ndarray]:
 
     ``cap``: by its entry in the class's profile. ``attribution``: by its entry x (what a unit of it adds to the class's
     logit, less what it adds to the mean logit): direct logit attribution. ``union``: its best place in any class's
-    profile, so that the first n are the first n of *every* class together, the same for all images. ``random``: random, but latents that ever fire
-    in the class come first. ``other``: by its entry in another class's profile. Ties go to the lower index.
+    profile, so that the first n are the first n of *every* class together, the same for all images. ``random``: random,
+    but latents that ever fire in the class come first. ``other``: by its entry in another class's profile. Ties go to
+    the lower index.
     """
     mean, rng = bench.caps.mean, np.random.default_rng(0)
     other = other_class(bench.n_classes, np.random.default_rng(0))
@@ -248,8 +249,8 @@ class Posterior:
     Source: APP of Fereidouni, Haider, Ju, Siddique, "Evaluating Sparse Autoencoders for Monosemantic Representation",
     arXiv 2508.15094 (Findings of EACL 2026) [s]: an activation is scaled by 1 - P(concept | activation), densities of
     activations by concept from histograms. From their abstract alone, their full text not consulted; bins of equal
-    width up to the latent's largest training value, classes as concepts, equal priors, and 1/C in a bin that no training row fell into are ours
-    [r]. A silent latent stays silent, whatever its posterior.
+    width up to the latent's largest training value, classes as concepts, equal priors, and 1/C in a bin that no
+    training row fell into are ours [r]. A silent latent stays silent, whatever its posterior.
     """
 
     def __init__(self, shares: np.ndarray, width: np.ndarray):
@@ -315,10 +316,10 @@ def frontier(bench: Bench, posterior: Posterior, at: Iterable[int]) -> pd.DataFr
 
 
 def at_equal_suppression(data: pd.DataFrame, method: str) -> dict[str, float]:
-    """Accuracy kept on other classes by APP less that by deletion, at the same fall of the class's logit: value, lo, hi.
+    """Accuracy kept on other classes by APP less that by deletion, at the same fall of the class's logit.
 
-    Deletion is interpolated between the numbers of latents tried, class by class; a class in which no number reaches
-    APP's fall is compared with the one that comes nearest.
+    value, lo, hi over classes. Deletion is interpolated between the numbers of latents tried, class by class; a class
+    in which no number reaches APP's fall is compared with the one that comes nearest.
     """
     gaps = []
     for _, part in data.groupby("class"):

@@ -25,10 +25,12 @@ PANELS = {
 
 
 def study(run, bench: Bench) -> SimpleNamespace:
-    """Every table of the chapter: see the functions of :mod:`.causal_effects` and :mod:`.causal_curves`."""
+    """Every table of the chapter: see the functions of :mod:`.effects` and :mod:`.curves`."""
     train = run.features("train")
     posterior = by_number.Posterior.fit(run.codes("train"), train.labels, run.experiment.n_classes)
-    soft = {f"app_{where}": partial(by_number.attenuation, bench, posterior, where == "core") for where in ("core", "all")}
+    soft = {
+        f"app_{where}": partial(by_number.attenuation, bench, posterior, where == "core") for where in ("core", "all")
+    }
     table, matrix, moved = effects.effects(bench, train.cls.mean(axis=0, dtype="float64"), soft)
     drawn = effects.draws(bench)
     at = by_number.sizes(run.caps.core_size(run.experiment.caps.core_fraction))
@@ -133,7 +135,7 @@ def stretched(found: SimpleNamespace) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def panels(found: SimpleNamespace) -> pd.DataFrame:
-    """Three measures of the interventions at the core's energy, for :func:`.causal_figures.interventions`."""
+    """Three measures of the interventions at the core's energy, for :func:`.figures.interventions`."""
     apart = found.means["intervention"].isin(["outside_plain", *effects.FAIR])
     shown = found.means[found.means["measure"].isin(PANELS) & ~apart]
     factor = np.where(shown["measure"] == "logit", 1, 100)
@@ -170,7 +172,7 @@ def transplants_by_class(found: SimpleNamespace) -> pd.DataFrame:
 
 
 def shares_of_core(found: SimpleNamespace) -> pd.DataFrame:
-    """Means over classes of :func:`.causal_effects.core_shares`, %."""
+    """Means over classes of :func:`.effects.core_shares`, %."""
     return (100 * found.shares.groupby("rows")[["latents", "squares"]].mean()).reset_index()
 
 
