@@ -40,7 +40,7 @@ from .publish.plan import pages, read_notebook, root
 
 HOLDS, UNDECIDED, FAILS, MISSING = "holds", "undecided", "does not hold on this run", "not measured here"
 LEVEL = 0.05
-WORDS = 40  # of a sentence, at most
+LONGEST = 40  # of a sentence, split at its spaces
 CSV = "numbers"
 COLUMNS = ("key", "value", "lo", "hi", "p", "unit")
 _START = r"^(?:[-*] )?\*\*Finding\*\* \("
@@ -236,15 +236,17 @@ def load(typed: str, entries: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
 
     ``typed`` is the Markdown, ``entries`` what the yml holds under ``findings``.
     """
-    told = sentences(typed)
-    if told.keys() != entries.keys():
-        odd = sorted(told.keys() ^ entries.keys())[0]
-        where = "typed but has no entry in the yml" if odd in told else "in the yml but nowhere typed"
+    written = sentences(typed)
+    if written.keys() != entries.keys():
+        odd = sorted(written.keys() ^ entries.keys())[0]
+        where = "typed but has no entry in the yml" if odd in written else "in the yml but nowhere typed"
         raise ValueError(f"the finding {odd!r} is {where}")
-    found = [Finding(key, sentence, **entries[key]) for key, sentence in told.items()]
+    found = [Finding(key, sentence, **entries[key]) for key, sentence in written.items()]
     for one in found:
-        if len(one.sentence.split()) > WORDS:
-            raise ValueError(f"the finding {one.key!r} has {len(one.sentence.split())} words; {WORDS} will do")
+        if len(one.sentence.split()) > LONGEST:
+            raise ValueError(
+                f"the finding {one.key!r} is too long: {len(one.sentence.split())}, where {LONGEST} will do"
+            )
         if one.family and not (one.decided or "").isidentifier():
             raise ValueError(f"the finding {one.key!r} is of a family: its 'decided' must be the name of one number")
     return found
@@ -387,7 +389,7 @@ class Chapter:
 
         from .figures.display import _csv_link
 
-        typed = [told for text in markdown(self.notebook) if (told := sentences(text))]
+        typed = [found for text in markdown(self.notebook) if (found := sentences(text))]
         shown = set().union(*typed) if part is None else typed[part - 1]
         rows = [row for row in judge(of_notebook(self.notebook), numbers) if row["key"] in shown]
         display(HTML(box(rows, self.experiment, _csv_link(numbers.frame(), CSV), f"findings-{part or 'all'}")))

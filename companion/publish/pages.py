@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 from .. import widgets
+from ..chapters.claims import table as claims_table
 from ..figures import hero
 from ..figures.display import figure_html
 from ..findings import FAILS, HOLDS, MISSING, UNDECIDED, Finding, Numbers, index_page, judge, of_page, render, text
@@ -69,6 +70,7 @@ def read_claims(path: Path) -> dict[str, Any]:
         "numbers": {"id", "claim", "setting", "source", "paper", "tolerance", "run"},
         "claims": {"sentence", "source", "page", "numbers"},
     }
+    found["claims"] = claims_table.expanded(found["claims"])
     entries = {"numbers": {one.get("id"): one for one in found["numbers"]}, "claims": found["claims"]}
     for kind, keys in needed.items():
         for name, entry in entries[kind].items():
@@ -82,38 +84,43 @@ def read_claims(path: Path) -> dict[str, Any]:
 
 def claims_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers], experiments=BOOK_EXPERIMENTS) -> str:
     """The Markdown of claims.md; ``numbers_of`` gives what a page recorded (:func:`published`)."""
-    told = {
-        name: {"labels": list(of["numbers"].values()), "rows": [], **{key: of.get(key) for key in ("measured", "note")}}
-        | {key: of[key] for key in ("sentence", "source")}
+    marks = _marks(claims["claims"], numbers_of, experiments)
+    rows = [
+        {"labels": list(of["numbers"].values()), "cells": claims_table.cells(marks, name), "rows": []}
+        | {key: of.get(key) for key in ("sentence", "source", "measured", "note")}
         for name, of in claims["claims"].items()
-    }
+    ]
     for experiment in experiments:
-        marks = _marks(claims["claims"], lambda page, of=experiment: numbers_of(f"{of}/{page}"))
-        for name, of in claims["claims"].items():
+        for row, of in zip(rows, claims["claims"].values(), strict=True):
             page = f"{experiment}/{of['page']}"
             recorded = numbers_of(page)
             texts = [text(recorded[key]) if key in recorded else "–" for key in of["numbers"]]
             link = f"{{doc}}`page <runs/{page}>`" if recorded else "none"
-            told[name]["rows"].append({"experiment": experiment, "mark": marks[name], "texts": texts, "link": link})
-    broken = [one for one in experiments if _broken(numbers_of(f"{one}/04_score_ood"))]
-    rows = [_beside(entry, numbers_of) for entry in claims["numbers"]]
-    runs = sum(bool(entry["run"]) for entry in claims["numbers"])
-    note = claims["numbers_note"].strip()
-    given = {"claims": list(told.values()), "experiments": list(experiments), "broken": broken, "numbers": rows}
-    return _page("claims.md", **given, runs=runs, note=note)
+            mark = row["cells"][experiment] or NOT_RUN
+            row["rows"].append({"experiment": experiment, "mark": mark, "texts": texts, "link": link})
+    given = {
+        "claims": rows, "broken": [one for one in experiments if _broken(numbers_of(f"{one}/04_score_ood"))],
+        "numbers": [_beside(entry, numbers_of) for entry in claims["numbers"]],
+        "runs": sum(bool(entry["run"]) for entry in claims["numbers"]), "note": claims["numbers_note"].strip(),
+    }  # fmt: skip
+    return _page("claims.md", **given)
 
 
 def intro_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers], experiments=BOOK_EXPERIMENTS) -> str:
     """The Markdown of intro.md: the idea in one figure, where EPD stands, how many claims of the paper hold."""
     rows = []
     tested = {name: of for name, of in claims["claims"].items() if of.get("family") == "paper"}
-    for experiment in experiments:
-        recorded = numbers_of(f"{experiment}/04_score_ood")
+    marks = _marks(tested, numbers_of, experiments)
+    counts = pd.DataFrame([claims_table.cells(marks, name) for name in tested])
+    for column in counts:
+        recorded = numbers_of(f"{column}/04_score_ood")
         cells = [text(recorded[key]) if (key := f"{name}_fpr95_ood_pos") in recorded else "–" for name in STANDING]
         rank = f"{recorded['epd_rank'].value:g} of {recorded['detectors'].value:g}" if "epd_rank" in recorded else "–"
-        marks = list(_marks(tested, lambda page, of=experiment: numbers_of(f"{of}/{page}")).values())
-        counts = [marks.count(mark) for mark in (HOLDS, UNDECIDED, FAILS)]
-        rows.append({"experiment": experiment, "rank": rank, "cells": cells, "counts": counts})
+        of = [int((counts[column] == mark).sum()) for mark in (HOLDS, UNDECIDED, FAILS)]
+        if counts[column].isin(["", claims_table.NOT_RUN]).all():
+            of = [claims_table.NOT_RUN, "", ""]
+        row = {"experiment": column, "rank": rank, "cells": cells, "counts": of, "own": column in experiments}
+        rows.append(row)
     return _page("intro.md", rows=rows, of=len(tested), hero=_hero())
 
 
@@ -142,17 +149,23 @@ def _broken(recorded: Numbers) -> bool:
     return "pixel_wins" in recorded and recorded["pixel_wins"].value > 0
 
 
-def _marks(claims: Mapping[str, Mapping], recorded: Callable[[str], Numbers]) -> dict[str, str]:
-    """The mark of every claim on one experiment; a family may have claims of several pages, so all go at once."""
-    judged, numbers = [], Numbers()
-    for name, of in claims.items():
-        numbers.update(recorded(of["page"]))
-        if "test" in of:
-            parts = {key: of.get(key) for key in ("test", "decided", "family", "page")}
-            judged.append(Finding(name, of["sentence"], numbers=of["numbers"], **parts))
-    marks = {row["key"]: row["mark"] for row in judge(judged, numbers)}
-    shown = {name: SHOWN if of["numbers"].keys() <= numbers.keys() else MISSING for name, of in claims.items()}
-    return shown | marks
+def _marks(claims: Mapping[str, Mapping], numbers_of: Callable[[str], Numbers], experiments) -> dict[str, dict]:
+    """The mark of every claim by experiment, none of one that was not run.
+
+    A family may have claims of several pages, so all go at once.
+    """
+    found = {}
+    for experiment in experiments:
+        judged, numbers = [], Numbers()
+        for name, of in claims.items():
+            numbers.update(numbers_of(f"{experiment}/{of['page']}"))
+            if "test" in of:
+                parts = {key: of.get(key) for key in ("test", "decided", "family", "page")}
+                judged.append(Finding(name, of["sentence"], numbers=of["numbers"], **parts))
+        shown = {name: SHOWN if of["numbers"].keys() <= numbers.keys() else MISSING for name, of in claims.items()}
+        marks = {row["key"]: row["mark"] for row in judge(judged, numbers)}
+        found[experiment] = shown | marks if numbers else {}
+    return found
 
 
 def _beside(entry: Mapping[str, Any], numbers_of: Callable[[str], Numbers]) -> dict[str, Any]:

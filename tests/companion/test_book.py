@@ -12,8 +12,11 @@ import pytest
 import yaml
 
 from capsae import detectors
+from companion import findings
 from companion.chapters.claims import profile_claims
-from companion.findings import WORDS, Finding, Numbers, slug
+from companion.chapters.claims import table as claims_table
+from companion.figures import comparisons
+from companion.findings import LONGEST, Finding, Numbers, slug
 from companion.publish import pages, plan, publish
 
 ROOT = plan.root()
@@ -122,8 +125,11 @@ def test_the_claims_of_one_family_are_corrected_together_and_families_apart():
 
 
 def test_what_is_not_measured_or_not_judged_says_so():
+    other = Numbers()
+    other.add("b", 1.0)
+    assert "| A is below B. | not measured here |" in pages.claims_page(_claims(), lambda page: other, ["digits"])
     missing = pages.claims_page(_claims(), lambda page: Numbers(), ["digits"])
-    assert "| A is below B. | not measured here |" in missing and "| none |" in missing
+    assert "| A is below B. |  |" in missing and "| digits | not run here yet | – | none |" in missing
     claims = _claims()
     for key in ("test", "decided", "family"):
         del claims["claims"]["one"][key]
@@ -131,6 +137,57 @@ def test_what_is_not_measured_or_not_judged_says_so():
     broken = pages.claims_page(_claims(), _recorded(-3, 0.01, [("pixel_wins", 2)]), ["digits"])
     assert "On some OOD sets of digits a control that reads pixel statistics" in broken
     assert "On some OOD sets" not in pages.claims_page(_claims(), _recorded(-3, 0.01, [("pixel_wins", 0)]), ["digits"])
+
+
+BACKBONES = ["imagenet20", "imagenet20-augreg", "digits"]
+
+
+def _by_experiment(**values):
+    """What each experiment's page recorded of "a": a value that is decided; nothing where none is given."""
+    found = {name.replace("_", "-"): _recorded(value, 0.001)("") for name, value in values.items()}
+    return lambda page: found.get(page.partition("/")[0], Numbers())
+
+
+@pytest.mark.parametrize(
+    "second, mark, both",
+    [(-2, "holds", "holds"), (2, "does not hold on this run", "does not hold on this run"), (None, "", "not run")],
+)
+def test_a_claim_on_two_backbones_holds_if_it_holds_on_both(second, mark, both):
+    runs = {"imagenet20": -3, "digits": -1} | ({} if second is None else {"imagenet20_augreg": second})
+    text = pages.claims_page(_claims(), _by_experiment(**runs), BACKBONES)
+    assert "| claim | imagenet20 | imagenet20-augreg | imagenet20, both backbones | digits |" in text
+    assert f"| A is below B. | holds | {mark} | {both} | holds |" in text
+    start = pages.intro_page(_claims(), _by_experiment(**runs), BACKBONES)
+    counts = {"holds": "1 | 0 | 0", "does not hold on this run": "0 | 0 | 1", "not run": "not run |  | "}[both]
+    assert f"| imagenet20, both backbones | – | – | {counts} |" in start and "| digits | – | – | 1 | 0 | 0 |" in start
+    assert start.count("both backbones |") == 1, "the table of scores has no row for two runs together"
+
+
+def test_the_joint_verdict_of_made_up_marks():
+    holds, undecided, fails = findings.HOLDS, findings.UNDECIDED, findings.FAILS
+    for marks, wanted in [
+        ((holds, holds), holds),
+        ((holds, undecided), undecided),
+        ((undecided, fails), fails),
+        ((holds, findings.MISSING), findings.MISSING),
+        ((pages.SHOWN, pages.SHOWN), pages.SHOWN),
+        ((fails, ""), claims_table.NOT_RUN),
+        (("", ""), claims_table.NOT_RUN),
+    ]:
+        assert claims_table.joint(marks) == wanted
+    assert claims_table.backbones(["a", "a-x", "b"]) == {"a": ["a", "a-x"], "b": ["b"]}
+
+
+def test_a_claim_on_our_scores_becomes_a_row_for_each():
+    short = {
+        "e": {"sentence": "{score} beats MDS++.", "source": "us", "score": "ours", "beats": "mds++", "family": "f"}
+    }
+    found = claims_table.expanded(short, ("rpd", "rpd_dense"))
+    assert [of["sentence"] for of in found.values()] == ["RPD beats MDS++.", "RPD on dense ReLU beats MDS++."]
+    assert [of["decided"] for of in found.values()] == [f"{n}_less_mdspp_fpr95_ood_pos" for n in ("rpd", "rpd_dense")]
+    assert len(found["rpd_e"]["numbers"]) == 3 and {of["family"] for of in found.values()} == {"f"}
+    rivals = [of for of in pages.read_claims(BOOK / "claims.yml")["claims"].values() if of.get("family") == "rivals"]
+    assert len(rivals) == 4 * len(comparisons.OUR_SCORES)
 
 
 def test_the_start_page_says_where_epd_stands_and_how_many_claims_hold():
@@ -147,7 +204,7 @@ def test_the_start_page_says_where_epd_stands_and_how_many_claims_hold():
     assert "| digits | 11.5 (10.0 to 13.0) % | – | – | – | – | – |" in text
     assert "paper's 2 claims" in text and "| 15 of 43 | 1 | 0 | 1 |" in text
     nothing = pages.intro_page(claims, lambda page: Numbers(), ["digits"])
-    assert "| digits | – | – | 0 | 0 | 0 |" in nothing
+    assert "| digits | – | – | not run |  |  |" in nothing
 
 
 def test_a_number_that_nobody_ran_says_so_and_one_that_was_run_is_compared():
@@ -174,11 +231,11 @@ def test_every_claim_has_a_test_that_its_page_can_answer():
     known = measured | {"active_any_mean", "active_5_percent_mean"}
     for name, of in claims.items():
         finding = Finding(name, of["sentence"], of.get("test", "1 > 0"), of.get("decided"), numbers=of["numbers"])
-        assert len(of["sentence"].split()) <= WORDS
+        assert len(of["sentence"].split()) <= LONGEST
         for key in finding.names:
-            ours = re.fullmatch(r"(epd|rpd)_less_(\w+?)_(fpr95_ood_pos|fpr95_id_pos|auroc)", key)
-            other = ours and ours[2].removesuffix("pp") + "++" * ours[2].endswith("pp")
-            assert key in known or other in detectors.available(), key
+            pair = re.fullmatch(r"(\w+?)_less_(\w+?)_(fpr95_ood_pos|fpr95_id_pos|auroc)", key)
+            names = {comparisons.number_name(one) for one in detectors.available()}
+            assert key in known or (pair[1] in ("epd", *comparisons.OUR_SCORES) and pair[2] in names), key
     assert sum(of.get("family") == "paper" for of in claims.values()) == 11
 
 

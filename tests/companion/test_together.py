@@ -93,10 +93,10 @@ def _ours(n, f_i, f_j):
 )
 def test_p_is_the_exact_tail_or_a_little_more(n, f_i, f_j):
     exact, p, (mean, variance) = _ours(n, f_i, f_j)
-    told = (np.arange(len(exact)) > mean) & (exact > 1e-8)
-    assert (p[told] >= 0.97 * exact[told]).all()
+    clear = (np.arange(len(exact)) > mean) & (exact > 1e-8)
+    assert (p[clear] >= 0.97 * exact[clear]).all()
     if variance[0] >= 5:
-        close = told & (exact > 1e-4)
+        close = clear & (exact > 1e-4)
         assert (p[close] <= 2 * exact[close]).all()
 
 

@@ -223,6 +223,21 @@ def test_rpd_plus_is_the_sum_of_two_standardised_scores_and_its_shares_sum_to_it
             np.testing.assert_allclose(shares[0].sum(1) + shares[1].sum(1), scores, rtol=1e-8, atol=1e-10)
 
 
+def test_rpd_on_dense_relu_takes_the_rectified_feature_for_the_code(world):
+    def rectified(obs):
+        rows = (obs.cls - obs.cls.mean(1, keepdims=True)) / obs.cls.std(1, keepdims=True)
+        indices = np.tile(np.arange(rows.shape[1], dtype=np.int32), (len(rows), 1))
+        codes = capsae.SparseCodes(np.maximum(rows, 0).astype(np.float32), indices, rows.shape[1])
+        return capsae.Observations(obs.cls, obs.logits, obs.labels, codes=codes)
+
+    train, *others = world
+    dense = detectors.create("rpd_dense").fit(train)
+    for obs in others:
+        scores = dense.score(obs)
+        np.testing.assert_allclose(scores, rpd_by_hand(rectified(train), rectified(obs)), rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(dense.contributions(obs).sum(1), scores, rtol=1e-9)
+
+
 def test_rpd_scores_a_code_on_unseen_latents_or_without_energy_highest(world):
     train, test, _ = world
     some = capsae.SparseCodes(train.codes.values, np.where(train.codes.indices > 40, 0, train.codes.indices), 60)

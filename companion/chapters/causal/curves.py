@@ -6,7 +6,7 @@ over the classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from capsae.caps import check_labels
 from capsae.sae.model import SparseCodes
 
 from .effects import class_interval
-from .maths import Bench, matched, other_class, random_active
+from .maths import Bench, other_class, random_active, stretch
 
 ALPHAS = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 BINS = 20
@@ -33,17 +33,17 @@ TESTS = ("sufficiency", "sufficiency, no error", "necessity")
 # --- sufficiency and necessity
 
 
-def places(bench: Bench, seed: int = 0) -> dict[str, np.ndarray]:
+def places(bench: Bench) -> dict[str, np.ndarray]:
     """Place of each latent in some orders (C, M), 0 = first, from training rows and the head alone.
 
     ``cap``: by its entry in the class's profile. ``attribution``: by its entry x (what a unit of it adds to the class's
-    logit, less what it adds to the mean logit): direct logit attribution.
-    ``union``: its best place in any class's profile, so that the first n
-    are the first n of *every* class together, the same for all images. ``random``: random, but latents that ever fire
-    in the class come first. ``other``: by its entry in another class's profile. Ties go to the lower index.
+    logit, less what it adds to the mean logit): direct logit attribution. ``union``: its best place in any class's
+    profile, so that the first n are the first n of *every* class together, the same for all images. ``random``: random,
+    but latents that ever fire in the class come first. ``other``: by its entry in another class's profile. Ties go to
+    the lower index.
     """
-    mean, rng = bench.caps.mean, np.random.default_rng(seed)
-    other = other_class(bench.n_classes, np.random.default_rng(seed))
+    mean, rng = bench.caps.mean, np.random.default_rng(0)
+    other = other_class(bench.n_classes, np.random.default_rng(0))
     centred = bench.latent_logits - bench.latent_logits.mean(1, keepdims=True)
     found = {
         "cap": _places(-mean),
@@ -55,9 +55,7 @@ def places(bench: Bench, seed: int = 0) -> dict[str, np.ndarray]:
 
 def _places(keys: np.ndarray) -> np.ndarray:
     """Rank (C, M) of each key in its row, the smallest first."""
-    place = np.empty(keys.shape, np.int64)
-    np.put_along_axis(place, np.argsort(keys, axis=1, kind="stable"), np.arange(keys.shape[1])[None, :], axis=1)
-    return place
+    return keys.argsort(axis=1, kind="stable").argsort(axis=1)
 
 
 def sizes(largest: int, points: int = 12) -> np.ndarray:
@@ -66,34 +64,25 @@ def sizes(largest: int, points: int = 12) -> np.ndarray:
     return np.unique(np.concatenate([first, np.geomspace(first[-1], largest, points + 1).round()]).astype(int))
 
 
-def curves(bench: Bench, by: Mapping[str, np.ndarray], at: Iterable[int], seed: int = 0) -> tuple:
-    """Keep only, or delete, the first n latents of the *predicted* class's order, row by row.
+def curves(bench: Bench, by: Mapping[str, np.ndarray], at: Iterable[int]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Keep only, or delete, the first n latents of the *predicted* class's order, row by row: data, areas.
 
     The order follows the head's own prediction on x, so that no label is used; ``union`` does not even use that.
     Keeping n latents also drops all that speaks for other classes; ``other`` shows what that alone does.
+    ``by``: of :func:`places`; ``at``: numbers n >= 1 (0, none kept, none deleted, is added).
 
-    Parameters
-    ----------
-    by : :func:`places`, or some of them
-    at : numbers n >= 1; 0 (none kept, none deleted) is added
-
-    Returns
-    -------
-    data : DataFrame
-        order, test ("sufficiency": only they are kept, the SAE's error stays; "sufficiency, no error"; "necessity":
-        they are deleted), n, latents (that are among the first n, mean over classes), measure, value, lo, hi. Measures:
-        ``accuracy`` (as a share of the head's on x, mean over classes), ``logit`` (mean of the predicted class's logit
-        less the mean logit, as a share of that on x); ``claimed`` (order "other", sufficiency: share of rows predicted
-        as the class whose latents were kept).
-    areas : DataFrame
-        order, test, value, lo, hi: areas under the curves of accuracy (:func:`area`).
+    ``data``: order, test ("sufficiency": only they are kept, the SAE's error stays; "sufficiency, no error";
+    "necessity": they are deleted), n, latents (that are among the first n, mean over classes), measure, value, lo, hi.
+    Measures: ``accuracy`` (as a share of the head's on x, mean over classes), ``logit`` (mean of the predicted class's
+    logit less the mean logit, as a share of that on x); ``claimed`` (order "other", sufficiency: share of rows
+    predicted as the class whose latents were kept). ``areas``: order, test, value, lo, hi, of accuracy (:func:`area`).
     """
     at, rows, under = np.asarray([0, *at]), [], []
     without = bench.x_hat @ bench.weight.T + bench.bias - bench.logits
     head = bench.mean_by_class((bench.predicted == bench.labels).astype(float))
     head[head == 0] = np.nan  # a class that the head never gets right has no accuracy to keep
     base = bench.mean_by_class(bench.logits.max(1) - bench.logits.mean(1))
-    other = other_class(bench.n_classes, np.random.default_rng(seed))
+    other = other_class(bench.n_classes, np.random.default_rng(0))
     for name, place in by.items():
         right, margin = (np.zeros((len(TESTS), len(at), len(bench.x))) for _ in range(2))
         claimed = np.zeros((len(at), len(bench.x)))
@@ -109,14 +98,14 @@ def curves(bench: Bench, by: Mapping[str, np.ndarray], at: Iterable[int], seed: 
                     claimed[:, block] = now == other[of]
         for t, test in enumerate(TESTS):
             shares = np.array([bench.mean_by_class(right[t, i]) / head for i in range(len(at))])
-            under.append({"order": name, "test": test} | class_interval(area(at[1:], shares[1:]), seed))
+            under.append({"order": name, "test": test} | class_interval(area(at[1:], shares[1:])))
             for i, n in enumerate(at):
                 about = {"order": name, "test": test, "n": int(n), "latents": float((place < n).sum(1).mean())}
                 measured = {"accuracy": shares[i]}
                 measured["logit"] = bench.mean_by_class(margin[t, i]) / base
                 if name == "other" and t == 0:
                     measured["claimed"] = bench.mean_by_class(claimed[i])
-                rows += [about | {"measure": m} | class_interval(v, seed) for m, v in measured.items()]
+                rows += [about | {"measure": m} | class_interval(v) for m, v in measured.items()]
     return pd.DataFrame(rows), pd.DataFrame(under)
 
 
@@ -141,16 +130,13 @@ def area(n: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.tensordot(np.diff(x), (values[1:] + values[:-1]) / 2, 1) / (x[-1] - x[0])
 
 
-def enough(
-    data: pd.DataFrame, order: str, test: str = "sufficiency", share: float = 0.9, sure: bool = True
-) -> dict | None:
+def enough(data: pd.DataFrame, order: str, test: str = "sufficiency", share: float = 0.9) -> dict | None:
     """The least n on the grid from which on the accuracy stays at or above a share: n, latents, value, lo, hi, or None.
 
-    With "necessity": at or below 1 - share. ``sure``: the whole 95 % interval must, not its middle alone.
+    With "necessity": at or below 1 - share. The whole 95 % interval must, not its middle alone.
     """
     part = data[(data["order"] == order) & (data["test"] == test) & (data["measure"] == "accuracy") & (data["n"] > 0)]
-    ends = ("hi", "lo") if sure else ("value", "value")
-    fine = (part[ends[0]] <= 1 - share if test == "necessity" else part[ends[1]] >= share).to_numpy()
+    fine = (part["hi"] <= 1 - share if test == "necessity" else part["lo"] >= share).to_numpy()
     stays = np.logical_and.accumulate(fine[::-1])[::-1]
     if not stays.any():
         return None
@@ -161,26 +147,22 @@ def enough(
 # --- steering
 
 
-def steering(bench: Bench, alphas: Iterable[float] = ALPHAS, seed: int = 0) -> pd.DataFrame:
+def steering(bench: Bench, alphas: Iterable[float] = ALPHAS) -> pd.DataFrame:
     """Multiply a class's core by alpha, in its own images and in those of other classes.
 
-    Returns
-    -------
-    DataFrame
-        series ("core"; "random": equally many active latents drawn at random, their change stretched to the core's
-        energy; "difference": core less random, class by class), rows ("of the class", "of other classes"), alpha,
-        measure ("margin": the class's logit less the best other one's; "predicted": share predicted as the class),
-        value, lo, hi over classes.
+    Columns: series ("core"; "random": equally many active latents drawn at random, their change stretched to the core's
+    energy; "difference": core less random, class by class), rows ("of the class", "of other classes"), alpha, measure
+    ("margin": the class's logit less the best other one's; "predicted": share predicted as the class), value, lo, hi.
     """
-    alphas, rng = tuple(alphas), np.random.default_rng(seed)
-    found = {}
+    rng, found = np.random.default_rng(0), {}
     for c in range(bench.n_classes):
         inside = bench.core[c][bench.codes.indices]
         change = np.where(inside, bench.codes.values, 0.0)
         count = (change != 0).sum(1)
         core = bench.delta(change)
         drawn = bench.delta(np.where(random_active(bench.codes, count, rng), bench.codes.values, 0.0))
-        moves = {"core": core @ bench.weight.T, "random": matched(drawn, (core**2).sum(1)) @ bench.weight.T}
+        drawn *= stretch(drawn, (core**2).sum(1))[:, None]
+        moves = {"core": core @ bench.weight.T, "random": drawn @ bench.weight.T}
         for series, move in moves.items():
             for alpha in alphas:
                 logits = bench.logits + (alpha - 1) * move
@@ -192,10 +174,8 @@ def steering(bench: Bench, alphas: Iterable[float] = ALPHAS, seed: int = 0) -> p
                         found.setdefault((series, rows, alpha, measure), []).append(np.nanmean(of[chosen]))
     for _, *key in [key for key in found if key[0] == "core"]:
         found["difference", *key] = np.subtract(found["core", *key], found["random", *key])
-    names = ("series", "rows", "alpha", "measure")
-    return pd.DataFrame(
-        [dict(zip(names, key, strict=True)) | class_interval(np.array(of), seed) for key, of in found.items()]
-    )
+    cells = [(*key, *class_interval(np.array(of)).values()) for key, of in found.items()]
+    return pd.DataFrame(cells, columns=["series", "rows", "alpha", "measure", "value", "lo", "hi"])
 
 
 # --- transplants
@@ -210,7 +190,7 @@ TRANSPLANTS = {
 }
 
 
-def transplants(bench: Bench, draws: int = 20, seed: int = 0) -> pd.DataFrame:
+def transplants(bench: Bench, draws: int = 20) -> pd.DataFrame:
     """Put class b's core profile into the images of class a, in place of a's core (and of what they have on b's).
 
     Columns: ``of`` (a), ``into`` (b), ``predicted`` (share of a's rows then predicted as b), ``deleted`` (the same
@@ -219,7 +199,7 @@ def transplants(bench: Bench, draws: int = 20, seed: int = 0) -> pd.DataFrame:
     latents alone), ``reordered`` (b's values shuffled within its core), ``shuffled`` (the same values on random latents
     outside b's core), the last two means over ``draws``.
     """
-    mean, rows, rng = bench.caps.mean, [], np.random.default_rng(seed)
+    mean, rows, rng = bench.caps.mean, [], np.random.default_rng(0)
     place = _places(-mean)
     own = bench.core[bench.labels[:, None], bench.codes.indices]
     for b in range(bench.n_classes):
@@ -252,12 +232,12 @@ def transplants(bench: Bench, draws: int = 20, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def transplant_means(pairs: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]]:
+def transplant_means(pairs: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Means over all pairs, with intervals over the receiving classes: each column, and over each control the gain."""
     gains = {f"over {name}": pairs["predicted"] - pairs[name] for name in TRANSPLANTS if name != "predicted"}
     of = pairs.assign(**gains).groupby("into")
     names = (*TRANSPLANTS, "before", *gains)
-    return {name: class_interval(of[name].mean().to_numpy(), seed) for name in names}
+    return {name: class_interval(of[name].mean().to_numpy()) for name in names}
 
 
 # --- attenuation via posterior probabilities
@@ -268,10 +248,9 @@ class Posterior:
 
     Source: APP of Fereidouni, Haider, Ju, Siddique, "Evaluating Sparse Autoencoders for Monosemantic Representation",
     arXiv 2508.15094 (Findings of EACL 2026) [s]: an activation is scaled by 1 - P(concept | activation), densities of
-    activations by concept from histograms. From their abstract alone, their full text not consulted;
-    bins of equal width up to the latent's
-    largest training value, classes as concepts, equal priors, and 1/C in a bin that no training row fell into are ours
-    [r]. A silent latent stays silent, whatever its posterior.
+    activations by concept from histograms. From their abstract alone, their full text not consulted; bins of equal
+    width up to the latent's largest training value, classes as concepts, equal priors, and 1/C in a bin that no
+    training row fell into are ours [r]. A silent latent stays silent, whatever its posterior.
     """
 
     def __init__(self, shares: np.ndarray, width: np.ndarray):
@@ -307,14 +286,10 @@ class Posterior:
         return self.shares[indices, self._bin(codes.values.astype(np.float64), indices, self.shares.shape[1]), of_class]
 
 
-def attenuation(bench: Bench, posterior: Posterior, core_only: bool) -> Callable[[int], np.ndarray]:
+def attenuation(bench: Bench, posterior: Posterior, core_only: bool, c: int) -> np.ndarray:
     """APP as a change of the values (N, k) for a class: -value x P(class | value), on its core or on all latents."""
-
-    def change(c: int) -> np.ndarray:
-        share = posterior(bench.codes, c)
-        return -bench.codes.values * np.where(bench.core[c][bench.codes.indices] | (not core_only), share, 0.0)
-
-    return change
+    share = posterior(bench.codes, c)
+    return -bench.codes.values * np.where(bench.core[c][bench.codes.indices] | (not core_only), share, 0.0)
 
 
 def frontier(bench: Bench, posterior: Posterior, at: Iterable[int]) -> pd.DataFrame:
@@ -323,7 +298,7 @@ def frontier(bench: Bench, posterior: Posterior, at: Iterable[int]) -> pd.DataFr
     Columns: method ("deletion", "app_core", "app_all"), class, n (latents deleted; -1 for APP), fall (of the class's
     logit on its rows), own_kept and others_kept (accuracy on rows of the class, of other classes, over before).
     """
-    order, rows = np.argsort(-bench.caps.mean, axis=1, kind="stable"), []
+    place, rows = _places(-bench.caps.mean), []
     right = bench.predicted == bench.labels
 
     def measure(method, c, n, move):
@@ -332,36 +307,24 @@ def frontier(bench: Bench, posterior: Posterior, at: Iterable[int]) -> pd.DataFr
         rows.append((method, c, int(n), -move[own, c].mean(), *map(float, kept)))
 
     for c in range(bench.n_classes):
-        place = np.empty(bench.codes.n_latents, np.int64)
-        place[order[c]] = np.arange(bench.codes.n_latents)
-        rank = place[bench.codes.indices]
+        rank = place[c][bench.codes.indices]
         for n in (0, *at):
             measure("deletion", c, n, bench.logit_delta(np.where(rank < n, -bench.codes.values, 0.0)))
         for name, core_only in (("app_core", True), ("app_all", False)):
-            measure(name, c, -1, bench.logit_delta(attenuation(bench, posterior, core_only)(c)))
+            measure(name, c, -1, bench.logit_delta(attenuation(bench, posterior, core_only, c)))
     return pd.DataFrame(rows, columns=["method", "class", "n", "fall", "own_kept", "others_kept"])
 
 
-def at_equal_suppression(data: pd.DataFrame, method: str, seed: int = 0) -> dict[str, float]:
+def at_equal_suppression(data: pd.DataFrame, method: str) -> dict[str, float]:
     """Accuracy kept on other classes by APP less that by deletion, at the same fall of the class's logit.
 
-    Deletion is interpolated between the numbers of latents tried, class by class; a class in which no number reaches
-    APP's fall is compared with the one that comes nearest. value, lo, hi over classes; ``reached``: classes in which
-    deletion reaches it; ``fall``: APP's mean.
+    value, lo, hi over classes. Deletion is interpolated between the numbers of latents tried, class by class; a class
+    in which no number reaches APP's fall is compared with the one that comes nearest.
     """
-    gaps, reached, falls = [], 0, []
+    gaps = []
     for _, part in data.groupby("class"):
         line = part[part["method"] == "deletion"].sort_values("n")
-        x, y = np.maximum.accumulate(line["fall"].to_numpy()), line["others_kept"].to_numpy()
+        x, first = np.unique(np.maximum.accumulate(line["fall"].to_numpy()), return_index=True)
         app = part[part["method"] == method].iloc[0]
-        x, first = np.unique(x, return_index=True)
-        gaps.append(app["others_kept"] - np.interp(app["fall"], x, y[first]))
-        reached += bool(x[-1] >= app["fall"])
-        falls.append(app["fall"])
-    gaps = np.round(gaps, 12)  # rounding is no difference
-    return class_interval(gaps, seed) | {"reached": reached, "fall": float(np.mean(falls))}
-
-
-def training_posterior(run) -> Posterior:
-    """The posterior of a run's training rows."""
-    return Posterior.fit(run.codes("train"), run.features("train").labels, run.experiment.n_classes)
+        gaps.append(app["others_kept"] - np.interp(app["fall"], x, line["others_kept"].to_numpy()[first]))
+    return class_interval(np.round(gaps, 12))  # rounding is no difference

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax, stdtr, stdtrit
 
 from capsae.caps import energy_profile_divergence
 from capsae.metrics import auroc
@@ -24,19 +25,11 @@ MEASURES = ("logit", "others", "rms_others", "probability", "changed", "kept", "
 FAIR = ("part_first", "part_random")  # as much of the core as the deletion of all outside takes
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax (N, C)."""
-    e = np.exp(logits - logits.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
-
-
-def t_test(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean of columns (n, ...), reach of its t interval, and two-sided p of "mean zero" by Student's t.
+def t_test(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean of columns (n, ...), reach of its 95 % t interval, and two-sided p of "mean zero" by Student's t.
 
     Columns of equal values: p is 1 where they are zero, else 0. NaN rows are left out (all columns share them).
     """
-    from scipy.special import stdtr, stdtrit
-
     if len(values):
         values = values[~np.isnan(values.reshape(len(values), -1)[:, 0])]
     n = len(values)
@@ -47,26 +40,22 @@ def t_test(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndar
     flat = error <= 1e-12 * np.maximum(1e-12, np.abs(mean))
     with np.errstate(divide="ignore", invalid="ignore"):
         p = np.where(flat, np.abs(mean) <= 1e-12, 2 * stdtr(n - 1, -np.abs(mean / error)))
-    return mean, stdtrit(n - 1, (1 + level) / 2) * error, p
+    return mean, stdtrit(n - 1, 0.975) * error, p
 
 
 def effect(bench: Bench, c: int, delta: np.ndarray, latents, shared, factor) -> dict[str, float]:
     """What one intervention on class c (delta (N, d) of every row) does, on rows of the class and on all others.
 
-    Returns
-    -------
-    dict
-        On rows of the class: ``logit`` (mean change of its logit, with a 95 % t interval and ``p``), ``others`` (mean
-        change of the other logits), ``rms_others``, ``largest_other`` (the largest fall of another logit's mean) and
-        ``largest_class``, ``probability`` (mean change), ``kept`` (accuracy on these rows afterwards, over before),
-        ``changed`` (share of rows with another prediction), ``to`` (class that takes most of them, -1: none),
-        ``to_share`` and ``runner_up`` (share of them that go to what the head put second on x), ``latents`` (touched),
-        ``shared`` (share of them that are of the class's core),
-        ``energy`` (squared length of the change), ``efficiency`` (fall of the class's logit against the mean logit, as
-        a share of what an equally long change could do at most).
-        On rows of other classes: ``others_kept`` (accuracy, over before), ``elsewhere`` (mean change of logit c).
-        Rows that a control could not match are left out: ``unmatched`` is their share. ``stretch``: median factor over
-        rows of the class, ``shrunk``: share of these rows with a factor below 1.
+    On rows of the class: ``logit`` (mean change of its logit, with a 95 % t interval and ``p``), ``others`` (mean
+    change of the other logits), ``rms_others``, ``largest_other`` (the largest fall of another logit's mean) and
+    ``largest_class``, ``probability`` (mean change), ``kept`` (accuracy on these rows afterwards, over before),
+    ``changed`` (share of rows with another prediction), ``to`` (class that takes most of them, -1: none), ``to_share``
+    and ``runner_up`` (share of them that go to what the head put second on x), ``latents`` (touched), ``shared`` (share
+    of them that are of the class's core), ``energy`` (squared length of the change), ``efficiency`` (fall of the
+    class's logit against the mean logit, as a share of what an equally long change could do at most). On rows of other
+    classes: ``others_kept`` (accuracy, over before), ``elsewhere`` (mean change of logit c). Rows that a control could
+    not match are left out: ``unmatched`` is their share. ``stretch``: median factor over rows of the class, ``shrunk``:
+    share of these rows with a factor below 1.
     """
     fine = ~np.isnan(delta[:, 0])  # a row is NaN as a whole
     own, rest = (bench.labels == c) & fine, (bench.labels != c) & fine
@@ -81,7 +70,7 @@ def effect(bench: Bench, c: int, delta: np.ndarray, latents, shared, factor) -> 
     gone = own & (now != bench.predicted)
     left = now[gone]
     to = int(np.bincount(left).argmax()) if len(left) else -1
-    gain = probabilities(after[own])[:, c] - probabilities(bench.logits[own])[:, c]
+    gain = softmax(after[own], axis=1)[:, c] - softmax(bench.logits[own], axis=1)[:, c]
     energy = (delta[own] ** 2).sum(1)
     most = np.sqrt(energy).sum() * np.linalg.norm(bench.weight[c] - bench.weight.mean(0))
     relative = (move[own, c] - move[own].mean(1)).sum()
@@ -106,22 +95,12 @@ def effect(bench: Bench, c: int, delta: np.ndarray, latents, shared, factor) -> 
 
 
 def effects(bench: Bench, centre: np.ndarray, extra: Mapping | None = None, seed: int = 0) -> tuple:
-    """All interventions on all classes.
+    """All interventions on all classes: table, matrix, moved.
 
-    Parameters
-    ----------
-    extra : mapping of names to functions class -> change of values (N, k), optional
-        Further interventions, such as :func:`companion.chapters.causal.curves.attenuation`.
-
-    Returns
-    -------
-    table : DataFrame
-        A row an intervention and class: ``intervention`` and the columns of :func:`effect`.
-    matrix : DataFrame
-        Deleting the core: ``deleted``, ``logit``, ``change`` (mean over rows of the class deleted), ``p_holm`` (over
-        all cells).
-    moved : dict of (N, d)
-        Change of x, row by row, where the row's own class is the one intervened on.
+    ``extra``: further ones, name -> function of a class that gives a change of the values (N, k).
+    ``table``: a row an intervention and class, ``intervention`` and the columns of :func:`effect`. ``matrix``: deleting
+    the core, ``deleted``, ``logit``, ``change`` (mean over rows of the class deleted), ``p_holm`` (over all cells).
+    ``moved``: by intervention, change of x (N, d) where the row's own class is the one intervened on.
     """
     rows, cells, moved = [], [], {}
     for c, found in deletions(bench, centre, seed):
@@ -140,44 +119,40 @@ def effects(bench: Bench, centre: np.ndarray, extra: Mapping | None = None, seed
     return pd.DataFrame(rows), matrix.assign(p_holm=holm(matrix["p"])).drop(columns="p"), moved
 
 
-def class_interval(values: np.ndarray, seed: int = 0, n_boot: int = 2000) -> dict[str, float]:
+def class_interval(values: np.ndarray, n_boot: int = 2000) -> dict[str, float]:
     """Mean of values (C,) over classes with a 95 % bootstrap interval over the classes: value, lo, hi; NaN left out."""
     values = np.asarray(values, dtype=np.float64)
     values = values[~np.isnan(values)]
     if not len(values):
         return dict.fromkeys(("value", "lo", "hi"), float("nan"))
-    drawn = np.random.default_rng(seed).integers(0, len(values), (n_boot, len(values)))
+    drawn = np.random.default_rng(0).integers(0, len(values), (n_boot, len(values)))
     return {"value": float(values.mean()), **dict(zip(("lo", "hi"), interval(values[drawn].mean(1)), strict=True))}
 
 
-def over_classes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def over_classes(table: pd.DataFrame) -> pd.DataFrame:
     """Means over classes of :func:`effects`: intervention, title, measure, value, lo, hi."""
-    rows = []
-    for name, part in table.groupby("intervention", sort=False):
-        for measure in MEASURES:
-            about = {"intervention": name, "title": TITLES[name], "measure": measure}
-            rows.append(about | class_interval(part[measure].to_numpy(), seed))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"intervention": name, "title": TITLES[name], "measure": m} | class_interval(part[m].to_numpy())
+        for name, part in table.groupby("intervention", sort=False)
+        for m in MEASURES
+    )
 
 
-def against_controls(bench: Bench, moved: Mapping, names=("outside",), seed: int = 0, of: str = "core") -> pd.DataFrame:
-    """Effect on the class's logit of one intervention (the core's) less that of others, on the same rows.
+def against_controls(bench: Bench, moved: Mapping, name: str = "outside", of: str = "core") -> pd.DataFrame:
+    """Effect on the class's logit of one intervention (the core's) less that of another, on the same rows.
 
     Columns: control, value, lo, hi (mean over classes; negative: the first lowers the logit more), larger and smaller
     (classes in which that is significant: paired t test over rows, Holm over classes), classes.
     """
-    own, rows = bench.weight[bench.labels], []
-    for name in names:
-        gap = ((moved[of] - moved[name]) * own).sum(1)
-        tested = [t_test(gap[bench.labels == c]) for c in range(bench.n_classes)]
-        mean, _, p = (np.array(part) for part in zip(*tested, strict=True))
-        rows.append({"control": name} | class_interval(mean, seed) | _clear(mean, p))
-    return pd.DataFrame(rows)
+    gap = ((moved[of] - moved[name]) * bench.weight[bench.labels]).sum(1)
+    tested = [t_test(gap[bench.labels == c]) for c in range(bench.n_classes)]
+    mean, _, p = (np.array(part) for part in zip(*tested, strict=True))
+    return pd.DataFrame([{"control": name} | class_interval(mean) | _clear(mean, p)])
 
 
-def plain_gaps(bench: Bench, moved: Mapping, seed: int = 0) -> pd.DataFrame:
+def plain_gaps(bench: Bench, moved: Mapping) -> pd.DataFrame:
     """:func:`against_controls` without stretching, as much of the core (``of``) less all outside it deleted."""
-    rows = [against_controls(bench, moved, ("outside_plain",), seed, of).assign(of=of) for of in FAIR]
+    rows = [against_controls(bench, moved, "outside_plain", of).assign(of=of) for of in FAIR]
     return pd.concat(rows, ignore_index=True)
 
 
@@ -226,7 +201,7 @@ def draws(bench: Bench, directions: int = 20, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def over_draws(data: pd.DataFrame, seed: int = 0, n_boot: int = 2000) -> pd.DataFrame:
+def over_draws(data: pd.DataFrame, n_boot: int = 2000) -> pd.DataFrame:
     """:func:`draws` in short, a row a control.
 
     Columns: control, value, lo, hi (mean gap; classes and draws, such as the other classes, both drawn with
@@ -237,7 +212,7 @@ def over_draws(data: pd.DataFrame, seed: int = 0, n_boot: int = 2000) -> pd.Data
     rows = []
     for name, part in data.groupby("control", sort=False):
         wide = part.pivot(index="class", columns="draw", values="gap").to_numpy()
-        rng, again = np.random.default_rng(seed), []
+        rng, again = np.random.default_rng(0), []
         for _ in range(n_boot):
             i, j = (rng.integers(0, n, n) for n in wide.shape)
             again.append(np.nanmean(wide[np.ix_(i, j)]))
@@ -269,11 +244,7 @@ def stretching(drawn: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def core_shares(bench: Bench) -> pd.DataFrame:
-    """How much of a row's code lies in a class's core: a row a class and kind of image.
-
-    Columns: class, rows ("of the class", "of other classes"), latents (share of the active latents that are of the
-    core), squares (share of the sum of squared values).
-    """
+    """Share of a row's active ``latents``, and of its ``squares``' sum, in a class's core. Columns: class, rows, ..."""
     values, found = bench.codes.values.astype(np.float64), []
     fires = values != 0
     for c in range(bench.n_classes):
@@ -290,25 +261,21 @@ def emptied(bench: Bench) -> np.ndarray:
     return (bench.logits + bench.logit_delta(-bench.codes.values)).argmax(1)
 
 
-def epd_after(bench: Bench, moved: Mapping, names: Iterable[str], n_boot: int = 500, seed: int = 0) -> pd.DataFrame:
+def epd_after(bench: Bench, moved: Mapping, names: Iterable[str], n_boot: int = 200) -> pd.DataFrame:
     """Does EPD notice? Changed features are encoded and classified anew; EPD against that of the untouched rows.
 
-    Returns
-    -------
-    DataFrame
-        A row an intervention: ``auroc`` (of changed against untouched rows; 0.5: EPD sees nothing) with lo, hi (rows
-        drawn with replacement, the same on both sides); ``gap`` with gap_lo, gap_hi (the first intervention's AUROC
-        less this one's, on the same draws of the same rows); ``changed`` (share of rows whose prediction changed),
-        ``auroc_changed`` and ``auroc_same`` (on these rows and on the others, with rows_changed and rows_same; NaN
-        below 20 rows). Rows that a control could not match are left out (of the gap, on both sides).
+    A row an intervention: ``auroc`` (of changed against untouched rows; 0.5: EPD sees nothing) with lo, hi (rows drawn
+    with replacement, the same on both sides); ``gap`` with gap_lo, gap_hi (the first intervention's AUROC less this
+    one's, on the same draws of the same rows); ``changed`` (share of rows whose prediction changed), ``auroc_changed``
+    and ``auroc_same`` (on these rows and on the others, with rows_changed and rows_same; NaN below 20 rows). Rows that
+    a control could not match are left out (of the gap, on both sides).
     """
     before = energy_profile_divergence(bench.codes, bench.predicted, bench.caps, bench.core_fraction)
     rows, first, n = [], None, len(bench.x)
-    drawn = np.random.default_rng(seed).integers(0, n, (n_boot, n))
+    drawn = np.random.default_rng(0).integers(0, n, (n_boot, n))
 
     def areas(after, fine):
-        chosen = [i[fine[i]] for i in drawn]
-        return np.array([auroc(before[i], after[i]) for i in chosen])
+        return np.array([auroc(before[i], after[i]) for i in (i[fine[i]] for i in drawn)])
 
     for name in names:
         fine = ~np.isnan(moved[name]).any(1)

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
+import torch
+from scipy.sparse import csr_array
 
 from capsae.caps import ClassActivationProfiles, check_labels
 from capsae.data.asarray import as_numpy
@@ -40,66 +42,11 @@ TITLES = {
 }
 
 
-# --- interventions on codes
-
-
-def scaled(codes: SparseCodes, chosen: np.ndarray, factor: float | np.ndarray) -> SparseCodes:
-    """Codes with the chosen latents' values multiplied: 0 deletes, 2 amplifies; indices stay.
-
-    Parameters
-    ----------
-    chosen : (M,) bool, the same latents in all rows, or (N, k) bool, slots of each row
-    factor : number, or (N, k)
-    """
-    codes = codes.numpy()
-    slots = chosen[codes.indices] if chosen.ndim == 1 else chosen
-    if slots.shape != codes.values.shape:
-        raise ValueError(f"chosen has shape {chosen.shape}: ({codes.n_latents},) or {codes.values.shape} would do")
-    return SparseCodes(np.where(slots, codes.values * factor, codes.values), codes.indices, codes.n_latents)
-
-
-def transplanted(codes: SparseCodes, own: np.ndarray, core: np.ndarray, profile: np.ndarray) -> SparseCodes:
-    """Codes (N, k + L) in which another class's core profile stands in place of the rows' own.
-
-    Parameters
-    ----------
-    own : (N, M) or (M,) bool
-        The latents that are taken out of each row.
-    core : (L,) int
-        The other class's core; what the rows have there is taken out as well.
-    profile : (M,)
-        The other class's mean code: its values on ``core`` are put in, as they are.
-    """
-    codes = codes.numpy()
-    out = own[codes.indices] if own.ndim == 1 else np.take_along_axis(own, codes.indices.astype(np.int64), 1)
-    kept = scaled(codes, out | np.isin(codes.indices, core), 0.0)
-    put = np.broadcast_to(profile[core], (len(codes), len(core))), np.broadcast_to(core, (len(codes), len(core)))
-    values = np.concatenate([kept.values, put[0]], axis=1)
-    return SparseCodes(values, np.concatenate([kept.indices, put[1].astype(np.int32)], axis=1), codes.n_latents)
-
-
-# --- where they are tried
-
-
 class Bench:
     """Samples with code, head and profiles: turns a changed code into changed features and logits.
 
-    Parameters
-    ----------
-    sae : SparseCoder
-        Its ``decode`` must be linear in the code (all kinds of this package are).
-    head : object with ``weight`` (C, d) and ``bias`` (C,), on raw features
-    caps : ClassActivationProfiles of training rows
-    x : (N, d) raw features
-    labels : (N,) int in 0..C-1
-    core_fraction : float
-        The core of a class is this share of the latents, as in EPD.
-    codes : SparseCodes of x, optional
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, or ``sae.decode`` is not the linear map that its decoder says.
+    ``head`` has ``weight`` (C, d) and ``bias`` (C,) on raw features, ``x`` is (N, d) raw features, ``labels`` (N,) int.
+    ValueError if shapes do not fit, or ``sae.decode`` is not the linear map that its decoder says.
     """
 
     def __init__(self, sae, head, caps: ClassActivationProfiles, x, labels, core_fraction: float = 0.15, codes=None):
@@ -112,7 +59,9 @@ class Bench:
             raise ValueError(f"{found}; profiles of shape {caps.sums.shape} do not fit them")
         self.labels = check_labels(labels, len(codes), caps.n_classes)
         self.x, self.n_classes = x.astype(np.float64), caps.n_classes
-        self.shift, scale = _scale(sae, x)
+        # What undoes the normalisation: shift and scale, (N, 1) or (1, d).
+        parts = sae._normalized(torch.as_tensor(x))[1:]
+        self.shift, scale = (np.atleast_2d(part.detach().cpu().numpy()).astype(np.float64) for part in parts)
         # One factor a row, or (normalize = "dataset") one a column, which then belongs to the decoder.
         by_row = scale.shape == (len(x), 1)
         self.row_scale = scale if by_row else np.ones((len(x), 1))
@@ -154,13 +103,10 @@ class Bench:
         """(M, C): what one unit of each latent adds to each logit, before the row's scale."""
         return self.decoder @ self.weight.T
 
-    def _rows(self, change: np.ndarray):
-        from scipy.sparse import csr_array
-
+    def _rows(self, change: np.ndarray) -> csr_array:
         change = np.asarray(change, dtype=np.float64) * self.row_scale
         used = change != 0
-        starts = np.concatenate([[0], np.cumsum(used.sum(1))])
-        parts = change[used], self.codes.indices[used], starts
+        parts = change[used], self.codes.indices[used], np.concatenate([[0], np.cumsum(used.sum(1))])
         return csr_array(parts, shape=(len(change), self.codes.n_latents))
 
     def delta(self, change: np.ndarray) -> np.ndarray:
@@ -171,23 +117,9 @@ class Bench:
         """The same seen by the head, (N, C)."""
         return self._rows(change) @ self.latent_logits
 
-    def change(self, codes: SparseCodes) -> np.ndarray:
-        """Values (N, k) of changed codes with unchanged indices, less the original ones; float64."""
-        if not np.array_equal(codes.indices, self.codes.indices):
-            raise ValueError("the codes' indices were changed: only values may differ here")
-        return codes.values.astype(np.float64) - self.codes.values
-
     def mean_by_class(self, values: np.ndarray) -> np.ndarray:
         """Mean of values (N,) or (N, ...) over the rows of each class; NaN rows are left out."""
         return np.array([np.nanmean(values[self.labels == c], axis=0) for c in range(self.n_classes)])
-
-
-def _scale(sae, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What undoes the normalisation: shift and scale, (N, 1) or (1, d)."""
-    import torch
-
-    _, *parts = sae._normalized(torch.as_tensor(x))
-    return tuple(np.atleast_2d(part.detach().cpu().numpy()).astype(np.float64) for part in parts)
 
 
 # --- controls of equal energy
@@ -204,31 +136,16 @@ def stretch(delta: np.ndarray, energy: np.ndarray) -> np.ndarray:
         return np.where(energy == 0, 0.0, np.where(own > 0, np.sqrt(energy / own), np.nan))
 
 
-def matched(delta: np.ndarray, energy: np.ndarray) -> np.ndarray:
-    """Changes (N, d) stretched, or shrunk, so that each row's squared length is ``energy`` (N,)."""
-    return delta * stretch(delta, energy)[:, None]
-
-
 def partial(bench: Bench, slots: np.ndarray, order: np.ndarray, energy: np.ndarray) -> np.ndarray:
     """Delete the chosen slots (N, k) in an order until ``energy`` (N,) is gone; the last latent only in part.
 
     A deletion throughout: no value is stretched, none changes its sign. A row whose slots hold less is deleted whole.
-
-    Parameters
-    ----------
-    order : (N, k)
-        Slots with the lowest keys go first.
-
-    Returns
-    -------
-    (N, d), the change of x
+    Slots with the lowest keys ``order`` (N, k) go first. Returns the change of x, (N, d).
     """
     values = np.where(slots, bench.codes.values, 0.0).astype(np.float64) * bench.row_scale
     sequence = np.where(values != 0, order, np.inf).argsort(1, kind="stable")
-    gone, open_ = np.zeros_like(bench.x), np.ones(len(values), bool)
-    for j in range(values.shape[1]):
-        slot = sequence[:, j]
-        rows = np.arange(len(values))
+    gone, open_, rows = np.zeros_like(bench.x), np.ones(len(values), bool), np.arange(len(values))
+    for slot in sequence.T:
         step = -values[rows, slot][:, None] * bench.decoder[bench.codes.indices[rows, slot]]
         step[~open_] = 0.0
         # |gone + t step|^2 = energy: the first t in 0..1, else the whole step.
@@ -273,12 +190,7 @@ def deletions(bench: Bench, centre: np.ndarray, seed: int = 0) -> Iterator[tuple
     direction. Without any stretching: ``outside_plain`` deletes the active latents outside the core, ``part_first``
     and ``part_random`` as much of the core (:func:`partial`), by profile or in random order.
     ``head_projection`` takes out the part of x - centre along that direction, at its own energy; ``core_no_error``
-    deletes the core and the SAE's error.
-
-    Parameters
-    ----------
-    centre : (d,)
-        Mean of the training features.
+    deletes the core and the SAE's error. ``centre`` (d,): mean of the training features.
     """
     rng = np.random.default_rng(seed)
     other, fires = other_class(bench.n_classes, rng), bench.codes.values != 0
@@ -299,9 +211,7 @@ def deletions(bench: Bench, centre: np.ndarray, seed: int = 0) -> Iterator[tuple
             "other_core": bench.core[other[c]][bench.codes.indices],
             "random_order": along[bench.codes.indices],
         }
-        energy = (core**2).sum(1)
-        none = np.zeros(len(core), int)
-        plain = np.ones(len(core))
+        energy, none, plain = (core**2).sum(1), np.zeros(len(core), int), np.ones(len(core))
         whole = core + bench.x_hat - bench.x
         found = {"core": (core, count, count, plain), "core_no_error": (whole, count, count, plain)}
         for name, chosen in slots.items():

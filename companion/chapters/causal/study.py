@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,14 +22,16 @@ PANELS = {
     "kept": "accuracy on\nthe class, %",
     "others_kept": "accuracy on\nother classes, %",
 }
-KEPT = 0.2  # accuracy from which on a class counts as one that keeps it
 
 
 def study(run, bench: Bench) -> SimpleNamespace:
-    """Every table of the chapter: see the functions of :mod:`.causal_effects` and :mod:`.causal_curves`."""
-    posterior = by_number.training_posterior(run)
-    soft = {f"app_{where}": by_number.attenuation(bench, posterior, where == "core") for where in ("core", "all")}
-    table, matrix, moved = effects.effects(bench, run.features("train").cls.mean(axis=0, dtype="float64"), soft)
+    """Every table of the chapter: see the functions of :mod:`.effects` and :mod:`.curves`."""
+    train = run.features("train")
+    posterior = by_number.Posterior.fit(run.codes("train"), train.labels, run.experiment.n_classes)
+    soft = {
+        f"app_{where}": partial(by_number.attenuation, bench, posterior, where == "core") for where in ("core", "all")
+    }
+    table, matrix, moved = effects.effects(bench, train.cls.mean(axis=0, dtype="float64"), soft)
     drawn = effects.draws(bench)
     at = by_number.sizes(run.caps.core_size(run.experiment.caps.core_fraction))
     curves, areas = by_number.curves(bench, by_number.places(bench), at)
@@ -39,7 +41,7 @@ def study(run, bench: Bench) -> SimpleNamespace:
         overall=effects.over_draws(drawn), curves=curves, areas=areas, steer=by_number.steering(bench),
         pairs=by_number.transplants(bench), shares=effects.core_shares(bench), emptied=effects.emptied(bench),
         frontier=by_number.frontier(bench, posterior, at),
-        after=effects.epd_after(bench, moved, AGAINST_EPD, n_boot=200),
+        after=effects.epd_after(bench, moved, AGAINST_EPD),
     )  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def numbers(found: SimpleNamespace) -> Numbers:
     rest = found.matrix[found.matrix["deleted"] != found.matrix["logit"]]
     also = (rest["p_holm"] < effects.LEVEL) & (rest["change"] < 0)
     made.add("other_logits_that_fall", float(also.sum() / len(core)))
-    high = core.index[core["kept"] > KEPT]
+    high = core.index[core["kept"] > 0.2]
     default = pd.Series(found.emptied).value_counts(normalize=True)
     made.add("classes_that_keep", len(high))
     made.add("emptied_to_them", default.reindex(high).sum(), unit="%")
@@ -97,9 +99,8 @@ def _numbers_of_curves(made: Numbers, curves: pd.DataFrame) -> None:
 
 def _numbers_of_moves(made: Numbers, found: SimpleNamespace) -> None:
     steer = found.steer[found.steer["measure"] == "margin"]
-    whole, top = steer["alpha"].isin([1.0]), steer["alpha"] == steer["alpha"].max()
-    made.rows(steer[top], "amplified_{series}_{rows}")
-    made.rows(steer[whole & (steer["series"] == "core")], "untouched_{series}_{rows}")
+    made.rows(steer[steer["alpha"] == steer["alpha"].max()], "amplified_{series}_{rows}")
+    made.rows(steer[(steer["alpha"] == 1) & (steer["series"] == "core")], "untouched_{series}_{rows}")
     for name, cell in by_number.transplant_means(found.pairs).items():
         made.add(f"transplant_{name}", **cell, unit="%" if "over" not in name else "points")
     deleted = found.frontier[found.frontier["method"] == "deletion"]
@@ -109,21 +110,14 @@ def _numbers_of_moves(made: Numbers, found: SimpleNamespace) -> None:
     cell = effects.class_interval(deleted.loc[deleted["n"] == few, "others_kept"].to_numpy())
     made.add("half_of_the_fall_others_kept", **cell, unit="%")
     for method in ("app_core", "app_all"):
-        gap = by_number.at_equal_suppression(found.frontier, method)
-        made.add(f"{method}_less_deletion", *(gap[key] for key in ("value", "lo", "hi")), unit="points")
+        made.add(f"{method}_less_deletion", **by_number.at_equal_suppression(found.frontier, method), unit="points")
 
 
 # --- what the tables and figures of the page show
 
 
-def named_logits(found: SimpleNamespace) -> pd.DataFrame:
-    """The matrix of changed logits with names of classes."""
-    names = dict(enumerate(found.names))
-    return found.matrix.assign(**{column: found.matrix[column].map(names) for column in ("deleted", "logit")})
-
-
 def named(found: SimpleNamespace, table: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """A table with names in place of numbers of classes."""
+    """A table with names of classes in place of their numbers in some columns."""
     return table.assign(**{column: table[column].map(found.names.__getitem__) for column in columns})
 
 
@@ -141,7 +135,7 @@ def stretched(found: SimpleNamespace) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def panels(found: SimpleNamespace) -> pd.DataFrame:
-    """Three measures of the interventions at the core's energy, for :func:`.causal_figures.interventions`."""
+    """Three measures of the interventions at the core's energy, for :func:`.figures.interventions`."""
     apart = found.means["intervention"].isin(["outside_plain", *effects.FAIR])
     shown = found.means[found.means["measure"].isin(PANELS) & ~apart]
     factor = np.where(shown["measure"] == "logit", 1, 100)
@@ -168,8 +162,7 @@ def areas_wide(areas: pd.DataFrame) -> pd.DataFrame:
     """Areas under the curves, an order a row."""
     text = [f"{r.value:.2f} ({r.lo:.2f} to {r.hi:.2f})" for r in areas.itertuples()]
     wide = areas.assign(text=text).pivot(index="order", columns="test", values="text")
-    orders: Mapping = by_number.ORDERS
-    return wide.loc[list(orders), list(by_number.TESTS)].reset_index().replace({"order": orders})
+    return wide.loc[list(by_number.ORDERS), list(by_number.TESTS)].reset_index().replace({"order": by_number.ORDERS})
 
 
 def transplants_by_class(found: SimpleNamespace) -> pd.DataFrame:
@@ -179,7 +172,7 @@ def transplants_by_class(found: SimpleNamespace) -> pd.DataFrame:
 
 
 def shares_of_core(found: SimpleNamespace) -> pd.DataFrame:
-    """Means over classes of :func:`.causal_effects.core_shares`, %."""
+    """Means over classes of :func:`.effects.core_shares`, %."""
     return (100 * found.shares.groupby("rows")[["latents", "squares"]].mean()).reset_index()
 
 

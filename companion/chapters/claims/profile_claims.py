@@ -55,20 +55,10 @@ def of_samples(codes, of_class, caps: ClassActivationProfiles, core_fraction: fl
 def of_training(codes, labels, n_classes: int, halves: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Overlap of cores and stability of profiles for each replicate, (R,), of the training images.
 
-    Parameters
-    ----------
-    codes : SparseCodes of N samples
-    labels : (N,) int
-    halves : (N,) bool
-        Which half of its class a sample belongs to. Images are drawn within the halves, so that no image is in both.
-    weights : (R, N) int
-        How often each sample was drawn.
-
-    Returns
-    -------
-    dict
-        ``overlap``: mean Jaccard index of the top 5 % of the latents of two classes; ``stability``: mean cosine of the
-        profiles of a class's halves; ``between``: mean cosine of profiles of two classes.
+    ``halves`` (N,) bool: which half of its class a sample belongs to; images are drawn within the halves, so that no
+    image is in both. ``weights`` (R, N): how often each sample was drawn. ``overlap``: mean Jaccard index of the top
+    5 % of the latents of two classes; ``stability``: mean cosine of the profiles of a class's halves; ``between``: mean
+    cosine of profiles of two classes.
     """
     matrix, row = codes.csr(), 2 * np.asarray(labels) + halves
     found, off = {"overlap": [], "stability": [], "between": []}, ~np.eye(n_classes, dtype=bool)
@@ -93,18 +83,9 @@ def of_training(codes, labels, n_classes: int, halves: np.ndarray, weights: np.n
 def claims(run, n_boot: int = 60) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All measures for the trained and the untrained dictionary and their difference, and every seed by itself.
 
-    Parameters
-    ----------
-    run : pipeline.Run
-    n_boot : int
-        Replicates of the training images for the standard error of overlap and stability.
-
-    Returns
-    -------
-    DataFrame
-        Columns measure, dictionary ("trained", "untrained", "difference"), value, lo, hi, p, seeds.
-    DataFrame
-        Columns measure, dictionary, seed, value.
+    ``n_boot``: replicates of the training images for the standard error of overlap and stability.
+    Columns: measure, dictionary ("trained", "untrained", "difference"), value, lo, hi, p, seeds; and of the seeds:
+    measure, dictionary, seed, value.
     """
     return combined(list(_seeds(run, n_boot)))
 

@@ -57,20 +57,15 @@ def core_activity(run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["class", "kind", "activation"])
 
 
-def _core_shares(run, name: str) -> np.ndarray:
-    """P of every sample of a set on its predicted class's core, (N, k), unsorted."""
-    obs = run.observations(name)
-    inside = core_activations(obs.codes, obs.predicted, run.caps, run.experiment.caps.core_fraction)
-    total = inside.sum(axis=1, keepdims=True)
-    return np.divide(inside, total, out=np.zeros_like(inside), where=total > 0)
-
-
 def sorted_shares(run, smallest: float = 1e-4) -> pd.DataFrame:
     """Mean over samples of the sorted core profile. Columns: set, group, rank, share (cut where below ``smallest``)."""
     frames = []
     for name in ("test", *run.experiment.ood_sets):
-        share = -np.sort(-_core_shares(run, name), axis=1)
-        mean = share.mean(axis=0)
+        obs = run.observations(name)
+        inside = core_activations(obs.codes, obs.predicted, run.caps, run.experiment.caps.core_fraction)
+        total = inside.sum(axis=1, keepdims=True)
+        share = np.divide(inside, total, out=np.zeros_like(inside), where=total > 0)
+        mean = (-np.sort(-share, axis=1)).mean(axis=0)
         rank = np.arange(1, len(mean) + 1)
         frames.append(pd.DataFrame({"set": name, "group": group_of(name), "rank": rank, "share": mean}))
     data = pd.concat(frames, ignore_index=True)
@@ -81,11 +76,9 @@ PEAKEDNESS = ("inside", "fired", "largest", "entropy", "evenness")
 
 
 def peakedness(run) -> pd.DataFrame:
-    """How peaked and how full core profiles are, by set: means of
-    :func:`companion.chapters.claims.profile_claims.of_samples`.
+    """How peaked and how full core profiles are: means of :func:`of_samples` by set. Columns: set, group, and these.
 
-    Columns: set, group, inside (share of the code's energy inside the core), fired (firing core latents, share of k),
-    largest (largest share), entropy (nats), evenness (samples with fewer than two firing latents are left out).
+    Samples with fewer than two firing latents are left out of the evenness.
     """
     rows = []
     for name in ("test", *run.experiment.ood_sets):

@@ -7,8 +7,7 @@ In the SAE's own normalised space, u is the input, u_hat its reconstruction and 
 After Engels, Smith and Tegmark, "Decomposing the dark matter of sparse autoencoders" (arXiv 2410.14670) [s]; theirs is
 on language models. Ours [r]: errors of the rows that the SAE was trained on are smaller than those of others, so each
 regression is fitted in three ways (:data:`FITS`), and the part e_lin is the second of them. Every share so found is a
-lower bound of what is linear: of finitely many rows a map predicts less than of many. Scores on the parts are in
-:mod:`companion.chapters.dark_matter.scores`, tables and numbers in :mod:`.dark_matter_study`.
+lower bound of what is linear: of finitely many rows a map predicts less than of many.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ import numpy as np
 import pandas as pd
 
 from capsae.data.asarray import as_numpy
+from capsae.pipeline.run import Run
+from capsae.sae.dictionaries import methods as dictionaries
 from capsae.stats import interval
 
 PENALTIES = tuple(10.0 ** np.arange(-6, 3))  # of the ridge, in units of the inputs' mean variance
@@ -36,21 +37,14 @@ FOLDS = 10
 
 @dataclass(frozen=True)
 class Linear:
-    """An affine map of rows u (N, d): ``target_mean + scale * ((u - mean) @ weight - offset)``.
-
-    Attributes
-    ----------
-    weight (d, t), mean (d,), target_mean (t,), offset (t,), scale : float
-    penalty : float
-        The ridge's, in units of the inputs' mean variance.
-    """
+    """An affine map of rows u (N, d): ``target_mean + scale * ((u - mean) @ weight - offset)``, weight (d, t)."""
 
     weight: np.ndarray
     mean: np.ndarray
     target_mean: np.ndarray
     offset: np.ndarray | float = 0.0
     scale: float = 1.0
-    penalty: float = np.nan
+    penalty: float = np.nan  # the ridge's, in units of the inputs' mean variance
 
     def __call__(self, u: np.ndarray) -> np.ndarray:
         """Predictions (N, t)."""
@@ -157,30 +151,22 @@ def row_weights(n: int, n_boot: int, seed: int = 0) -> np.ndarray:
 # --- what is predictable
 
 
-def targets(e: np.ndarray) -> dict[str, np.ndarray]:
-    """What is predicted of errors e (N, d): the vector and its squared norm (N, 1)."""
+def _targets(e: np.ndarray) -> dict[str, np.ndarray]:
     return {"vector": e, "norm2": (e**2).sum(1, keepdims=True)}
 
 
 def predictability(coders: Mapping[str, object], train, val, test, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
     """How much of each coder's error is linear in its normalised input, on ID test rows.
 
-    Parameters
-    ----------
-    coders : name -> SparseCoder
-        All with the same normalisation: their inputs are the same rows. The first is the one in question; it gets a
-        control of its own, "shuffled rows", whose errors are dealt to other rows of the same split.
-    train, val, test : (N, d) raw features
-        The ridge is fitted on "train", its penalty chosen on "val"; other fits: :data:`FITS`.
+    All ``coders`` have the same normalisation: their inputs are the same rows. The first is the one in question; it
+    gets a control of its own, "shuffled rows", whose errors are dealt to other rows of the same split. The ridge is
+    fitted on ``train``, its penalty chosen on ``val``; other fits: :data:`FITS`.
 
-    Returns
-    -------
-    DataFrame
-        coder, target (of :data:`TARGETS`), fit (of :data:`FITS`; for the vector also "one number": e is a constant
-        times u, both means taken off, the constant from validation rows; for the norm also "constant": the training
-        rows' mean), value, lo, hi (R^2 with a 95 % interval over test rows; the fit itself stays as it is), penalty
-        (NaN where there is none, or one for each fold), rows (how many it is fitted on, validation rows of a rescaled
-        fit aside), fvu_train and fvu_test (share of the variance that the coder leaves unexplained).
+    Columns: coder, target (of :data:`TARGETS`), fit (of :data:`FITS`; for the vector also "one number": e is a constant
+    times u, both means taken off, the constant from validation rows; for the norm also "constant": the training rows'
+    mean), value, lo, hi (R^2 with a 95 % interval over test rows; the fit itself stays as it is), penalty (NaN where
+    there is none, or one for each fold), rows (how many it is fitted on, validation rows of a rescaled fit aside),
+    fvu_train and fvu_test (share of the variance that the coder leaves unexplained).
     """
     rows, control, bases, shuffle = [], [], None, np.random.default_rng(seed)
     for name, coder in coders.items():
@@ -190,12 +176,12 @@ def predictability(coders: Mapping[str, object], train, val, test, n_boot: int =
             bases = Ridge(first[0]), CrossFit(first[1], first[2], seed=seed)
         elif not all(np.array_equal(u, one) for (u, _), one in zip(split, first, strict=True)):
             raise ValueError(f"{name} normalises its input in another way than {next(iter(coders))}")
-        ys = [targets(e) for _, e in split]
-        about = {f"fvu_{part}": float((e**2).sum() / ((u - u.mean(0)) ** 2).sum())
-                 for part, (u, e) in (("train", split[0]), ("test", split[2]))}  # fmt: skip
+        ys = [_targets(e) for _, e in split]
+        fvu = [float((e**2).sum() / ((u - u.mean(0)) ** 2).sum()) for u, e in split]
+        about = {"fvu_train": fvu[0], "fvu_test": fvu[2]}
         rows += [{"coder": name} | row | about for row in _fits(*bases, *ys, n_boot, seed)]
         if coder is next(iter(coders.values())):
-            dealt = [targets(e[shuffle.permutation(len(e))]) for _, e in split]
+            dealt = [_targets(e[shuffle.permutation(len(e))]) for _, e in split]
             control = [{"coder": "shuffled rows"} | row | about for row in _fits(*bases, *dealt, n_boot, seed)]
     return pd.DataFrame(rows + control)
 
@@ -233,9 +219,6 @@ def coders(run, ks: Iterable[int] = ()) -> dict[str, object]:
     variance on validation rows, all kept (their error is linear: R^2 is 1 by construction); and all principal
     components, the k largest of a row kept (a sparse code without a learned dictionary).
     """
-    from capsae.pipeline.run import Run
-    from capsae.sae.dictionaries import methods as dictionaries
-
     config, train, val = run.experiment.sae, run.features("train").cls, run.features("val").cls
     found = {f"SAE, k = {config.k}": run.sae}
     for k in ks:
@@ -282,20 +265,12 @@ CROSSED = (("reconstruction", "linear"), ("reconstruction", "rest"), ("linear", 
 
 
 def structure(split: Mapping[str, Mapping[str, np.ndarray]], n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Shares of the three parts and of their overlaps in the input's variance, set by set.
+    """Shares of the three parts and of their overlaps in the input's variance, set by set; ``split`` of :func:`parts`.
 
-    Parameters
-    ----------
-    split : set -> :func:`parts`
-        Variances of every set are about the means of the set "train", which has no rows of its own in the
-        result, nor has "val".
-
-    Returns
-    -------
-    DataFrame
-        set, group ("id", "near", "far"), what, value, lo, hi, with 95 % intervals over rows: the share of each part,
-        2 <a, b> of each pair ("a x b"), and of all pairs ("cross"), over the sum of |u - mean|^2; parts and cross sum
-        to 1.
+    Variances of every set are about the means of the set "train", which has no rows of its own in the result, nor has
+    "val". Columns: set, group ("id", "near", "far"), what, value, lo, hi, with 95 % intervals over rows: the share of
+    each part, 2 <a, b> of each pair ("a x b"), and of all pairs ("cross"), over the sum of |u - mean|^2; parts and
+    cross sum to 1.
     """
     rows, means = [], {part: split["train"][part].mean(0) for part in ("input", *THREE)}
     for where, of in split.items():

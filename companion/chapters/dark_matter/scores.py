@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -59,12 +58,6 @@ _SHARES = {"fpr95_ood_pos": fpr95_ood_pos, "fpr95_id_pos": fpr95_id_pos}
 class Length(Detector):
     """Distance of a part from its mean over the fitting rows; the longer, the more OOD."""
 
-    title: ClassVar[str] = "Length"
-    group: ClassVar[str] = "control"
-    formula: ClassVar[str] = r"\lVert z - \bar z \rVert"
-    source: ClassVar[str] = "our control"
-    needs: ClassVar[tuple[str, ...]] = ("features",)
-
     def fit(self, obs: Observations, validation: Observations | None = None) -> Length:
         self._mean = obs.cls64.mean(0)
         return self
@@ -80,11 +73,8 @@ class Distance(Length):
     The normalised input has one length, so on it this is a function of the direction.
     """
 
-    title: ClassVar[str] = "Distance"
-    formula: ClassVar[str] = r"\bigl| \lVert z - \bar z \rVert - \mathrm{med} \bigr| / \mathrm{MAD}"
-
     def fit(self, obs: Observations, validation: Observations | None = None) -> Distance:
-        super().fit(obs, validation)
+        super().fit(obs)
         length = super().score(obs)
         self._median = np.median(length)
         self._mad = np.median(np.abs(length - self._median)) or 1.0
@@ -196,11 +186,8 @@ def fitted(run, train: PartObservations, val: PartObservations) -> dict[str, OnP
 def lengths(observed: Mapping[str, PartObservations], ood: Iterable[str]) -> pd.DataFrame:
     """How often an OOD row of a part lies farther from the training mean than an ID test row.
 
-    Returns
-    -------
-    DataFrame
-        part (reconstruction, error), set ("mean": over all OOD sets), value, lo, hi: the share of pairs of an ID and an
-        OOD row, 0.5 where neither lies farther, with DeLong's 95 % interval.
+    Columns: part (reconstruction, error), set ("mean": over all OOD sets), value, lo, hi: the share of pairs of an ID
+    and an OOD row, 0.5 where neither lies farther, with DeLong's 95 % interval.
     """
     rows = []
     for part in ("reconstruction", "error"):
@@ -209,21 +196,23 @@ def lengths(observed: Mapping[str, PartObservations], ood: Iterable[str]) -> pd.
         for where in ood:
             placed[where] = placements(known, one.score(observed[where].parts[part]))
         for where, over in {**{w: [w] for w in placed}, "mean": list(placed)}.items():
-            value, error = delong([placed[w] for w in over])
-            reach = norm.isf(0.025) * error
-            rows.append((part, where, value, max(0, value - reach), min(1, value + reach)))
+            rows.append((part, where, *_auroc([placed[w] for w in over])))
     return pd.DataFrame(rows, columns=["part", "set", "value", "lo", "hi"])
+
+
+def _auroc(placed: list) -> tuple[float, float, float]:
+    """Value and DeLong's 95 % interval, within 0 to 1."""
+    value, error = delong(placed)
+    reach = norm.isf(0.025) * error
+    return value, max(0, value - reach), min(1, value + reach)
 
 
 def part_table(scorers: Mapping, id_test, ood: Mapping, n_boot: int = REPLICATES, seed: int = 0) -> pd.DataFrame:
     """Results of scorers named by :func:`key`: three of :func:`capsae.evaluate`'s metrics, at a tenth of its cost.
 
-    Returns
-    -------
-    DataFrame
-        method (the detector), part (the column), fit (of :data:`FITS`), set ("mean" with group "near", "far" and
-        "all"), group, metric (both FPR95, AUROC), value, lo, hi: shares, 95 % intervals by a bootstrap over ID and
-        OOD samples for FPR95 (Clopper and Pearson's where no replicate differs), DeLong's for AUROC.
+    Columns: method (the detector), part, fit (of :data:`FITS`), set ("mean" with group "near", "far" and "all"), group,
+    metric (both FPR95, AUROC), value, lo, hi: shares, 95 % intervals by a bootstrap over ID and OOD samples for FPR95
+    (Clopper and Pearson's where no replicate differs), DeLong's for AUROC.
     """
     sets = {"": id_test, **ood}
     scores = {name: {where: one.score(obs) for where, obs in sets.items()} for name, one in scorers.items()}
@@ -245,9 +234,7 @@ def part_table(scorers: Mapping, id_test, ood: Mapping, n_boot: int = REPLICATES
                 if lo == hi and label != "mean":
                     lo, hi = exact_interval(value, len(id_test) if metric == FPR95[0] else len(ood[label]))
                 rows.append((*name.split(SEP), label, group, metric, value, lo, hi))
-            value, error = delong([placed[w] for w in over])
-            reach = norm.isf(0.025) * error
-            rows.append((*name.split(SEP), label, group, "auroc", value, max(0, value - reach), min(1, value + reach)))
+            rows.append((*name.split(SEP), label, group, "auroc", *_auroc([placed[w] for w in over])))
     return pd.DataFrame(rows, columns=["method", "part", "fit", "set", "group", "metric", "value", "lo", "hi"])
 
 
@@ -274,12 +261,8 @@ def compared(scorers: Mapping, id_test, ood: Mapping, n_boot: int = PAIRED, seed
     """
     table = compare(scorers, id_test, ood, pairs(), metrics=(FPR95[0], "auroc"), n_boot=n_boot, seed=seed)
     left, right = (table[c].str.split(SEP, expand=True, regex=False) for c in ("method", "other"))
-    table = table.drop(columns=["method", "other"])
-    for at, (name, column) in enumerate(
-        {"method": left[0], "part": left[1], "other_part": right[1], "fit": left[2]}.items()
-    ):
-        table.insert(at, name, column)
-    return table
+    about = pd.DataFrame({"method": left[0], "part": left[1], "other_part": right[1], "fit": left[2]})
+    return pd.concat([about, table.drop(columns=["method", "other"])], axis=1)
 
 
 def beside_epd(scorers: Mapping, id_test, ood: Mapping, n_boot: int = PAIRED, seed: int = 0) -> pd.DataFrame:

@@ -56,8 +56,8 @@ def numbers(found: SimpleNamespace) -> Numbers:
     made.rows(pairs, "{method}_{part}_less_{other_part}_{fit}", "points")
     for part in ("reconstruction", "error"):
         made.add(f"kept_by_{part}", kept(found.table, part), unit="%")
-    for verdict, word in (("better", "helped"), ("worse", "hurt")):
-        made.add(f"sets_{word}", int((found.beside["verdict"] == verdict).sum()))
+    for verdict, name in (("better", "helped"), ("worse", "hurt")):
+        made.add(f"sets_{name}", int((found.beside["verdict"] == verdict).sum()))
     return made
 
 

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from sklearn.cluster import KMeans
 
+from capsae.sae.dictionaries import methods as dictionaries
 from capsae.stats import interval
 
 K = 10
@@ -37,8 +39,6 @@ def representations(run, seed: int = 0) -> dict[str, tuple]:
     The SAE's codes; the CLS as the SAE sees it, and the same less its training mean; signed top-k of all principal
     components, and a random dictionary of the SAE's size, both with the SAE's k.
     """
-    from capsae.sae.dictionaries import methods as dictionaries
-
     train, test = (run.features(name).cls for name in ("train", "test"))
     sae, settings = run.sae, run.experiment.sae
     dense = [np.asarray(sae.normalize(rows), np.float32) for rows in (train, test)]
@@ -58,8 +58,6 @@ def representations(run, seed: int = 0) -> dict[str, tuple]:
 
 def cluster(sets: Mapping[str, tuple], n_clusters: int, seeds: Sequence[int] = range(10)) -> dict[str, np.ndarray]:
     """k-means fitted on training rows, applied to test rows: title -> clusters (S, Q) of the Q test rows, S starts."""
-    from sklearn.cluster import KMeans
-
     found = {}
     for title, (train, test) in sets.items():
         train, test = unit_rows(train), unit_rows(test)
@@ -93,23 +91,14 @@ def agreement(tables: np.ndarray) -> dict[str, np.ndarray]:
     return {"nmi": nmi, "ari": ari, "purity": tables.max(axis=1).sum(axis=1) / total}
 
 
-def judge(clusters: Mapping[str, np.ndarray], labels, n_boot: int = 500, seed: int = 0) -> pd.DataFrame:
-    """How well clusters agree with classes, with intervals, and the first representation less each other.
+def judge(clusters: Mapping[str, np.ndarray], labels, n_boot: int = 500) -> pd.DataFrame:
+    """How well ``clusters`` (of :func:`cluster`) agree with classes ``labels`` (Q,), and the first less each other.
 
-    Parameters
-    ----------
-    clusters : of :func:`cluster`
-    labels : (Q,) int of the test rows
-
-    Returns
-    -------
-    DataFrame
-        As :func:`retrieve` gives it, for the measures of :func:`agreement`: means over the starts. Replicates draw both
-        test rows (the same for all representations) and starts. Intervals are basic (2 value - quantiles): a row drawn
-        twice agrees with itself, which lifts all replicates.
+    As :func:`retrieve` gives it, for the measures of :func:`agreement`: means over the starts. Replicates draw both
+    test rows (the same for all representations) and starts. Intervals are basic (2 value - quantiles): a row drawn
+    twice agrees with itself, which lifts all replicates.
     """
-    labels, n = np.asarray(labels), len(labels)
-    rng = np.random.default_rng(seed)
+    labels, n, rng = np.asarray(labels), len(labels), np.random.default_rng(0)
     weight = rng.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float64)
     weight = np.vstack([np.ones(n), weight])  # first the rows as they are
     n_classes, measured = int(labels.max()) + 1, {}
@@ -148,22 +137,12 @@ def _beside(measured: Mapping[str, Mapping[str, np.ndarray]], basic: bool = Fals
 
 
 def retrieval(train, test, train_labels, test_labels, k: int = K, seed: int = 0) -> dict[str, np.ndarray]:
-    """Search the training rows by cosine, one test row at a time.
+    """Search the training rows by cosine, one test row at a time: precision (Q,), map (Q,).
 
-    Parameters
-    ----------
-    train, test : SparseCodes or arrays
-    train_labels, test_labels : (N,), (Q,) int
-    k : int
-    seed : int
-        Training rows are shuffled with it first: ties among the k nearest must not fall in the order of the classes.
-
-    Returns
-    -------
-    dict
-        precision (Q,): share of the k nearest that have the query's class. map (Q,): average precision over the whole
-        ranking, equal similarities (no latent in common) counted as one place, the last; NaN for a query whose class no
-        training row has.
+    ``precision``: share of the k nearest that have the query's class. ``map``: average precision over the whole
+    ranking, equal similarities (no latent in common) counted as one place, the last; NaN for a query whose class no
+    training row has. Training rows are shuffled with ``seed`` first: ties among the k nearest must not fall in the
+    order of the classes.
     """
     train, test = unit_rows(train), unit_rows(test)
     if not 1 <= k <= train.shape[0]:
@@ -191,12 +170,9 @@ def retrieve(
 ) -> pd.DataFrame:
     """:func:`retrieval` of several representations, with intervals over the queries, and the first less each other.
 
-    Returns
-    -------
-    DataFrame
-        representation, measure (precision, map), value, lo, hi (95 %, bootstrap over test rows); difference: the first
-        less this one, paired, with difference_lo, difference_hi at a level that covers all others together
-        (Bonferroni). The training rows and the dictionaries are taken as given.
+    Columns: representation, measure (precision, map), value, lo, hi (95 %, bootstrap over test rows); difference: the
+    first less this one, paired, with difference_lo, difference_hi at a level that covers all others together
+    (Bonferroni). The training rows and the dictionaries are taken as given.
     """
     n = len(test_labels)
     weight = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot) / n
@@ -205,12 +181,8 @@ def retrieve(
     return _beside({title: {key: weight @ value for key, value in of.items()} for title, of in found.items()})
 
 
-PANELS = {
-    "precision": f"precision at {K}",
-    "map": "mean average precision",
-    "nmi": "NMI of k-means",
-    "ari": "ARI of k-means",
-}
+PANELS = {"precision": f"precision at {K}", "map": "mean average precision"}
+PANELS |= {"nmi": "NMI of k-means", "ari": "ARI of k-means"}
 
 
 def panels(*tables: pd.DataFrame) -> pd.DataFrame:

@@ -21,9 +21,14 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array, csr_array
+from scipy.special import gammainc, gammaincc, ndtr
+from sklearn.cluster import SpectralClustering
+from sklearn.metrics import adjusted_rand_score
 
 from capsae.caps import check_labels
 from capsae.latents.naming import FDR, false_discovery
+from capsae.sae import SparseCodes
 
 LEAST_ROWS = 10  # rows in which a latent must fire to be paired
 _VARIANCE = 5.0  # from which the tail is that of three moments
@@ -32,20 +37,10 @@ _VARIANCE = 5.0  # from which the tail is that of three moments
 def pairs(codes, labels=None, n_classes: int = 1, least: int = LEAST_ROWS) -> pd.DataFrame:
     """Pairs of latents that fire together in at least one row.
 
-    Parameters
-    ----------
-    codes : SparseCodes of N rows
-    labels : (N,) int or None
-        Classes, as strata; None for one stratum.
-    least : int
-        Rows in which both latents must fire, each by itself.
-
-    Returns
-    -------
-    DataFrame
-        i, j (i < j), together (rows), expected, sd (of the count, within strata), z (together - expected, over sd: the
-        partial association), pmi (log2 together / expected), phi (correlation of firing, over all rows), p, q.
-        ``attrs``: latents (paired), pairs (of these, all; the others never meet: p = 1).
+    ``labels`` (N,): classes, as strata; None for one stratum. ``least``: rows in which both latents must fire, each by
+    itself. Columns: i, j (i < j), together (rows), expected, sd (of the count, within strata), z (together - expected,
+    over sd: the partial association), pmi (log2 together / expected), phi (correlation of firing, over all rows), p, q.
+    ``attrs``: latents (paired), pairs (of these, all; the others never meet: p = 1).
     """
     fires = codes.csr()
     fires.data[:] = 1
@@ -57,7 +52,8 @@ def pairs(codes, labels=None, n_classes: int = 1, least: int = LEAST_ROWS) -> pd
     counts = (columns.T @ columns).tocoo()
     upper = counts.row < counts.col
     i, j, together = counts.row[upper], counts.col[upper], counts.data[upper]
-    by_class = _by_class(columns, labels, n_classes)  # (C, kept)
+    classes = csr_array((np.ones(n), (labels, np.arange(n))), shape=(n_classes, n))
+    by_class = (classes @ columns).toarray()  # (C, kept)
     size = np.bincount(labels, minlength=n_classes)
     expected, variance, third = (m[i, j] for m in _moments(by_class, size))
     p, total = _upper_tail(together, expected, variance, third), len(kept) * (len(kept) - 1) // 2
@@ -77,13 +73,6 @@ def pairs(codes, labels=None, n_classes: int = 1, least: int = LEAST_ROWS) -> pd
     return table
 
 
-def _by_class(columns, labels: np.ndarray, n_classes: int) -> np.ndarray:
-    from scipy.sparse import csr_array
-
-    where = (labels, np.arange(len(labels)))
-    return (csr_array((np.ones(len(labels)), where), shape=(n_classes, len(labels))) @ columns).toarray()
-
-
 def _moments(by_class: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, variance and third central moment (K, K) of sums of hypergeometric counts over the strata.
 
@@ -99,8 +88,6 @@ def _moments(by_class: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def _upper_tail(count: np.ndarray, expected: np.ndarray, variance: np.ndarray, third: np.ndarray) -> np.ndarray:
     """P(a count at least as large), given the moments; 1 at or below the expected count."""
-    from scipy.special import gammainc, gammaincc, ndtr
-
     p = np.where(count >= expected + 1, gammainc(np.maximum(count, 1), expected), 1.0)
     large = variance >= _VARIANCE
     sd = np.sqrt(variance[large])
@@ -114,27 +101,20 @@ def _upper_tail(count: np.ndarray, expected: np.ndarray, variance: np.ndarray, t
     return p
 
 
-def found(table: pd.DataFrame, fdr: float = FDR) -> dict[str, float]:
+def found(table: pd.DataFrame) -> dict[str, float]:
     """How many pairs meet more often than expected: latents, pairs, found, share."""
-    n = int((table["q"] <= fdr).sum())
+    n = int((table["q"] <= FDR).sum())
     total = table.attrs["pairs"]
     return {"latents": table.attrs["latents"], "pairs": total, "found": n, "share": n / total if total else 0.0}
 
 
-def excess(alone: pd.DataFrame, within: pd.DataFrame, fdr: float = FDR) -> float:
+def excess(alone: pd.DataFrame, within: pd.DataFrame) -> float:
     """Of the rows in which the pairs found in ``alone`` meet beyond expectation, the share that classes account for.
 
-    Parameters
-    ----------
-    alone, within : of :func:`pairs` for the same codes, without and with classes
-
-    Returns
-    -------
-    float
-        1 - (together - expected within classes) / (together - expected), summed over the pairs; NaN without any. The
-        pairs are chosen on the same rows: a description, no test.
+    1 - (together - expected within classes) / (together - expected), summed over the pairs; NaN without any. The pairs
+    are chosen on the same rows: a description, no test.
     """
-    of = (alone["q"] <= fdr).to_numpy()
+    of = (alone["q"] <= FDR).to_numpy()
     met, left = (float((table["together"] - table["expected"])[of].sum()) for table in (alone, within))
     return 1 - left / met if met > 0 else float("nan")
 
@@ -144,10 +124,6 @@ def shuffled(codes, labels, n_classes: int, seed: int = 0):
 
     A check for :func:`pairs`. The number of latents that fire then differs from row to row.
     """
-    from scipy.sparse import coo_array
-
-    from capsae.sae import SparseCodes
-
     a = codes.csr().tocoo()
     rng, by_class = np.random.default_rng(seed), [np.flatnonzero(labels == c) for c in range(n_classes)]
     cell = a.col.astype(np.int64) * n_classes + np.asarray(labels)[a.row]
@@ -166,24 +142,12 @@ def shuffled(codes, labels, n_classes: int, seed: int = 0):
     return SparseCodes(values, indices, codes.n_latents)
 
 
-def communities(table: pd.DataFrame, n: int, seed: int = 0, fdr: float = FDR) -> pd.DataFrame:
+def communities(table: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
     """Groups of latents that fire together: spectral clustering of the graph of the pairs found, weighted by phi.
 
-    Parameters
-    ----------
-    table : of :func:`pairs`
-    n : int
-        Groups.
-
-    Returns
-    -------
-    DataFrame
-        latent, community (0 .. n-1, the largest first). Latents without any pair are left out.
+    Columns: latent, community (0 .. n-1, the largest first). Latents without any pair are left out.
     """
-    from scipy.sparse import coo_array
-    from sklearn.cluster import SpectralClustering
-
-    edges = table[(table["q"] <= fdr) & (table["phi"] > 0)]
+    edges = table[(table["q"] <= FDR) & (table["phi"] > 0)]
     latents = np.unique(np.concatenate([edges["i"], edges["j"]]))
     if len(latents) <= n:
         raise ValueError(f"{len(latents)} latents have a partner: too few for {n} groups")
@@ -195,28 +159,16 @@ def communities(table: pd.DataFrame, n: int, seed: int = 0, fdr: float = FDR) ->
     np.fill_diagonal(affinity, 1)
     given = {"affinity": "precomputed", "assign_labels": "cluster_qr", "random_state": seed}
     label = SpectralClustering(n, **given).fit_predict(affinity)
-    order = np.argsort(-np.bincount(label, minlength=n), kind="stable")
-    place = np.empty(n, np.int64)
-    place[order] = np.arange(n)
+    place = np.argsort(-np.bincount(label, minlength=n), kind="stable").argsort()
     return pd.DataFrame({"latent": latents, "community": place[label]})
 
 
 def follow_classes(groups: pd.DataFrame, shares: np.ndarray, n_boot: int = 200, seed: int = 0) -> dict[str, float]:
     """Agreement of communities with each latent's strongest class: adjusted Rand index, basic bootstrap over latents.
 
-    Parameters
-    ----------
-    groups : of :func:`communities`
-    shares : (M, C) of :func:`capsae.latents.naming.posterior`
-
-    Returns
-    -------
-    dict
-        ari (0: as chance has it, 1: the same partition), lo, hi, purity (share of latents whose strongest class is its
-        community's most common), latents.
+    ``shares`` (M, C) of :func:`capsae.latents.naming.posterior`. ari (0: as chance has it, 1: the same partition), lo,
+    hi, purity (share of latents whose strongest class is its community's most common), latents.
     """
-    from sklearn.metrics import adjusted_rand_score
-
     label = groups["community"].to_numpy()
     top = shares[groups["latent"]].argmax(axis=1)
     rng, ari = np.random.default_rng(seed), adjusted_rand_score(top, label)
@@ -225,11 +177,8 @@ def follow_classes(groups: pd.DataFrame, shares: np.ndarray, n_boot: int = 200, 
     table = pd.crosstab(label, top).to_numpy()
     # Latents drawn twice agree with themselves, so replicates lie too high: the basic interval turns them around.
     lo, hi = np.minimum(2 * ari - np.quantile(again, [0.975, 0.025]), 1) if again else (np.nan, np.nan)
-    found = {"ari": ari, "lo": lo, "hi": hi}
-    return {key: float(v) for key, v in found.items()} | {
-        "purity": float(table.max(axis=1).sum() / table.sum()),
-        "latents": len(label),
-    }
+    purity = table.max(axis=1).sum() / table.sum()
+    return {"ari": ari, "lo": float(lo), "hi": float(hi), "purity": float(purity), "latents": len(label)}
 
 
 def group_classes(groups: pd.DataFrame, shares: np.ndarray, class_names) -> pd.DataFrame:
@@ -242,12 +191,12 @@ def group_classes(groups: pd.DataFrame, shares: np.ndarray, class_names) -> pd.D
     return pd.DataFrame({"community": c, "class": np.take(list(class_names), k), "latents": counts.ravel()})
 
 
-def strongest(table: pd.DataFrame, names: pd.DataFrame, fdr: float = FDR, top: int = 10) -> pd.DataFrame:
+def strongest(table: pd.DataFrame, names: pd.DataFrame, top: int = 10) -> pd.DataFrame:
     """The pairs found with the largest z, each latent called by its name or its classes. ``names``: Named.table.
 
     Only pairs whose count has a variance of at least 5: for rarer ones z is large by one row.
     """
-    found = table[(table["q"] <= fdr) & (table["sd"] ** 2 >= _VARIANCE)]
+    found = table[(table["q"] <= FDR) & (table["sd"] ** 2 >= _VARIANCE)]
     found = found.sort_values("z", ascending=False, kind="stable").head(top)
     called = names["name"].where(names["name"] != "", names["classes"]).to_numpy()
     columns = {"i": found["i"], "i fires for": called[found["i"]], "j": found["j"], "j fires for": called[found["j"]]}
