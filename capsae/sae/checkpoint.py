@@ -20,7 +20,7 @@ from ..features.featureset import read_tensors, write_tensors
 from .rows import CHUNK, Rows
 
 log = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Checkpoint:

@@ -129,7 +129,7 @@ def monosemanticity(codes, embeddings) -> np.ndarray:
     ----------
     codes : SparseCodes of N rows
     embeddings : (N, D)
-        Of the same images, by a *second* encoder (rows are brought to unit length). Where none is at hand,
+        Of the same images, by a *second* encoder (rows are brought to unit length). Where there is none,
         :func:`stand_in_embeddings`, and then say so beside the number.
 
     Returns
@@ -260,10 +260,10 @@ def class_probing(train, train_labels, test, test_labels, n_classes: int, sizes=
             ridge = 1e-9 * np.trace(gram) * np.eye(len(gram))
             solution = np.linalg.solve(gram + ridge, (design * weight[:, None]).T @ target)
             outputs[:, c] = _with_one(a_test[:, chosen].toarray()) @ solution
-        said, is_class = outputs > 0, y_test[:, None] == np.arange(n_classes)
+        chosen_by, is_class = outputs > 0, y_test[:, None] == np.arange(n_classes)
         recall, specificity = (
-            (said & is_class).sum(0) / is_class.sum(0),
-            (~said & ~is_class).sum(0) / (~is_class).sum(0),
+            (chosen_by & is_class).sum(0) / is_class.sum(0),
+            (~chosen_by & ~is_class).sum(0) / (~is_class).sum(0),
         )
         balanced = float(((recall + specificity) / 2).mean())
         rows.append({"size": size, "balanced": balanced, "top1": float((outputs.argmax(1) == y_test).mean())})

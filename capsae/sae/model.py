@@ -263,10 +263,10 @@ class TopKSAE(SparseCoder):
     @classmethod
     def untrained(cls, d: int, config: SAEConfig) -> TopKSAE:
         """Random unit rows, encoder = decoder^T (or random as well): where training starts, and a control."""
-        sae, dice = cls(d, config), np.random.PCG64(config.seed)
+        sae, rng = cls(d, config), np.random.PCG64(config.seed)
         with torch.no_grad():
-            sae.decoder.copy_(directions(config.latents, d, dice))
-            sae.encoder.copy_(directions(config.latents, d, dice) if config.init == "random" else sae.decoder)
+            sae.decoder.copy_(directions(config.latents, d, rng))
+            sae.encoder.copy_(directions(config.latents, d, rng) if config.init == "random" else sae.decoder)
         return sae
 
     def preactivations(self, x: torch.Tensor) -> torch.Tensor:
@@ -302,7 +302,7 @@ class TopKSAE(SparseCoder):
         return sae.to(device)
 
 
-def directions(n: int, d: int, dice: np.random.PCG64) -> torch.Tensor:
+def directions(n: int, d: int, rng: np.random.PCG64) -> torch.Tensor:
     """Random unit rows (n, d): of sums of four uniform numbers, so nearly normal.
 
     From the bits of PCG64, whose stream numpy guarantees, in integers: no library's logarithm or sum has a part in it,
@@ -310,7 +310,7 @@ def directions(n: int, d: int, dice: np.random.PCG64) -> torch.Tensor:
     """
     rows = np.empty((n, d), np.float32)
     for start in range(0, n, 4096):
-        raw = dice.random_raw((min(n - start, 4096), d)).view(np.uint16)
+        raw = rng.random_raw((min(n - start, 4096), d)).view(np.uint16)
         sums = raw.reshape(-1, d, 4).sum(2, dtype=np.int64) - 2 * 0xFFFF
         rows[start : start + 4096] = sums / np.sqrt(np.maximum((sums * sums).sum(1, keepdims=True), 1))
     return torch.from_numpy(rows)

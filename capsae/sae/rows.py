@@ -40,9 +40,9 @@ class Rows:
     variance: float
     sharded: bool = False
 
-    def order(self, dice: torch.Generator, n_batches: int) -> list[torch.Tensor]:
+    def order(self, rng: torch.Generator, n_batches: int) -> list[torch.Tensor]:
         """A new random order of all rows: for each batch, the places in `own` of those of its rows that lie here."""
-        order = torch.randperm(self.total, generator=dice, device=self.own.device)
+        order = torch.randperm(self.total, generator=rng, device=self.own.device)
         if not self.sharded:
             return list(order.tensor_split(n_batches))
         here = (order >= self.first) & (order < self.first + len(self.own))

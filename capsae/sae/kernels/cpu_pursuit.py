@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .cpu_topk import compile_kernel
-from .cpu_vectors import LANES, add_product, high, load, low, prefetch, splat, store, total, where_larger
+from .cpu_vectors import WIDTH, add_product, high, load, low, prefetch, splat, store, total, where_larger
 
 TOGETHER = 4  # rows in turn: while one is worked on, the next ones' part of the Gram matrix is on its way
 
@@ -23,7 +23,7 @@ def _update(row, factor, own, tops, places):
     top1 = top0
     place0 = splat(np.float32(0))
     place1 = place0
-    for j in range(0, h, LANES):
+    for j in range(0, h, WIDTH):
         a = add_product(load(row, j), f, low(own, j, h))
         b = add_product(load(row, h + j), f, high(own, j, h))
         store(row, j, a)
@@ -32,17 +32,17 @@ def _update(row, factor, own, tops, places):
         place0, place1 = where_larger(a, top0, now, place0), where_larger(b, top1, now, place1)
         top0, top1 = where_larger(a, top0, a, top0), where_larger(b, top1, b, top1)
     store(tops, 0, top0)
-    store(tops, LANES, top1)
+    store(tops, WIDTH, top1)
     store(places, 0, place0)
-    store(places, LANES, place1)
+    store(places, WIDTH, place1)
     largest = tops[0]
-    for lane in range(1, 2 * LANES):
-        largest = max(largest, tops[lane])
+    for place in range(1, 2 * WIDTH):
+        largest = max(largest, tops[place])
     best = 2 * h
-    for lane in range(2 * LANES):
-        if tops[lane] == largest:
-            half = 0 if lane < LANES else h - LANES
-            best = min(best, int(places[lane]) + half + lane)
+    for place in range(2 * WIDTH):
+        if tops[place] == largest:
+            half = 0 if place < WIDTH else h - WIDTH
+            best = min(best, int(places[place]) + half + place)
     return best
 
 
@@ -54,7 +54,7 @@ def choose_rows(z, gram, least, indices, values):
     where none is over least[r].
     """
     n, k = indices.shape
-    tops, places = np.empty(2 * LANES, np.float32), np.empty(2 * LANES, np.float32)
+    tops, places = np.empty(2 * WIDTH, np.float32), np.empty(2 * WIDTH, np.float32)
     best = np.zeros(TOGETHER, np.int64)
     line = 16 * gram.itemsize // 4
     for start in range(0, n, TOGETHER):
@@ -81,7 +81,7 @@ def choose_rows(z, gram, least, indices, values):
 @compile_kernel
 def _dot(a, b):
     s = splat(np.float32(0))
-    for j in range(0, len(a), LANES):
+    for j in range(0, len(a), WIDTH):
         s = add_product(s, load(a, j), load(b, j))
     return total(s)
 
@@ -89,7 +89,7 @@ def _dot(a, b):
 @compile_kernel
 def _add(to, factor, row):
     f = splat(factor)
-    for j in range(0, len(to), LANES):
+    for j in range(0, len(to), WIDTH):
         store(to, j, add_product(load(to, j), f, load(row, j)))
 
 
@@ -124,7 +124,7 @@ def gradient_rows(left, atoms, indices, active, values, to_atoms, to_x):
                 a, b = values[r, j], _dot(g, own)
                 _add(row, a, own)
                 fa, fb = splat(-a), splat(-b)
-                for c in range(0, len(row), LANES):
+                for c in range(0, len(row), WIDTH):
                     of_g = load(g, c)
                     store(to, c, add_product(add_product(load(to, c), fa, of_g), fb, load(row, c)))
                     store(g, c, add_product(of_g, fb, load(own, c)))
