@@ -45,7 +45,6 @@ else:
 
 inside = pytest.mark.skipif(not INSIDE, reason="runs in test_in_the_interpreter")
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-WAYS = [frozenset(), frozenset({"decode"}), frozenset({"weights"}), frozenset({"decode", "weights"})]
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +90,7 @@ def test_topk_shows_a_nan_and_takes_infinity():
     assert values[0].isnan().sum() == 1 and 7 in indices[0] and values[1].max() == torch.inf and 9 in indices[1]
 
 
-def made_batch(dense=frozenset(), n=23, d=19, m=29, k=5, heavy=4, dtype=torch.float32):
+def made_batch(dense=False, n=23, d=19, m=29, k=5, heavy=4, dtype=torch.float32):
     """A batch with a code of its own: an unused latent (3), one in every row (4), unused slots, and its weights."""
     batch = gpu_products.Batch(n, d, m, k, 8, dtype, dense, DEVICE, heavy)
     others = torch.stack([torch.randperm(m - 5)[: k - 1] + 5 for _ in range(n)])
@@ -116,7 +115,7 @@ def in_float64(batch, decoder, scale):
 
 
 @inside
-@pytest.mark.parametrize("dense", WAYS[::3])
+@pytest.mark.parametrize("dense", [False, True])
 def test_decode(dense):
     batch, decoder = made_batch(dense)
     fired = torch.zeros(batch.m, dtype=torch.int32, device=DEVICE)
@@ -191,11 +190,12 @@ def adam(p, m, v, g):
 
 @inside
 @pytest.mark.parametrize("with_dead", [False, True])
-@pytest.mark.parametrize(("dense", "heavy"), [(WAYS[0], 4), (WAYS[0], 512), (WAYS[2], 4)])
+@pytest.mark.parametrize(("dense", "heavy"), [(False, 4), (False, 512), (True, 4)])
 def test_update(dense, heavy, with_dead):
     batch, decoder = made_batch(dense, heavy=heavy)
-    if "weights" in dense:
+    if dense:
         batch.latents = 12  # a second and a third, smaller, block
+        gpu_products.scatter(batch.values, batch.indices, batch.code)  # as `decode` leaves it
     batch.residual.copy_(in_float64(batch, decoder, 0.37)[0])
     residual, code_gradient, of_encoder, of_decoder, of_bias = in_float64(batch, decoder, 0.37)
     batch.value_gradient.copy_(code_gradient.gather(1, batch.indices.cpu().long()))
@@ -236,7 +236,7 @@ def small_sae(n_dead: int, d: int, **options):
     return sae.to(DEVICE)
 
 
-def take_steps(kind, n_dead=0, dense=frozenset(), sizes=(9, 8), d=11, lr=1e-3, **options):
+def take_steps(kind, n_dead=0, dense=False, sizes=(9, 8), d=11, lr=1e-3, **options):
     step = kind(small_sae(n_dead, d, **options), variance=2.5, window=10)
     if kind is not PlainStep:
         step.dense, step.heavy, step.chunk = dense, 4, 8
@@ -251,7 +251,7 @@ def take_steps(kind, n_dead=0, dense=frozenset(), sizes=(9, 8), d=11, lr=1e-3, *
 @inside
 @pytest.mark.parametrize(
     ("dense", "n_dead", "aux_rows"),
-    [(WAYS[0], 7, 1.0), (WAYS[0], 0, 1.0), (WAYS[1], 0, 1.0), (WAYS[2], 7, 0.3), (WAYS[3], 7, 1.0)],
+    [(False, 7, 0.3), (False, 0, 1.0), (True, 7, 1.0)],
 )
 def test_steps_equal_the_plain_ones(dense, n_dead, aux_rows):
     plain, quick = (take_steps(kind, n_dead, dense, aux_rows=aux_rows) for kind in (PlainStep, TritonStep))
@@ -482,7 +482,7 @@ class Broken:
 def checked(monkeypatch, caplog, name, broken):
     """Which step is taken with one kernel broken, and the warnings."""
     monkeypatch.setattr(gpu_topk if name == "_topk" else kernels, name, broken)
-    monkeypatch.setattr(gpu_step, "choose_dense", lambda m, k, device: frozenset())
+    monkeypatch.setattr(gpu_step, "SPARSE_FROM", 0)
     kind = proven(TritonStep, [small_sae(0, 5, latents=9, k=2)], Rows(torch.randn(6, 5).to(DEVICE), 0, 6, 5.0), 6)
     return kind, [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
@@ -520,8 +520,6 @@ def test_sound_kernels_are_taken(caplog, products):
 
 @inside
 def test_settings(monkeypatch):
-    for m, dense in ((3840, set(gpu_step.TERMS)), (3841, set())):
-        assert gpu_step.choose_dense(m, 32, torch.device("cuda")) == dense
     assert _step_kind(None, torch.device("cuda")) is _step_kind(True, torch.device("cuda")) is TritonStep
     assert _step_kind(False, torch.device("cuda")) is PlainStep
     monkeypatch.setenv("CAPSAE_TRITON", "0")

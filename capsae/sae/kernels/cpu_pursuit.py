@@ -1,15 +1,16 @@
 """Matching pursuit on a CPU (numba): the choice through the Gram matrix, the values and gradients through residuals.
 
 Import this lazily: it needs numba. Rows are independent of each other, so all kernels take a block of them and free the
-interpreter lock. The Gram matrix comes in one of the forms of `cpu_vectors`, with a multiple of 32 columns.
+interpreter lock. The Gram matrix has a multiple of 32 columns.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from .cpu_products import dot
 from .cpu_topk import compile_kernel
-from .cpu_vectors import WIDTH, add_product, high, load, low, prefetch, splat, store, total, where_larger
+from .cpu_vectors import WIDTH, add_product, load, prefetch, splat, store, where_larger
 
 TOGETHER = 4  # rows in turn: while one is worked on, the next ones' part of the Gram matrix is on its way
 
@@ -24,8 +25,8 @@ def _update(row, factor, own, tops, places):
     place0 = splat(np.float32(0))
     place1 = place0
     for j in range(0, h, WIDTH):
-        a = add_product(load(row, j), f, low(own, j, h))
-        b = add_product(load(row, h + j), f, high(own, j, h))
+        a = add_product(load(row, j), f, load(own, j))
+        b = add_product(load(row, h + j), f, load(own, h + j))
         store(row, j, a)
         store(row, h + j, b)
         now = splat(np.float32(j))
@@ -50,13 +51,12 @@ def _update(row, factor, own, tops, places):
 def choose_rows(z, gram, least, indices, values):
     """The steps of some rows: indices and values (n, k) in order of choice, what they hold stays after the end.
 
-    z (n, 2 h) float32, the products at the start, is overwritten; gram (2 h, .) in a form of `cpu_vectors`; a row ends
+    z (n, 2 h) float32, the products at the start, is overwritten; gram (2 h, 2 h); a row ends
     where none is over least[r].
     """
     n, k = indices.shape
     tops, places = np.empty(2 * WIDTH, np.float32), np.empty(2 * WIDTH, np.float32)
     best = np.zeros(TOGETHER, np.int64)
-    line = 16 * gram.itemsize // 4
     for start in range(0, n, TOGETHER):
         some = min(TOGETHER, n - start)
         for q in range(some):
@@ -74,16 +74,8 @@ def choose_rows(z, gram, least, indices, values):
                 indices[r, j], values[r, j] = i, value
                 if j + 1 < k:
                     best[q] = _update(z[r], -value, gram[i], tops, places)
-                    for c in range(0, gram.shape[1], line):
+                    for c in range(0, gram.shape[1], WIDTH):
                         prefetch(gram[best[q]], c)
-
-
-@compile_kernel
-def _dot(a, b):
-    s = splat(np.float32(0))
-    for j in range(0, len(a), WIDTH):
-        s = add_product(s, load(a, j), load(b, j))
-    return total(s)
 
 
 @compile_kernel
@@ -102,7 +94,7 @@ def unroll_rows(x, atoms, indices, active, values):
         for j in range(k):
             if active[r, j]:
                 own = atoms[indices[r, j]]
-                values[r, j] = _dot(row, own)
+                values[r, j] = dot(row, own)
                 _add(row, -values[r, j], own)
 
 
@@ -121,7 +113,7 @@ def gradient_rows(left, atoms, indices, active, values, to_atoms, to_x):
             if active[r, j]:
                 i = indices[r, j]
                 own, to = atoms[i], to_atoms[i]
-                a, b = values[r, j], _dot(g, own)
+                a, b = values[r, j], dot(g, own)
                 _add(row, a, own)
                 fa, fb = splat(-a), splat(-b)
                 for c in range(0, len(row), WIDTH):

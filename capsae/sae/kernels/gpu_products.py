@@ -1,7 +1,7 @@
 """The arithmetic of one batch on the GPU: products by torch, everything else by `triton.py`, into memory that is kept.
 
-Two of the terms exist twice, as gathers of the k active rows and as dense products with the (B, M) code: gathers do
-M / k times less, products run 50 to 100 times faster. `gpu_step` chooses.
+Decoding and the gradients of the weights exist twice, as gathers of the k active rows and as dense products with the
+(B, M) code: gathers do M / k times less, products run 50 to 100 times faster. `gpu_step` chooses.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Batch:
         Rows whose pre-activations exist at a time.
     half : torch.dtype
         Of what products and gathers read: bfloat16, or float32.
-    dense : set of {"decode", "weights"}
-        Terms computed by dense products.
+    dense : bool
+        The code's terms are dense products rather than gathers.
     heavy : int
         Pairs of one latent that one program adds up.
     """
@@ -49,13 +49,14 @@ class Batch:
         self.row_error, self.row_active = new(n), new(n, dtype=integer)
         self.z = new(self.chunk, m, dtype=half)
         self.through = new(triton.cdiv(m, K.PER_PROGRAM), d)
-        self.code = new(n, m, dtype=half, make=torch.zeros) if dense else None  # zero between uses
         self.first, self.part_first = new(m + 1, dtype=integer, make=torch.zeros), new(m + 1, dtype=integer)
         self.part_first.zero_()
         nothing = new(1)
         self.sums = self.parts = self.pairs = (nothing, nothing, nothing)
-        if "weights" in dense:
-            self.code_gradient = new(n, m, dtype=half, make=torch.zeros)
+        if dense:
+            self.code, self.code_gradient = (
+                new(n, m, dtype=half, make=torch.zeros) for _ in range(2)
+            )  # between uses 0
             self.latents = min(m, max(K.PER_PROGRAM, WIDEST // d // K.PER_PROGRAM * K.PER_PROGRAM))
             self.sums = new(self.latents, d), new(self.latents, d), new(m)
         else:
@@ -78,7 +79,7 @@ class Batch:
 
     def decode(self, n: int, decoder, fired, scale: float, gradient: bool = True) -> None:
         """residual = x_hat - x, its square by row, the values' gradient, which latents fired."""
-        if "decode" in self.dense:
+        if self.dense:
             return self.decode_dense(n, decoder, fired, scale, gradient)
         K._decode[(n,)](
             self.centred, decoder, self.values, self.indices, self.residual, self.value_gradient,
@@ -94,7 +95,7 @@ class Batch:
             if gradient:
                 torch.mm(self.residual[part], decoder.t(), out=z)
             self.collect(part, z, fired, scale, gradient)
-        if "weights" not in self.dense or not gradient:
+        if not gradient:
             scatter(self.values[:n], self.indices[:n], self.code, clear=True)
 
     def collect(self, part: slice, product, fired, scale: float, gradient: bool) -> None:
@@ -132,12 +133,10 @@ class Batch:
 
     def update(self, n: int, weights: tuple, dead: tuple | None, scale: float, rates) -> None:
         """Gradients, projection, Adam, unit length of all latents, and what reaches the pre-bias through them."""
-        if "weights" not in self.dense:
+        if not self.dense:
             self.sort_pairs(n)
             return self._update(0, self.m, weights, dead, scale, rates)
         code, code_gradient = self.code[:n], self.code_gradient[:n]
-        if "decode" not in self.dense:
-            scatter(self.values[:n], self.indices[:n], self.code)
         scatter(self.value_gradient[:n], self.indices[:n], self.code_gradient)
         torch.sum(code_gradient, 0, dtype=torch.float32, out=self.sums[2])
         for part in parts(self.m, self.latents):
@@ -154,7 +153,7 @@ class Batch:
         K._update[(triton.cdiv(end - begin, K.PER_PROGRAM),)](
             self.first, self.part_first, *self.pairs, self.centred, self.residual, *self.parts, *self.sums,
             *dead_slots, *weights, self.through, rates, begin, end, scale,
-            D=self.d, COLUMNS=self.columns, PAIRS=SLOTS, LATENTS=K.PER_PROGRAM, DENSE="weights" in self.dense,
+            D=self.d, COLUMNS=self.columns, PAIRS=SLOTS, LATENTS=K.PER_PROGRAM, DENSE=self.dense,
             DEAD=dead is not None, HALF=self.centred.dtype != torch.float32, num_warps=self.warps, num_stages=1,
         )  # fmt: skip
 

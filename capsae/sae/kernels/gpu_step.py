@@ -18,7 +18,6 @@ from ..steps import BETAS, Step
 
 log = logging.getLogger(__name__)
 
-TERMS = ("decode", "weights")  # computed by gathers, or by dense products
 WARM_UP = 2  # steps that run before one is recorded: they compile the kernels
 SPARSE_FROM = 120  # latents per k above which gathers beat dense products, by an estimate of both
 DEAD_SIZES = 16  # the list of dead latents is padded to a multiple of latents / DEAD_SIZES
@@ -45,8 +44,8 @@ class TritonStep(Step):
 
     Attributes
     ----------
-    dense : frozenset of {"decode", "weights"}
-        Terms that are dense products rather than gathers.
+    dense : bool
+        The code's terms are dense products rather than gathers: where latents are few beside k.
     chunk : int
         Rows whose pre-activations exist at a time: as many as stay in the GPU's cache.
     """
@@ -67,7 +66,7 @@ class TritonStep(Step):
         self.rates = torch.zeros(2, device=self.device)  # lr and second moment, both corrected for the moments' start
         self.aux = torch.zeros(1, device=self.device)  # AuxK's loss
         self.chunk, self.heavy = rows_in_cache(self.device, self.m * self.copies[0].element_size()), None
-        self.dense = choose_dense(self.m, self.config.k, self.device)
+        self.dense = self.device.type == "cuda" and self.m <= SPARSE_FROM * self.config.k
         self.use_graphs, self.alone = self.device.type == "cuda", None
         self.find_dead()
 
@@ -89,8 +88,11 @@ class TritonStep(Step):
     def make_room(self, x: torch.Tensor) -> None:
         """A Batch of at least these rows, and a Dead where AuxK has work."""
         if self.batch is None or self.batch.n < len(x):
+            from .gpu_products import Batch
+
             self.forget()
-            self.batch = self.new_batch(len(x), self.dense)
+            shape, heavy = (self.d, self.m, self.config.k), {"heavy": self.heavy} if self.heavy else {}
+            self.batch = Batch(len(x), *shape, self.chunk, self.half, self.dense, self.device, **heavy)
         if self.revival is None and self.capacity():
             from .gpu_products import Dead
 
@@ -98,12 +100,6 @@ class TritonStep(Step):
             chunk = min(self.chunk, len(x))
             self.revival = Dead(self.capacity(), k, self.d, self.m, chunk, self.half, self.device)
             self.revival.fill(self.dead)
-
-    def new_batch(self, n: int, dense: frozenset):
-        from .gpu_products import Batch
-
-        heavy = {"heavy": self.heavy} if self.heavy else {}
-        return Batch(n, self.d, self.m, self.config.k, self.chunk, self.half, dense, self.device, **heavy)
 
     def forward(self, n: int) -> None:
         """Code, residual, gradients of values; AuxK's gradients. Changes nothing that a second call would miss."""
@@ -178,7 +174,7 @@ class TritonStep(Step):
             copy.copy_(parameter.detach())
 
     def notes(self) -> dict:
-        return {"dense": ", ".join(sorted(self.dense)) or "none", "chunk": self.chunk}
+        return {"dense": self.dense, "chunk": self.chunk}
 
     @torch.no_grad()
     def squared_error(self, x: torch.Tensor) -> float:
@@ -257,11 +253,6 @@ class StepGroup:
             self.pool = pool  # a pool without a graph cannot be used again
         self.graphs[sizes].replay()
         return True
-
-
-def choose_dense(m: int, k: int, device: torch.device) -> frozenset:
-    """Terms by dense products: on a GPU, where latents are few beside k."""
-    return frozenset(TERMS) if device.type == "cuda" and m <= SPARSE_FROM * k else frozenset()
 
 
 def rows_in_cache(device: torch.device, bytes_per_row: int) -> int:
