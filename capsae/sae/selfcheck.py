@@ -22,9 +22,10 @@ def proven(kind: type[Step], saes: list[TopKSAE], rows: Rows, batch: int) -> typ
     """`kind`, or `PlainStep` and one warning where it fails on these SAEs and rows, or gives other weights.
 
     The kinds make STEPS steps on copies of one SAE of each kind of settings, and as many with a tenth of the latents
-    dead. Compared are what the weights moved by, and Adam's moments, as the norm of the difference over the plain
-    one's: up to WEIGHTS and MOMENTS, or ROUNDING times what the plain step's own products are off float32 ones. Nothing
-    random is drawn, and the SAEs stay as they are. Want of memory is no fault of a kind: it is raised.
+    dead. Compared are what the weights moved by, Adam's moments, what is counted and what held-out rows would show, by
+    the norm of the difference over the plain one's: up to WEIGHTS, MOMENTS for all else, or ROUNDING times what the
+    plain step's own products are off float32 ones. Nothing random is drawn, and the SAEs stay as they are. Want of
+    memory is no fault of a kind: it is raised.
     """
     some = list({replace(sae.config, seed=0): sae for sae in saes}.values())
     some = saes[:2] if len(some) == 1 else some  # two run side by side as ten do
@@ -86,6 +87,7 @@ def _taken(kind: type[Step], saes: list[TopKSAE], variance: float, x: torch.Tens
                     for what, value in zip(("weights", "first moments", "second moments"), parts, strict=True):
                         found[f"{title}'s {what}"] = value.double().cpu()
                 found[f"SAE {i}, {part}counters"] = step.totals.cpu().clone()
+                found[f"SAE {i}, {part}held-out errors"] = torch.tensor([step.squared_error(x[: len(x) // 2 + 1])])
     finally:
         for step in steps:
             step.close()

@@ -71,6 +71,13 @@ class AuxK(Fast):
         return 3 * super().aux_share(*of)
 
 
+class HeldOut(Fast):
+    """Right in training, wrong where the epoch to keep is chosen."""
+
+    def squared_error(self, x):
+        return 1.2 * super().squared_error(x)
+
+
 class Second(Fast):
     """Several SAEs side by side: the second one's batch is read from the first one's memory."""
 
@@ -94,6 +101,7 @@ def trained(monkeypatch, kind, **options):
         (Constant, "first moments are"),
         (Silent, "encoder's weights are nan % off"),
         (AuxK, "SAE 0, with dead latents, encoder"),
+        (HeldOut, "held-out errors are 20 % off"),
         (Second, "SAE 1, encoder's weights are"),
     ],
 )

@@ -10,16 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu_products import PANEL, add_columns, biases, dot, encode_rows, fill_panels, panels_of, row_moments, weigh_rows
+from .cpu_products import add_columns, biases, dot, encode_rows, fill_panels, panels_of, row_moments, weigh_rows
 from .cpu_topk import compile_kernel, keys_and_bits, topk_rows
 from .cpu_vectors import WIDTH, add_product, high, load, low, padded, prefetch, put, splat, store, total, widened
 
-__all__ = [
-    "LATENTS", "PANEL", "ROWS", "adam_row", "add_columns", "average_rows", "biases", "centre_rows", "decode_rows",
-    "encode_rows", "fill_panels", "first_pairs", "forward_rows", "keys_and_bits", "pack_rows", "padded", "panels_of",
-    "row_moments", "scatter_pairs", "topk_rows", "update_latents", "weigh_rows", "weighted_rows", "widened",
-]  # fmt: skip
-
+# ruff: noqa: F401 (all kernels, in one module)
 
 ROWS, LATENTS = 256, 64  # of a block: sums of blocks are added up in their order
 AHEAD = 4  # pairs whose rows are asked for before they are needed: they lie at random places

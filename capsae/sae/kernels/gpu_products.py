@@ -18,20 +18,10 @@ WIDEST = 16 * 2**20  # entries of one dense gradient block: what stays in the GP
 
 
 class Batch:
-    """The memory of a step for up to `n` rows, reused by every batch.
+    """The memory of a step for up to n rows, reused by every batch, of d columns, m latents, k slots.
 
-    Parameters
-    ----------
-    n, d, m, k : int
-        Rows, columns, latents, slots.
-    chunk : int
-        Rows whose pre-activations exist at a time.
-    half : torch.dtype
-        Of what products and gathers read: bfloat16, or float32.
-    dense : bool
-        The code's terms are dense products rather than gathers.
-    heavy : int
-        Pairs of one latent that one program adds up.
+    Pre-activations exist for `chunk` rows at a time; `half` is the dtype that products and gathers read; with `dense`,
+    the code's terms are products rather than gathers; one program adds up `heavy` pairs of a latent at most.
     """
 
     def __init__(self, n, d, m, k, chunk, half, dense, device, heavy=K.HEAVY):

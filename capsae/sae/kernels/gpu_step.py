@@ -244,7 +244,7 @@ class StepGroup:
             try:
                 self.graphs[sizes] = record(self.steps, sizes, pool, self.streams)
             except RuntimeError as error:
-                if self.strict:
+                if self.strict and not isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
                 for step in self.steps:
                     step.use_graphs = False
