@@ -20,21 +20,14 @@ from ..features.featureset import read_tensors, write_tensors
 from .rows import CHUNK, Rows
 
 log = logging.getLogger(__name__)
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Checkpoint:
     """The file of one training, or none (`path` None): then nothing is read or written.
 
-    Parameters
-    ----------
-    path : Path or None
-    seconds : float
-        At least so long between two writings; 0 writes after each step.
-    identity : dict of JSON values
-        What the training is of. A file with another identity is refused.
-
-    Of several ranks, which all have the same state, the first writes and reads.
+    At least `seconds` pass between two writings; `identity` (JSON values) is what the training is of: a file with
+    another one is refused. Of several ranks, which all have the same state, the first writes and reads.
     """
 
     def __init__(self, path: Path | None, seconds: float, identity: dict[str, Any]) -> None:
@@ -54,13 +47,7 @@ class Checkpoint:
         self.written = time.monotonic()  # from the end: a slow disk does not take all the time
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The state to go on from; None if there is none.
-
-        Raises
-        ------
-        ValueError
-            The file is of another training; the message says what differs.
-        """
+        """The state to go on from; None if there is none. ValueError, with what differs, for another training's."""
         if self.path is None:
             return None
         found = None
@@ -81,12 +68,10 @@ class Checkpoint:
             return None
         try:
             arrays, info = read_tensors(self.path)
-            whole = info.get("schema") == SCHEMA and info["content"] == _digest(arrays)
+            if info["schema"] != SCHEMA or info["content"] != _digest(arrays):
+                raise ValueError("its content or its schema is another")
         except (ValueError, KeyError) as error:
-            log.warning("checkpoint %s is damaged (%s): training starts anew", self.path, error)
-            return None
-        if not whole:
-            log.warning("checkpoint %s is damaged or of another version: training starts anew", self.path)
+            log.warning("checkpoint %s is damaged or of another version (%s): training starts anew", self.path, error)
             return None
         wanted, found = json.loads(json.dumps(self.identity)), info["identity"]
         if differs := _differences(wanted, found):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-
-log = logging.getLogger(__name__)
 
 
 def current(device: torch.device):
@@ -24,11 +21,8 @@ def capture_streams(device: torch.device, n_steps: int) -> list:
     return [torch.cuda.Stream(device) for _ in range(1 if n_steps == 1 else n_steps + 1)]
 
 
-def record(steps: list, sizes: list[int], pool, streams: list) -> torch.cuda.CUDAGraph | None:
-    """The steps as one graph, side by side. Recording runs nothing, so the training is as it was; None: it failed.
-
-    Then the steps record no more.
-    """
+def record(steps: list, sizes: Sequence[int], pool, streams: list) -> torch.cuda.CUDAGraph:
+    """The steps as one graph, side by side. Recording runs nothing: where it fails, the training is as it was."""
     graph, device, (outer, *inner) = torch.cuda.CUDAGraph(), steps[0].device, streams
     collecting = gc.isenabled()
     gc.disable()  # what it would free meanwhile could spoil the recording
@@ -39,17 +33,18 @@ def record(steps: list, sizes: list[int], pool, streams: list) -> torch.cuda.CUD
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             side_by_side(steps, sizes, outer, inner, graph.capture_end)
         torch.cuda.current_stream(device).wait_stream(outer)
-    except RuntimeError as error:
-        give_up(steps, error)
+    except BaseException:
+        for step in steps:
+            step.gradients = None  # they lie in the pool of what was not recorded
         torch.cuda.synchronize(device)
-        return None
+        raise
     finally:
         if collecting:
             gc.enable()
     return graph
 
 
-def side_by_side(steps: list, sizes: list[int], outer, inner: list, end: Callable[[], None]) -> None:
+def side_by_side(steps: list, sizes: Sequence[int], outer, inner: list, end: Callable[[], None]) -> None:
     """Each step's kernels on a stream of its own, all between what came before on `outer` and the end of recording."""
 
     def run() -> None:
@@ -74,11 +69,3 @@ def side_by_side(steps: list, sizes: list[int], outer, inner: list, end: Callabl
             errors.append(error)
     if errors:
         raise errors.pop(0)  # kept in the list, it would keep its frames and their tensors
-
-
-def give_up(steps: list, error: RuntimeError) -> None:
-    """After a failed recording: no more of them."""
-    for step in steps:
-        step.gradients = None  # they lie in the pool of what was not recorded
-        step.use_graphs = False
-    log.warning("the step could not be recorded as a CUDA graph (%s): it runs kernel by kernel, more slowly", error)

@@ -40,12 +40,8 @@ def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], SAEConfig]:
 def read(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and the content of `cfg.json`, of any kind that `save` wrote.
 
-    Raises
-    ------
-    ValueError
-        A pickle (loading one runs code of whoever wrote it), an unknown schema, a damaged or foreign file.
-    FileNotFoundError
-        One of the two files is missing.
+    ValueError: a pickle (loading one runs code of whoever wrote it), an unknown schema, a damaged or foreign file.
+    FileNotFoundError: one of the two files is missing.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

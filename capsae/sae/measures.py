@@ -35,16 +35,8 @@ def _labels(labels, n_rows: int, n_classes: int, of: str = "codes") -> np.ndarra
 def fvu(sae, x, codes=None) -> float:
     """Fraction of variance unexplained, sum |x - x_hat|^2 / sum |x - mean|^2, of normalised rows.
 
-    Parameters
-    ----------
-    sae : the model
-    x : (N, d) raw features
-    codes : SparseCodes of these rows, or None to make them
-
-    Raises
-    ------
-    ValueError
-        If the rows are all equal after normalisation, or codes and x differ in number.
+    x (N, d) are raw features; codes are those of these rows, or None to make them. ValueError where the rows are all
+    equal after normalisation.
     """
     if codes is not None:
         _need_rows("x", len(x), len(codes))
@@ -63,26 +55,15 @@ def fvu(sae, x, codes=None) -> float:
 def head_accuracy(sae, x, labels, head) -> dict[str, float]:
     """What the exact linear head still knows when x is replaced by x_hat, in the input's own space.
 
-    Parameters
-    ----------
-    sae : the model
-    x : (N, d) raw features
-    labels : (N,) int, classes of the head
-    head : object with ``weight`` (C, d) and ``bias`` (C,)
-
-    Returns
-    -------
-    dict
-        accuracy (of x), reconstructed (of x_hat), kept (their ratio), agreement (share of rows with one prediction).
+    x (N, d) are raw features, labels (N,) classes of the head, which has ``weight`` (C, d) and ``bias`` (C,). Returned:
+    accuracy (of x), reconstructed (of x_hat), kept (their ratio), agreement (share of rows with one prediction).
     """
     weight, bias = _numpy(head.weight).astype(np.float64), _numpy(head.bias).astype(np.float64)
     labels = _labels(labels, len(x), len(weight), "x")
     right = again = same = 0
     for i in range(0, len(x), ROWS):
-        before, after = (
-            (_numpy(rows) @ weight.T + bias).argmax(1) for rows in (x[i : i + ROWS], sae.reconstruct(x[i : i + ROWS]))
-        )
-        true = labels[i : i + ROWS]
+        rows, true = x[i : i + ROWS], labels[i : i + ROWS]
+        before, after = ((_numpy(one) @ weight.T + bias).argmax(1) for one in (rows, sae.reconstruct(rows)))
         right, again, same = (
             right + (before == true).sum(),
             again + (after == true).sum(),
@@ -125,17 +106,9 @@ def monosemanticity(codes, embeddings) -> np.ndarray:
     does not depend on the scale of a, which is divided by its maximum only to keep the sums near 1. Subtracting costs
     digits where one row outweighs all others together: the error is about 1e-16 (sum a)^2 / (twice the pairs' sum).
 
-    Parameters
-    ----------
-    codes : SparseCodes of N rows
-    embeddings : (N, D)
-        Of the same images, by a *second* encoder (rows are brought to unit length). Where none is at hand,
-        :func:`stand_in_embeddings`, and then say so beside the number.
-
-    Returns
-    -------
-    (M,) float64
-        NaN for a latent that fires in fewer than two rows.
+    embeddings (N, D) are of the same images, by a *second* encoder (rows are brought to unit length). Where there is
+    none, :func:`stand_in_embeddings`, and then say so beside the number. NaN for a latent that fires in fewer than two
+    rows.
     """
     codes = codes.numpy()
     _need_rows("embeddings", len(embeddings), len(codes))
@@ -180,17 +153,8 @@ def concept_separability(
     silence and `bins` of equal width up to the latent's largest activation; distances are to base 2. The bins and
     the mean over pairs are our choice.
 
-    Parameters
-    ----------
-    codes : SparseCodes of N rows
-    labels : (N,) int in 0..n_classes-1
-    bins : int
-    max_pairs : int
-        With more pairs of classes, so many are drawn with `seed`, the same for all latents.
-
-    Returns
-    -------
-    (M,) float64; NaN for a latent that never fires. Classes without rows are left out.
+    With more pairs of classes than `max_pairs`, so many are drawn with `seed`, the same for all latents. NaN for a
+    latent that never fires. Classes without rows are left out.
     """
     labels = _labels(labels, len(codes), n_classes)
     counts = np.bincount(labels, minlength=n_classes)
@@ -228,25 +192,15 @@ def class_probing(train, train_labels, test, test_labels, n_classes: int, sizes=
     squares fit of +1 (class) and -1 (rest), to which both sides contribute equally. After the sparse probing of
     Gurnee et al. (arXiv 2305.01610), with a closed form in place of their logistic regression (our choice).
 
-    Parameters
-    ----------
-    train, test : SparseCodes
-    train_labels, test_labels : int in 0..n_classes-1; every class needs a row in both
-    sizes : latents per class
-
-    Returns
-    -------
-    DataFrame
-        size; balanced: mean over classes of (recall + specificity) / 2 of the class against the rest; top1: accuracy of
-        the class whose fit is largest.
+    Every class needs a row in both. Columns: size (latents per class); balanced, the mean over classes of (recall +
+    specificity) / 2 of the class against the rest; top1, the accuracy of the class whose fit is largest.
     """
     y, y_test = _labels(train_labels, len(train), n_classes), _labels(test_labels, len(test), n_classes)
     for name, given in (("train_labels", y), ("test_labels", y_test)):
         missing = np.flatnonzero(np.bincount(given, minlength=n_classes) == 0)
         if len(missing) or n_classes < 2:
-            raise ValueError(
-                f"{name}: probing needs two classes and rows of each; without rows: {missing[:5].tolist()}"
-            )
+            none = missing[:5].tolist()
+            raise ValueError(f"{name}: probing needs two classes and rows of each; without rows: {none}")
     a, a_test = train.csr().tocsc(), test.csr().tocsc()
     order = np.argsort(-np.abs(class_t(train, y, n_classes)), axis=1, kind="stable")
     rows = []
@@ -260,11 +214,9 @@ def class_probing(train, train_labels, test, test_labels, n_classes: int, sizes=
             ridge = 1e-9 * np.trace(gram) * np.eye(len(gram))
             solution = np.linalg.solve(gram + ridge, (design * weight[:, None]).T @ target)
             outputs[:, c] = _with_one(a_test[:, chosen].toarray()) @ solution
-        said, is_class = outputs > 0, y_test[:, None] == np.arange(n_classes)
-        recall, specificity = (
-            (said & is_class).sum(0) / is_class.sum(0),
-            (~said & ~is_class).sum(0) / (~is_class).sum(0),
-        )
+        chosen_by, is_class = outputs > 0, y_test[:, None] == np.arange(n_classes)
+        recall = (chosen_by & is_class).sum(0) / is_class.sum(0)
+        specificity = (~chosen_by & ~is_class).sum(0) / (~is_class).sum(0)
         balanced = float(((recall + specificity) / 2).mean())
         rows.append({"size": size, "balanced": balanced, "top1": float((outputs.argmax(1) == y_test).mean())})
     return pd.DataFrame(rows)
@@ -301,35 +253,26 @@ def matched_cosines(a, b, signed: bool = True) -> np.ndarray:
     """Cosines of the rows of two dictionaries, a (M, d) and b (M', d), matched one to one with the largest sum.
 
     The mean over rows is the stability across seeds (Hungarian matching, `scipy.optimize.linear_sum_assignment`). Two
-    random dictionaries give more than 0, too: that is the number to compare with.
-
-    Parameters
-    ----------
-    a, b : dictionaries of equal width, of any row length
-    signed : bool
-        False takes the absolute cosine: for dictionaries whose codes have both signs.
-
-    Returns
-    -------
-    (min(M, M'),) float64, in the order of a's rows (of b's if b is the shorter one)
+    random dictionaries give more than 0, too: that is the number to compare with. Without `signed`, cosines are
+    absolute: for dictionaries whose codes have both signs. (min(M, M'),) in the order of the shorter one's rows.
     """
     from scipy.optimize import linear_sum_assignment
 
-    a, b = (_numpy(one).astype(np.float64) for one in (a, b))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"dictionaries have shapes {a.shape} and {b.shape}; (M, d) and (M', d) would do")
-    a, b = (one / np.maximum(np.linalg.norm(one, axis=1, keepdims=True), 1e-300) for one in (a, b))
-    cosine = a @ b.T if len(a) <= len(b) else b @ a.T
-    cosine = cosine if signed else np.abs(cosine)
+    cosine = _cosines(a, b, signed) if len(a) <= len(b) else _cosines(b, a, signed)
     return cosine[linear_sum_assignment(cosine, maximize=True)]
 
 
 def max_cosines(planted, learned, signed: bool = True) -> np.ndarray:
     """For each row of `planted` (M, d), its largest cosine (M,) with a row of `learned` (M', d): what was recovered."""
-    a, b = (_numpy(one).astype(np.float64) for one in (planted, learned))
+    return _cosines(planted, learned, signed).max(1)
+
+
+def _cosines(a, b, signed: bool) -> np.ndarray:
+    a, b = (_numpy(one).astype(np.float64) for one in (a, b))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"dictionaries have shapes {a.shape} and {b.shape}; (M, d) and (M', d) would do")
     a, b = (one / np.maximum(np.linalg.norm(one, axis=1, keepdims=True), 1e-300) for one in (a, b))
-    cosine = a @ b.T
-    return (cosine if signed else np.abs(cosine)).max(1)
+    return a @ b.T if signed else np.abs(a @ b.T)
 
 
 def jaccard(a, b) -> float:
@@ -341,12 +284,7 @@ def jaccard(a, b) -> float:
 
 
 def core_overlap(caps, fraction: float = 0.05) -> float:
-    """Mean Jaccard index of the core sets of two different classes (the paper's figure 2 takes the top 5 %).
-
-    Parameters
-    ----------
-    caps : ClassActivationProfiles of at least two classes
-    """
+    """Mean Jaccard index of the core sets of two different classes (the paper's figure 2 takes the top 5 %)."""
     overlap = caps.jaccard(fraction)
     if len(overlap) < 2:
         raise ValueError(f"profiles have {len(overlap)} class; overlap needs two")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.asarray import as_numpy
-from . import io
+from . import io, measures
 from .config import SAEConfig
 from .select import compiled, encode, topk
 
@@ -55,24 +55,17 @@ def model(config: SAEConfig) -> type[TopKSAE]:
 class SparseCodes:
     """The codes of N samples: which k of the M latents fire, and how strongly.
 
-    Attributes
-    ----------
-    values : (N, k) float32, >= 0, largest first; unused slots hold 0
-    indices : (N, k) int32, distinct within a row (but for unused slots)
-    n_latents : int, M
-
     Arrays are numpy or torch, as the input of `TopKSAE.encode` was. ``codes[rows]`` takes a slice, a mask or indices.
     """
 
-    values: Any  # np.ndarray or torch.Tensor
-    indices: Any
-    n_latents: int
+    values: Any  # (N, k) float32, >= 0, largest first; unused slots hold 0
+    indices: Any  # (N, k) int32, distinct within a row (but for unused slots)
+    n_latents: int  # M
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape != self.indices.shape:
-            raise ValueError(
-                f"values are {tuple(self.values.shape)}, indices {tuple(self.indices.shape)}; both must be (N, k)"
-            )
+            shapes = f"values are {tuple(self.values.shape)}, indices {tuple(self.indices.shape)}"
+            raise ValueError(f"{shapes}; both must be (N, k)")
 
     def __len__(self) -> int:
         return len(self.values)
@@ -185,23 +178,13 @@ class SparseCoder(nn.Module):
     def reconstruct(self, x: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
         """x_hat (N, d) in the input's own space: decoded, and the normalisation undone."""
         rows, shift, scale = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))
-        return _like(self._decoded(rows) * scale + shift, x)
+        x_hat = torch.cat([self.weighted_rows(*self.code(block)) for block in rows.split(4096)]) + self.pre_bias
+        return _like(x_hat * scale + shift, x)
 
     @torch.no_grad()
     def fvu(self, x: np.ndarray | torch.Tensor) -> float:
         """Fraction of variance unexplained, ``sum |x - x_hat|^2 / sum |x - mean|^2``, float64, on normalised inputs."""
-        rows = self._normalized(check_rows(x, d=self.pre_bias.shape[0]))[0]
-        mean, total, left = rows.mean(0, dtype=torch.float64), 0.0, 0.0
-        for block in rows.split(4096):
-            total += (block - mean).square().sum().item()
-            left += (block.double() - self._decoded(block)).square().sum().item()
-        if total <= 1e-12 * len(rows):
-            raise ValueError("x has no variance (equal rows after normalisation): its FVU is undefined")
-        return left / total
-
-    def _decoded(self, rows: torch.Tensor, size: int = 4096) -> torch.Tensor:
-        blocks = (self.code(b) for b in rows.split(size))
-        return torch.cat([self.weighted_rows(v, i) for v, i in blocks]) + self.pre_bias
+        return measures.fvu(self, check_rows(x, d=self.pre_bias.shape[0]))
 
     def _normalized(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x - shift) / scale, shift and scale, on the SAE's device, float32."""
@@ -263,10 +246,10 @@ class TopKSAE(SparseCoder):
     @classmethod
     def untrained(cls, d: int, config: SAEConfig) -> TopKSAE:
         """Random unit rows, encoder = decoder^T (or random as well): where training starts, and a control."""
-        sae, dice = cls(d, config), np.random.PCG64(config.seed)
+        sae, rng = cls(d, config), np.random.PCG64(config.seed)
         with torch.no_grad():
-            sae.decoder.copy_(directions(config.latents, d, dice))
-            sae.encoder.copy_(directions(config.latents, d, dice) if config.init == "random" else sae.decoder)
+            sae.decoder.copy_(directions(config.latents, d, rng))
+            sae.encoder.copy_(directions(config.latents, d, rng) if config.init == "random" else sae.decoder)
         return sae
 
     def preactivations(self, x: torch.Tensor) -> torch.Tensor:
@@ -302,7 +285,7 @@ class TopKSAE(SparseCoder):
         return sae.to(device)
 
 
-def directions(n: int, d: int, dice: np.random.PCG64) -> torch.Tensor:
+def directions(n: int, d: int, rng: np.random.PCG64) -> torch.Tensor:
     """Random unit rows (n, d): of sums of four uniform numbers, so nearly normal.
 
     From the bits of PCG64, whose stream numpy guarantees, in integers: no library's logarithm or sum has a part in it,
@@ -310,7 +293,7 @@ def directions(n: int, d: int, dice: np.random.PCG64) -> torch.Tensor:
     """
     rows = np.empty((n, d), np.float32)
     for start in range(0, n, 4096):
-        raw = dice.random_raw((min(n - start, 4096), d)).view(np.uint16)
+        raw = rng.random_raw((min(n - start, 4096), d)).view(np.uint16)
         sums = raw.reshape(-1, d, 4).sum(2, dtype=np.int64) - 2 * 0xFFFF
         rows[start : start + 4096] = sums / np.sqrt(np.maximum((sums * sums).sum(1, keepdims=True), 1))
     return torch.from_numpy(rows)

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 
-import torch
 from tqdm.auto import tqdm
 
 from .config import SAEConfig
@@ -18,15 +17,11 @@ __code_version__ = 1  # what is shown, and when a training is given up, changes 
 
 
 class Bar:
-    """One bar over the vectors of all SAEs: rate, FVU, dead fraction.
-
-    In the middle of an epoch the device's counters are copied while it works on, and read once the copy has arrived:
-    no step waits for the host.
-    """
+    """One bar over the vectors of all SAEs: rate, FVU, dead fraction; on a GPU once an epoch: no step waits."""
 
     def __init__(self, total: int, progress: bool) -> None:
         self.bar = tqdm(total=total, unit="vec", unit_scale=True, desc="SAE", disable=not progress, smoothing=0.1)
-        self.finished, self.looked, self.copied = 0, time.monotonic(), None
+        self.finished, self.looked = 0, time.monotonic()
 
     def resume(self, vectors: int) -> None:
         """So many were done before this process began: they count, but not in the rate."""
@@ -37,20 +32,16 @@ class Bar:
 
     def look(self, steps: list[Step]) -> None:
         """Called after each step; does nothing most of the time."""
-        if self.bar.disable or time.monotonic() - self.looked < EVERY:
+        on_gpu = steps[0].totals.device.type == "cuda"
+        if self.bar.disable or on_gpu or time.monotonic() - self.looked < EVERY:
             return
-        if self.copied is None:
-            self.copied = self._copy(steps)
-        counters, arrived = self.copied
-        if arrived is None or arrived.query():
-            self.looked, self.copied = time.monotonic(), None
-            rows, squared_error, dead, variance = (column.tolist() for column in counters.T)
-            fvu = [e / n / v for n, e, v in zip(rows, squared_error, variance, strict=True) if n]
-            self._show(self.finished + int(sum(rows)), fvu, dead)
+        self.looked, rows = time.monotonic(), sum(int(step.totals[0]) for step in steps)
+        dead = [(step.idle >= step.window).double().mean().item() for step in steps]
+        self._show(self.finished + rows, [step.fvu() for step in steps if step.totals[0]], dead)
 
     def epoch(self, records: list[dict], vectors: int) -> None:
         """An epoch ended, with these records, one an SAE."""
-        self.finished, self.copied = self.finished + vectors, None
+        self.finished += vectors
         self._show(self.finished, [r["fvu"] for r in records], [r["dead_fraction"] for r in records])
 
     def close(self) -> None:
@@ -61,21 +52,6 @@ class Bar:
             means = {"fvu": f"{sum(fvu) / len(fvu):.4f}", "dead": f"{sum(dead) / len(dead):.3f}"}
             self.bar.set_postfix(means, refresh=False)
             self.bar.update(vectors - self.bar.n)
-
-    @torch.no_grad()
-    def _copy(self, steps: list[Step]) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Rows, squared error, dead fraction and variance of each SAE, on the host or on the way to it."""
-        dead = [(step.idle >= step.window).double().mean() for step in steps]
-        variance = [torch.full_like(d, step.variance) for d, step in zip(dead, steps, strict=True)]
-        columns = [torch.stack([s.totals[0], s.totals[2], d, v]) for s, d, v in zip(steps, dead, variance, strict=True)]
-        counters = torch.stack(columns)
-        if counters.device.type != "cuda":
-            return counters, None
-        host = torch.empty_like(counters, device="cpu", pin_memory=True)
-        host.copy_(counters, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return host, arrived
 
 
 def check_progress(records: list[dict], first_fvu: float, config: SAEConfig) -> None:

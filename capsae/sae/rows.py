@@ -22,27 +22,19 @@ FITTED_ROWS = 1024
 class Rows:
     """This process's rows, and what all processes' rows have in common (without `sharded`, the same rows).
 
-    Attributes
-    ----------
-    own : (n, d) float32, normalised, on the device
-    first : int
-        Place of ``own[0]`` among the rows of all.
-    total : int
-        Number of the rows of all.
-    variance : float
-        Mean squared distance of the rows of all from their mean: the loss is measured in it, so no batch size and no
-        scale enters.
+    The loss is measured in `variance`, the mean squared distance of all rows from their mean: so no batch size and no
+    scale enters.
     """
 
-    own: torch.Tensor
-    first: int
-    total: int
+    own: torch.Tensor  # (n, d) float32, normalised, on the device
+    first: int  # place of own[0] among the rows of all
+    total: int  # number of the rows of all
     variance: float
     sharded: bool = False
 
-    def order(self, dice: torch.Generator, n_batches: int) -> list[torch.Tensor]:
+    def order(self, rng: torch.Generator, n_batches: int) -> list[torch.Tensor]:
         """A new random order of all rows: for each batch, the places in `own` of those of its rows that lie here."""
-        order = torch.randperm(self.total, generator=dice, device=self.own.device)
+        order = torch.randperm(self.total, generator=rng, device=self.own.device)
         if not self.sharded:
             return list(order.tensor_split(n_batches))
         here = (order >= self.first) & (order < self.first + len(self.own))
@@ -159,9 +151,7 @@ def _column_statistics(x: torch.Tensor, sharded: bool) -> tuple[torch.Tensor, to
     n = _sum([torch.tensor([[float(len(x))]])], sharded)
     mean = _sum(_chunks(x), sharded) / n.to(x.device)
     std = (_sum(((block - mean).square() for block in _chunks(x)), sharded) / n.to(x.device)).sqrt()
-    largest = torch.stack([block.abs().amax(0) for block in _chunks(x) if len(block)] or [torch.zeros_like(mean)]).amax(
-        0
-    )
+    largest = torch.stack([torch.zeros_like(mean), *(b.abs().amax(0) for b in _chunks(x) if len(b))]).amax(0)
     largest = distributed.all_reduce(largest, "max") if sharded else largest
     return mean, std.masked_fill(std <= 1e-6 * largest, 1)  # a constant column stays finite
 

@@ -46,6 +46,7 @@ class Step:
 
     sharded = False
     portable = False  # the same bits on every CPU
+    proven = True  # without `selfcheck.proven`
 
     def __init__(self, sae: TopKSAE, variance: float, window: int) -> None:
         self.sae, self.config, self.variance, self.window = sae, sae.config, variance, window

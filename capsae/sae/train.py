@@ -34,6 +34,7 @@ from .model import TopKSAE, model
 from .progress import Bar, check_progress
 from .rows import Rows, checked, geometric_median, prepare, sample, start, starts
 from .select import compiled as numba_kernels
+from .selfcheck import proven
 from .steps import PlainStep, Step
 from .variants.step import VariantStep
 from .variants.thresholds import Variant
@@ -174,7 +175,7 @@ def train_saes(
 
 
 @dataclass
-class Course:
+class Curve:
     """What was measured of one SAE's training so far."""
 
     records: list[dict] = field(default_factory=list)  # one an epoch
@@ -209,8 +210,10 @@ def _train_together(
     held = None if held_out is None else prepare(held_out, saes[0], device, sharded, "held_out")
     n_batches = math.ceil(rows.total / configs[0].batch_size)
     n_steps = configs[0].epochs * n_batches
-    dice = {c.seed: torch.Generator(device).manual_seed(c.seed) for c in configs}
-    courses = [Course() for _ in configs]
+    if not kind.proven:
+        kind = proven(kind, saes, rows, math.ceil(rows.total / n_batches))
+    rngs = {c.seed: torch.Generator(device).manual_seed(c.seed) for c in configs}
+    curves = [Curve() for _ in configs]
     for sae in saes:
         if isinstance(sae, Variant):
             sae.begin(sample(rows, sae.config.seed), rows.variance, n_steps, head)
@@ -222,58 +225,58 @@ def _train_together(
             steps.append(stack.enter_context(contextlib.closing(kind(sae, rows.variance, window))))
             steps[-1].sharded = sharded
         step_all = kind.together(steps)
-        takers = {step.config.seed: step for step in steps}  # SAEs of one seed share their batches
+        of_seed = {step.config.seed: step for step in steps}  # SAEs of one seed share their batches
 
         checkpoint = Checkpoint(path, checkpoint_seconds, _identity(rows, held, keep, steps) if path else {})
         found = checkpoint.load()
-        done, seconds = _resume(*found, steps, dice, courses) if found else (0, 0.0)
+        done, seconds = _resume(*found, steps, rngs, curves) if found else (0, 0.0)
         bar.resume(rows.total * (done // n_batches) * len(steps))
 
         while done < n_steps:
             epoch, position = done // n_batches + 1, done % n_batches  # not 0 where a killed run goes on
             began = time.perf_counter() - seconds
-            before = {seed: d.get_state() for seed, d in dice.items()}
-            orders = {seed: rows.order(d, n_batches) for seed, d in dice.items()}
+            before = {seed: d.get_state() for seed, d in rngs.items()}
+            orders = {seed: rows.order(d, n_batches) for seed, d in rngs.items()}
             for at in range(position, n_batches):
-                batches = {seed: takers[seed].take(rows.own, order[at]) for seed, order in orders.items()}
+                batches = {seed: of_seed[seed].take(rows.own, order[at]) for seed, order in orders.items()}
                 lrs = [c.peak_lr * schedule(done, n_steps, c.warmup, c.decay) for c in configs]
                 step_all([batches[c.seed] for c in configs], lrs)
                 done += 1
                 if done == 1:
-                    for step, course in zip(steps, courses, strict=True):
-                        course.first_fvu = step.fvu()
+                    for step, curve in zip(steps, curves, strict=True):
+                        curve.first_fvu = step.fvu()
                 bar.look(steps)
                 if checkpoint.due and at + 1 < n_batches:
-                    checkpoint.save(*_state(done, time.perf_counter() - began, steps, before, courses))
+                    checkpoint.save(*_state(done, time.perf_counter() - began, steps, before, curves))
 
             records = [{"epoch": epoch} | step.read() for step in steps]  # the epoch's only wait for the device
-            for record, step, course in zip(records, steps, courses, strict=True):
-                check_progress([*course.records, record], course.first_fvu, step.config)
+            for record, step, curve in zip(records, steps, curves, strict=True):
+                check_progress([*curve.records, record], curve.first_fvu, step.config)
                 if held is not None:
                     step.calibrate(held.own)
                     record["held_out_fvu"] = _held_out_fvu(step, held)
             seconds = time.perf_counter() - began
-            for record, step, course in zip(records, steps, courses, strict=True):
-                course.add(record | {"seconds": seconds}, step.result().state_dict if keep == "best" else None)
+            for record, step, curve in zip(records, steps, curves, strict=True):
+                curve.add(record | {"seconds": seconds}, step.result().state_dict if keep == "best" else None)
             bar.epoch(records, rows.total * len(steps))
             seconds = 0.0
             if checkpoint.due or (path and save_result and done == n_steps and distributed.rank() == 0):
-                states = {seed: d.get_state() for seed, d in dice.items()}
-                checkpoint.save(*_state(done, seconds, steps, states, courses))
-        return [_finish(step, course, rows, device) for step, course in zip(steps, courses, strict=True)]
+                states = {seed: d.get_state() for seed, d in rngs.items()}
+                checkpoint.save(*_state(done, seconds, steps, states, curves))
+        return [_finish(step, curve, rows, device) for step, curve in zip(steps, curves, strict=True)]
 
 
-def _finish(step: Step, course: Course, rows: Rows, device: torch.device) -> tuple[TopKSAE, pd.DataFrame]:
+def _finish(step: Step, curve: Curve, rows: Rows, device: torch.device) -> tuple[TopKSAE, pd.DataFrame]:
     """The SAE with the weights that were asked for, and the history."""
     sae, config = step.sae, step.config
-    sae.load_state_dict(course.best_weights or step.result().state_dict())
+    sae.load_state_dict(curve.best_weights or step.result().state_dict())
     if not all(p.isfinite().all() for p in sae.parameters()):
         raise FloatingPointError(
             f"the weights left the finite numbers in the last epoch; lr {config.peak_lr:g} is too high: lower it"
         )
-    history = pd.DataFrame(course.records)
+    history = pd.DataFrame(curve.records)
     history.attrs = {
-        "best_epoch": course.best[1] if course.best else config.epochs,
+        "best_epoch": curve.best[1] if curve.best else config.epochs,
         "device": str(device),
         "products": step.products,
         "portable": step.portable,
@@ -292,36 +295,36 @@ def _held_out_fvu(step: Step, held: Rows) -> float:
 
 
 def _state(
-    done: int, seconds: float, steps: list[Step], dice: dict[int, torch.Tensor], courses: list[Course]
+    done: int, seconds: float, steps: list[Step], rngs: dict[int, torch.Tensor], curves: list[Curve]
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """What a checkpoint holds: tensors, and the rest as JSON. `dice` are the generators' states as the epoch began."""
-    tensors = {f"dice.{seed}": state for seed, state in dice.items()}
-    for i, (step, course) in enumerate(zip(steps, courses, strict=True)):
+    """What a checkpoint holds: tensors, and the rest as JSON. `rngs` are the generators' states as the epoch began."""
+    tensors = {f"rng.{seed}": state for seed, state in rngs.items()}
+    for i, (step, curve) in enumerate(zip(steps, curves, strict=True)):
         tensors |= {f"{i}.step.{name}": tensor for name, tensor in step.state().items()}
-        tensors |= {f"{i}.best.{name}": tensor for name, tensor in course.best_weights.items()}
+        tensors |= {f"{i}.best.{name}": tensor for name, tensor in curve.best_weights.items()}
     # Pairs, since a JSON object forgets the order of its keys, which is that of the history's columns.
-    records = [[list(record.items()) for record in c.records] for c in courses]
-    measured = [{"records": r, "first_fvu": c.first_fvu, "best": c.best} for r, c in zip(records, courses, strict=True)]
-    return tensors, {"done": done, "seconds": seconds, "courses": measured}
+    records = [[list(record.items()) for record in c.records] for c in curves]
+    measured = [{"records": r, "first_fvu": c.first_fvu, "best": c.best} for r, c in zip(records, curves, strict=True)]
+    return tensors, {"done": done, "seconds": seconds, "curves": measured}
 
 
 def _resume(
     tensors: dict[str, torch.Tensor],
     progress: dict,
     steps: list[Step],
-    dice: dict[int, torch.Generator],
-    courses: list[Course],
+    rngs: dict[int, torch.Generator],
+    curves: list[Curve],
 ) -> tuple[int, float]:
     """Put everything back where `_state` saw it; the steps done and the seconds spent in the epoch."""
-    for seed, generator in dice.items():
-        generator.set_state(tensors[f"dice.{seed}"])
-    for i, (step, course) in enumerate(zip(steps, courses, strict=True)):
+    for seed, generator in rngs.items():
+        generator.set_state(tensors[f"rng.{seed}"])
+    for i, (step, curve) in enumerate(zip(steps, curves, strict=True)):
         named = {kind: f"{i}.{kind}." for kind in ("step", "best")}
         of = {k: {n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)} for k, p in named.items()}
         step.load_state(of["step"])
-        measured = progress["courses"][i]
-        course.records, course.first_fvu = [dict(record) for record in measured["records"]], measured["first_fvu"]
-        course.best, course.best_weights = measured["best"] and tuple(measured["best"]), of["best"]
+        measured = progress["curves"][i]
+        curve.records, curve.first_fvu = [dict(record) for record in measured["records"]], measured["first_fvu"]
+        curve.best, curve.best_weights = measured["best"] and tuple(measured["best"]), of["best"]
     return progress["done"], progress["seconds"]
 
 

@@ -11,7 +11,7 @@ from capsae.sae.kernels.cpu_step import CompiledStep
 
 kernels = select.compiled()
 pytestmark = pytest.mark.skipif(kernels is None, reason="numba is not installed")
-STORED = {"words": (np.int32, 2), "float32": (np.float32, 1)}  # dtype, elements per item
+STORED = {"packed": (np.int32, 2), "float32": (np.float32, 1)}  # dtype, elements per item
 
 
 def empty(kind: str, n: int, d: int) -> np.ndarray:
@@ -35,12 +35,12 @@ def test_stored_rows_are_the_rows_rounded_as_torch_rounds(d):
         np.random.default_rng(0).normal(size=(9, d)).astype(np.float32)
         * np.float32(10) ** np.arange(-4, 5, dtype=np.float32)[:, None]
     )
-    words, floats = empty("words", 9, d), empty("float32", 9, d)
-    kernels.pack_rows(rows, words)
+    packed, floats = empty("packed", 9, d), empty("float32", 9, d)
+    kernels.pack_rows(rows, packed)
     kernels.pack_rows(rows, floats)
     np.testing.assert_array_equal(kernels.widened(floats, d), rows)
-    np.testing.assert_array_equal(kernels.widened(words, d), torch.from_numpy(rows).bfloat16().float().numpy())
-    seen = torch.from_numpy(words).view(torch.bfloat16).float()  # as torch multiplies it: shuffled, padded with 0
+    np.testing.assert_array_equal(kernels.widened(packed, d), torch.from_numpy(rows).bfloat16().float().numpy())
+    seen = torch.from_numpy(packed).view(torch.bfloat16).float()  # as torch multiplies it: shuffled, padded with 0
     np.testing.assert_allclose((seen @ seen.T).diagonal(), (rows**2).sum(1), rtol=0.01)
     kernels.centre_rows(rows, rows[0], floats)
     np.testing.assert_allclose(kernels.widened(floats, d), rows - rows[0], rtol=1e-6)
@@ -59,7 +59,7 @@ def test_decoding(kind, k):
     residual = np.einsum("nk,nkd->nd", values, kernels.widened(stored, x.shape[1])[indices]) + bias - x
     assert error == pytest.approx((residual**2).sum(), rel=1e-5)
     np.testing.assert_allclose(bias_gradient, 0.5 * residual.sum(0), rtol=1e-4, atol=1e-4)
-    exact = {"words": 2.0**-8, "float32": 1e-5}[kind]
+    exact = {"packed": 2.0**-8, "float32": 1e-5}[kind]
     np.testing.assert_allclose(kernels.widened(gradient, x.shape[1]), 0.5 * residual, rtol=exact, atol=1e-5)
     np.testing.assert_array_equal(fired, np.bincount(indices[values > 0], minlength=len(decoder)))
 

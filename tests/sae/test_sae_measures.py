@@ -174,8 +174,8 @@ def test_probing_equals_dense_least_squares_and_selects_on_train():
             outputs[:, c] = np.hstack([np.ones((31, 1)), test.dense()[:, best]]) @ fit
         each = []
         for c in range(C):
-            said, true = outputs[:, c] > 0, y_test == c
-            each.append((said[true].mean() + (~said[~true]).mean()) / 2)
+            chosen, true = outputs[:, c] > 0, y_test == c
+            each.append((chosen[true].mean() + (~chosen[~true]).mean()) / 2)
         assert row.balanced == pytest.approx(np.mean(each)) and row.top1 == np.mean(outputs.argmax(1) == y_test)
 
 

@@ -17,10 +17,10 @@ D, M, K = 12, 40, 5
 def random_sae(seed: int = 0, **options) -> TopKSAE:
     """Untrained, but with biases and an encoder of its own, so that nothing cancels by chance."""
     sae = TopKSAE.untrained(D, SAEConfig(latents=M, k=K, init="random", seed=seed, **options))
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        sae.encoder_bias.copy_(0.1 * torch.randn(M, generator=dice))
-        sae.pre_bias.copy_(0.1 * torch.randn(D, generator=dice))
+        sae.encoder_bias.copy_(0.1 * torch.randn(M, generator=rng))
+        sae.pre_bias.copy_(0.1 * torch.randn(D, generator=rng))
     return sae
 
 

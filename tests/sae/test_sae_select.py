@@ -14,8 +14,8 @@ from capsae.sae import select
 
 
 def cases() -> dict[str, torch.Tensor]:
-    dice = torch.Generator().manual_seed(0)
-    z = torch.randn(40, 333, generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(40, 333, generator=rng)
     return {
         "normal": z,
         "many ties": (z * 2).round(),
@@ -25,7 +25,7 @@ def cases() -> dict[str, torch.Tensor]:
         "all zero": torch.zeros(5, 333),
         "tiny differences": 1 + 1e-6 * z,  # equal in their upper 16 bits
         "huge and tiny": z * torch.logspace(-30, 30, 333),
-        "wide": torch.randn(3, 40_000, generator=dice).abs(),  # over the range of a 16-bit counter
+        "wide": torch.randn(3, 40_000, generator=rng).abs(),  # over the range of a 16-bit counter
     }
 
 

@@ -40,10 +40,10 @@ def small(**options) -> SAEConfig:
 
 def biased_sae(config: SAEConfig, d: int) -> TopKSAE:
     sae = TopKSAE.untrained(d, config)
-    dice = torch.Generator().manual_seed(9)
+    rng = torch.Generator().manual_seed(9)
     with torch.no_grad():
-        sae.pre_bias.copy_(0.1 * torch.randn(d, generator=dice))
-        sae.encoder_bias.copy_(0.1 * torch.randn(config.latents, generator=dice))
+        sae.pre_bias.copy_(0.1 * torch.randn(d, generator=rng))
+        sae.encoder_bias.copy_(0.1 * torch.randn(config.latents, generator=rng))
     return sae
 
 
@@ -421,7 +421,7 @@ def test_schedule_rises_stays_and_falls():
 
 
 def test_auxk_of_all_dead_is_dense():
-    dice = torch.Generator().manual_seed(0)
-    x, e, w, v = (torch.randn(n, 6, generator=dice) for n in (10, 10, 4, 4))
+    rng = torch.Generator().manual_seed(0)
+    x, e, w, v = (torch.randn(n, 6, generator=rng) for n in (10, 10, 4, 4))
     dense = (e - F.linear(x, w).relu() @ v).square().sum()
     torch.testing.assert_close(auxk_loss(x, e, w, torch.zeros(4), v, k=4), dense)

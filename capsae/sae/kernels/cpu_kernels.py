@@ -10,16 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu_products import PANEL, add_columns, biases, dot, encode_rows, fill_panels, panels_of, row_moments, weigh_rows
+from .cpu_products import add_columns, biases, dot, encode_rows, fill_panels, panels_of, row_moments, weigh_rows
 from .cpu_topk import compile_kernel, keys_and_bits, topk_rows
-from .cpu_vectors import LANES, add_product, high, load, low, padded, prefetch, put, splat, store, total, widened
+from .cpu_vectors import WIDTH, add_product, high, load, low, padded, prefetch, put, splat, store, total, widened
 
-__all__ = [
-    "LATENTS", "PANEL", "ROWS", "adam_row", "add_columns", "average_rows", "biases", "centre_rows", "decode_rows",
-    "encode_rows", "fill_panels", "first_pairs", "forward_rows", "keys_and_bits", "pack_rows", "padded", "panels_of",
-    "row_moments", "scatter_pairs", "topk_rows", "update_latents", "weigh_rows", "weighted_rows", "widened",
-]  # fmt: skip
-
+# ruff: noqa: F401 (all kernels, in one module)
 
 ROWS, LATENTS = 256, 64  # of a block: sums of blocks are added up in their order
 AHEAD = 4  # pairs whose rows are asked for before they are needed: they lie at random places
@@ -29,7 +24,7 @@ AHEAD = 4  # pairs whose rows are asked for before they are needed: they lie at 
 def _pack_row(row, d, stored):
     """Write row (a buffer with zeros from d on) in stored form."""
     h = len(row) // 2
-    for j in range(0, h, LANES):
+    for j in range(0, h, WIDTH):
         put(stored, j, h, load(row, j), load(row, h + j))
 
 
@@ -37,7 +32,7 @@ def _pack_row(row, d, stored):
 def pack_rows(rows, stored):
     """rows (n, d) float32 in stored form."""
     n, d = rows.shape
-    buffer = np.zeros(-(-d // (2 * LANES)) * 2 * LANES, np.float32)
+    buffer = np.zeros(-(-d // (2 * WIDTH)) * 2 * WIDTH, np.float32)
     for r in range(n):
         buffer[:d] = rows[r]
         _pack_row(buffer, d, stored[r])
@@ -47,7 +42,7 @@ def pack_rows(rows, stored):
 def centre_rows(x, bias, stored):
     """x - b of rows x (n, d), in stored form."""
     n, d = x.shape
-    buffer = np.zeros(-(-d // (2 * LANES)) * 2 * LANES, np.float32)
+    buffer = np.zeros(-(-d // (2 * WIDTH)) * 2 * WIDTH, np.float32)
     for r in range(n):
         for j in range(d):
             buffer[j] = x[r, j] - bias[j]
@@ -59,7 +54,7 @@ def _add_rows(to, a0, a1, a2, a3, row0, row1, row2, row3):
     """to += sum of four stored rows times their numbers."""
     h = len(to) // 2
     s0, s1, s2, s3 = splat(a0), splat(a1), splat(a2), splat(a3)
-    for j in range(0, h, LANES):
+    for j in range(0, h, WIDTH):
         lower, upper = load(to, j), load(to, h + j)
         lower, upper = add_product(lower, s0, low(row0, j, h)), add_product(upper, s0, high(row0, j, h))
         lower, upper = add_product(lower, s1, low(row1, j, h)), add_product(upper, s1, high(row1, j, h))
@@ -76,7 +71,7 @@ def _add_rows_and_dot(to, with_row, a0, a1, a2, a3, row0, row1, row2, row3):
     s0, s1, s2, s3 = splat(a0), splat(a1), splat(a2), splat(a3)
     d0 = splat(np.float32(0))
     d1, d2, d3 = d0, d0, d0
-    for j in range(0, h, LANES):
+    for j in range(0, h, WIDTH):
         lower, upper, w_lower, w_upper = load(to, j), load(to, h + j), load(with_row, j), load(with_row, h + j)
         g_lower, g_upper = low(row0, j, h), high(row0, j, h)
         d0 = add_product(add_product(d0, g_lower, w_lower), g_upper, w_upper)
@@ -105,7 +100,7 @@ def decode_rows(x, bias, values, indices, decoder, scale, gradient, bias_gradien
     n, k = indices.shape
     d = x.shape[1]
     flat = indices.ravel()
-    residual = np.zeros(-(-d // (2 * LANES)) * 2 * LANES, np.float32)
+    residual = np.zeros(-(-d // (2 * WIDTH)) * 2 * WIDTH, np.float32)
     squared_error, zero = 0.0, np.float32(0)
     fired[:] = 0
     for r in range(n):
@@ -119,7 +114,7 @@ def decode_rows(x, bias, values, indices, decoder, scale, gradient, bias_gradien
             i0, i1, i2, i3 = indices[r, s], indices[r, s + 1], indices[r, s + 2], indices[r, s + 3]
             p = r * k + s + AHEAD
             for q in range(p, min(p + 4, n * k)):
-                for j in range(0, decoder.shape[1], LANES):
+                for j in range(0, decoder.shape[1], WIDTH):
                     prefetch(decoder[flat[q]], j)
             _add_rows(residual, a0, a1, a2, a3, decoder[i0], decoder[i1], decoder[i2], decoder[i3])
         for s in range(whole, k):
@@ -218,7 +213,7 @@ def adam_row(p, m, v, g, lr, rescale, eps):
 def average_rows(mean, rows, share, unit):
     """mean (n, d) += share (rows - mean); with `unit`, back to unit length."""
     n, d = mean.shape
-    row = np.zeros(-(-d // LANES) * LANES, np.float32)
+    row = np.zeros(-(-d // WIDTH) * WIDTH, np.float32)
     for r in range(n):
         for j in range(d):
             mean[r, j] += share * (rows[r, j] - mean[r, j])
@@ -241,7 +236,7 @@ def _add_gradients(begin, end, last, pairs, centred, gradient, decoder_row, ge, 
         some = min(end - p, 4)  # four at a time; fewer are filled up with a weight of 0
         for q in range(p + AHEAD, min(p + AHEAD + 4, last)):
             ahead = pairs[q, 0]
-            for j in range(0, gradient.shape[1], LANES):
+            for j in range(0, gradient.shape[1], WIDTH):
                 prefetch(gradient[ahead], j)
                 prefetch(centred[ahead], j)
         p1, p2, p3 = p + min(1, some - 1), p + min(2, some - 1), p + min(3, some - 1)
@@ -274,7 +269,7 @@ def update_latents(
     through_bias[block] (d,) gets sum_i dL/dc_i W_i, what reaches the pre-bias by way of the encoder.
     """
     m, d = encoder.shape
-    width = -(-d // (2 * LANES)) * 2 * LANES
+    width = -(-d // (2 * WIDTH)) * 2 * WIDTH
     ge, gd, row = np.zeros(width, np.float32), np.zeros(width, np.float32), np.zeros(width, np.float32)
     gb1 = np.empty(1, np.float32)
     for block in range(first_block, last_block):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from .cpu_topk import compile_kernel, topk_rows
-from .cpu_vectors import LANES, add_product, load, splat, store, store_upper, total
+from .cpu_vectors import WIDTH, add_product, load, splat, store, store_upper, total
 
-PANEL = 2 * LANES
+PANEL = 2 * WIDTH
 COLUMNS = 192  # of a panel at a time: they stay in the nearest cache
 TILE = 32  # rows whose pre-activations exist at a time
 
@@ -44,13 +44,13 @@ def products(x, panels, bias, z, keys):
                 x0, x1, x2, x3 = x[r], x[r + 1], x[r + 2], x[r + 3]
                 z0, z1, z2, z3 = z[r], z[r + 1], z[r + 2], z[r + 3]
                 if k0 == 0:
-                    a0, b0 = load(bias, c), load(bias, c + LANES)
+                    a0, b0 = load(bias, c), load(bias, c + WIDTH)
                     a1, b1, a2, b2, a3, b3 = a0, b0, a0, b0, a0, b0
                 else:
-                    a0, b0, a1, b1 = load(z0, c), load(z0, c + LANES), load(z1, c), load(z1, c + LANES)
-                    a2, b2, a3, b3 = load(z2, c), load(z2, c + LANES), load(z3, c), load(z3, c + LANES)
+                    a0, b0, a1, b1 = load(z0, c), load(z0, c + WIDTH), load(z1, c), load(z1, c + WIDTH)
+                    a2, b2, a3, b3 = load(z2, c), load(z2, c + WIDTH), load(z3, c), load(z3, c + WIDTH)
                 for k in range(k0, k1):
-                    u, v = load(w, PANEL * k), load(w, PANEL * k + LANES)
+                    u, v = load(w, PANEL * k), load(w, PANEL * k + WIDTH)
                     s = splat(x0[k])
                     a0, b0 = add_product(a0, s, u), add_product(b0, s, v)
                     s = splat(x1[k])
@@ -60,22 +60,22 @@ def products(x, panels, bias, z, keys):
                     s = splat(x3[k])
                     a3, b3 = add_product(a3, s, u), add_product(b3, s, v)
                 store(z0, c, a0)
-                store(z0, c + LANES, b0)
+                store(z0, c + WIDTH, b0)
                 store(z1, c, a1)
-                store(z1, c + LANES, b1)
+                store(z1, c + WIDTH, b1)
                 store(z2, c, a2)
-                store(z2, c + LANES, b2)
+                store(z2, c + WIDTH, b2)
                 store(z3, c, a3)
-                store(z3, c + LANES, b3)
+                store(z3, c + WIDTH, b3)
                 if k1 == d:
                     store_upper(keys[r], c, a0)
-                    store_upper(keys[r], c + LANES, b0)
+                    store_upper(keys[r], c + WIDTH, b0)
                     store_upper(keys[r + 1], c, a1)
-                    store_upper(keys[r + 1], c + LANES, b1)
+                    store_upper(keys[r + 1], c + WIDTH, b1)
                     store_upper(keys[r + 2], c, a2)
-                    store_upper(keys[r + 2], c + LANES, b2)
+                    store_upper(keys[r + 2], c + WIDTH, b2)
                     store_upper(keys[r + 3], c, a3)
-                    store_upper(keys[r + 3], c + LANES, b3)
+                    store_upper(keys[r + 3], c + WIDTH, b3)
 
 
 @compile_kernel
@@ -100,7 +100,7 @@ def encode_rows(x, panels, bias, values, indices):
 def dot(a, b):
     """Scalar product of rows whose length is a multiple of 16."""
     s = splat(np.float32(0))
-    for j in range(0, len(a), LANES):
+    for j in range(0, len(a), WIDTH):
         s = add_product(s, load(a, j), load(b, j))
     return total(s)
 
@@ -135,7 +135,7 @@ def row_moments(x, about_mean, shift, scale):
 def weigh_rows(x, point, sums):
     """For Weiszfeld's iteration: sums (d,) = the rows of x (n, d) over their distances; returns sum 1 / those."""
     d, weights = x.shape[1], 0.0
-    off = np.zeros(-(-d // LANES) * LANES, np.float32)
+    off = np.zeros(-(-d // WIDTH) * WIDTH, np.float32)
     sums[:] = 0
     for r in range(len(x)):
         row = x[r]

@@ -3,12 +3,12 @@
 numba leaves it to the compiler to find vectors in loops, and the compiler gives up on loops over many arrays, which
 might overlap. Here a kernel says what it wants: `low`, `high` and `load` read sixteen numbers, `+`-like functions work
 on them, `put` and `store` write them. LLVM turns that into whatever the machine has (AVX-512, AVX2, NEON), and each
-lane's operations are the same everywhere: no flag here or in a kernel lets it reorder or merge them.
+element's operations are the same everywhere: no flag here or in a kernel lets it reorder or merge them.
 
 Rows that are gathered are kept in one of two forms, and `low`, `high` and `put` read and write both:
 
 - float32 (n, 2 h): a row as it is;
-- int32 (n, h) "words": word j holds elements j (lower 16 bits) and j + h (upper 16 bits), both bfloat16. Half the
+- int32 (n, h) "packed": item j holds elements j (lower 16 bits) and j + h (upper 16 bits), both bfloat16. Half the
   memory, and two instructions make floats of them. Seen as bfloat16 (n, 2 h), a row's columns are shuffled, always in
   the same way: a product of two such matrices is what it was.
 
@@ -24,33 +24,33 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-LANES = 16
+WIDTH = 16
 KEYS = 32  # 16-bit keys that `reached` looks at together
 
 _i1, _i16, _i32, _f32 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.FloatType()
-_floats, _words = ir.VectorType(_f32, LANES), ir.VectorType(_i32, LANES)
+_floats, _integers = ir.VectorType(_f32, WIDTH), ir.VectorType(_i32, WIDTH)
 
 
-class _Lanes(types.Type):
+class _Vector(types.Type):
     def __init__(self) -> None:
         super().__init__("float32x16")
 
 
-_lanes = _Lanes()
+_vector = _Vector()
 
 
-@register_model(_Lanes)
-class _LanesModel(models.PrimitiveModel):
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, fe_type) -> None:
         super().__init__(manager, fe_type, _floats)
 
 
 def padded(d: int) -> int:
     """Columns of a gathered row for d of data: a multiple of 32."""
-    return -(-d // (2 * LANES)) * 2 * LANES
+    return -(-d // (2 * WIDTH)) * 2 * WIDTH
 
 
-def _splat(builder, value, width: int = LANES):
+def _splat(builder, value, width: int = WIDTH):
     vector = ir.VectorType(value.type, width)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_i32, 0))
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_i32, width), [0] * width))
@@ -73,7 +73,7 @@ def _write(context, builder, kind, array, start, value) -> None:
 
 
 def _constant(value: int):
-    return ir.Constant(_words, [value] * LANES)
+    return ir.Constant(_integers, [value] * WIDTH)
 
 
 @intrinsic
@@ -83,32 +83,32 @@ def load(typing, row, start):
     def code(context, builder, signature, args):
         return _read(context, builder, row, args[0], args[1], _floats)
 
-    return _lanes(row, types.intp), code
+    return _vector(row, types.intp), code
 
 
 @intrinsic
-def store(typing, row, start, lanes):
-    """row[start : start + 16] = lanes, in a float32 array."""
+def store(typing, row, start, vector):
+    """row[start : start + 16] = vector, in a float32 array."""
 
     def code(context, builder, signature, args):
         _write(context, builder, row, *args)
         return context.get_dummy_value()
 
-    return types.void(row, types.intp, _lanes), code
+    return types.void(row, types.intp, _vector), code
 
 
 @intrinsic
-def store_upper(typing, row, start, lanes):
-    """row[start : start + 16] = the upper 16 bits of the lanes, in an int16 array."""
+def store_upper(typing, row, start, vector):
+    """row[start : start + 16] = the upper 16 bits of the vector, in an int16 array."""
 
     def code(context, builder, signature, args):
-        bits = builder.lshr(builder.bitcast(args[2], _words), _constant(16))
-        done = builder.trunc(bits, ir.VectorType(_i16, LANES))
+        bits = builder.lshr(builder.bitcast(args[2], _integers), _constant(16))
+        done = builder.trunc(bits, ir.VectorType(_i16, WIDTH))
         kept = builder.store(done, _address(context, builder, row, args[0], args[1], done.type))
         kept.align = 2
         return context.get_dummy_value()
 
-    return types.void(row, types.intp, _lanes), code
+    return types.void(row, types.intp, _vector), code
 
 
 @intrinsic
@@ -118,10 +118,10 @@ def low(typing, row, start, h):
     def code(context, builder, signature, args):
         if row.dtype == types.float32:
             return _read(context, builder, row, args[0], args[1], _floats)
-        words = _read(context, builder, row, args[0], args[1], _words)
-        return builder.bitcast(builder.shl(words, _constant(16)), _floats)
+        packed = _read(context, builder, row, args[0], args[1], _integers)
+        return builder.bitcast(builder.shl(packed, _constant(16)), _floats)
 
-    return _lanes(row, types.intp, types.intp), code
+    return _vector(row, types.intp, types.intp), code
 
 
 @intrinsic
@@ -131,22 +131,22 @@ def high(typing, row, start, h):
     def code(context, builder, signature, args):
         if row.dtype == types.float32:
             return _read(context, builder, row, args[0], builder.add(args[1], args[2]), _floats)
-        words = _read(context, builder, row, args[0], args[1], _words)
-        return builder.bitcast(builder.and_(words, _constant(0xFFFF0000)), _floats)
+        packed = _read(context, builder, row, args[0], args[1], _integers)
+        return builder.bitcast(builder.and_(packed, _constant(0xFFFF0000)), _floats)
 
-    return _lanes(row, types.intp, types.intp), code
+    return _vector(row, types.intp, types.intp), code
 
 
-def _rounded(builder, lanes):
+def _rounded(builder, vector):
     """To bfloat16, nearest and ties to even, in the upper 16 bits."""
-    bits = builder.bitcast(lanes, _words)
+    bits = builder.bitcast(vector, _integers)
     even = builder.and_(builder.lshr(bits, _constant(16)), _constant(1))
     return builder.add(bits, builder.add(even, _constant(0x7FFF)))
 
 
 @intrinsic
-def put(typing, row, start, h, low_lanes, high_lanes):
-    """Write what `low` and `high` read; words round to the nearest."""
+def put(typing, row, start, h, lower, upper):
+    """Write what `low` and `high` read; packed ones are rounded to the nearest."""
 
     def code(context, builder, signature, args):
         array, begin, half, lower, upper = args
@@ -159,7 +159,7 @@ def put(typing, row, start, h, low_lanes, high_lanes):
             _write(context, builder, row, array, begin, builder.or_(lower, upper))
         return context.get_dummy_value()
 
-    return types.void(row, types.intp, types.intp, _lanes, _lanes), code
+    return types.void(row, types.intp, types.intp, _vector, _vector), code
 
 
 @intrinsic
@@ -179,12 +179,12 @@ def prefetch(typing, row, start):
 
 @intrinsic
 def splat(typing, value):
-    """The float32 in all lanes."""
+    """The float32 in all elements."""
 
     def code(context, builder, signature, args):
         return _splat(builder, args[0])
 
-    return _lanes(types.float32), code
+    return _vector(types.float32), code
 
 
 @intrinsic
@@ -196,7 +196,7 @@ def add_product(typing, a, b, c):
         fma = cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32")
         return builder.call(fma, [args[1], args[2], args[0]])
 
-    return _lanes(_lanes, _lanes, _lanes), code
+    return _vector(_vector, _vector, _vector), code
 
 
 @intrinsic
@@ -206,15 +206,15 @@ def where_larger(typing, a, b, c, d):
     def code(context, builder, signature, args):
         return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[2], args[3])
 
-    return _lanes(_lanes, _lanes, _lanes, _lanes), code
+    return _vector(_vector, _vector, _vector, _vector), code
 
 
 @intrinsic
-def total(typing, lanes):
-    """The sum of the lanes, by halves: one order."""
+def total(typing, vector):
+    """The sum of the vector, by halves: one order."""
 
     def code(context, builder, signature, args):
-        value, width = args[0], LANES
+        value, width = args[0], WIDTH
         while width > 1:
             width //= 2
             pick = [ir.Constant(ir.VectorType(_i32, width), list(range(s, s + width))) for s in (0, width)]
@@ -222,7 +222,7 @@ def total(typing, lanes):
             value = builder.fadd(lower, upper)
         return builder.extract_element(value, ir.Constant(_i32, 0))
 
-    return types.float32(_lanes), code
+    return types.float32(_vector), code
 
 
 @intrinsic

@@ -1,7 +1,7 @@
 """The arithmetic of one batch on the GPU: products by torch, everything else by `triton.py`, into memory that is kept.
 
-Two of the terms exist twice, as gathers of the k active rows and as dense products with the (B, M) code: gathers do
-M / k times less, products run 50 to 100 times faster. `gpu_step` measures which is quicker.
+Decoding and the gradients of the weights exist twice, as gathers of the k active rows and as dense products with the
+(B, M) code: gathers do M / k times less, products run 50 to 100 times faster. `gpu_step` chooses.
 """
 
 from __future__ import annotations
@@ -18,20 +18,10 @@ WIDEST = 16 * 2**20  # entries of one dense gradient block: what stays in the GP
 
 
 class Batch:
-    """The memory of a step for up to `n` rows, reused by every batch.
+    """The memory of a step for up to n rows, reused by every batch, of d columns, m latents, k slots.
 
-    Parameters
-    ----------
-    n, d, m, k : int
-        Rows, columns, latents, slots.
-    chunk : int
-        Rows whose pre-activations exist at a time.
-    half : torch.dtype
-        Of what products and gathers read: bfloat16, or float32.
-    dense : set of {"decode", "weights"}
-        Terms computed by dense products.
-    heavy : int
-        Pairs of one latent that one program adds up.
+    Pre-activations exist for `chunk` rows at a time; `half` is the dtype that products and gathers read; with `dense`,
+    the code's terms are products rather than gathers; one program adds up `heavy` pairs of a latent at most.
     """
 
     def __init__(self, n, d, m, k, chunk, half, dense, device, heavy=K.HEAVY):
@@ -49,13 +39,14 @@ class Batch:
         self.row_error, self.row_active = new(n), new(n, dtype=integer)
         self.z = new(self.chunk, m, dtype=half)
         self.through = new(triton.cdiv(m, K.PER_PROGRAM), d)
-        self.code = new(n, m, dtype=half, make=torch.zeros) if dense else None  # zero between uses
         self.first, self.part_first = new(m + 1, dtype=integer, make=torch.zeros), new(m + 1, dtype=integer)
         self.part_first.zero_()
         nothing = new(1)
         self.sums = self.parts = self.pairs = (nothing, nothing, nothing)
-        if "weights" in dense:
-            self.code_gradient = new(n, m, dtype=half, make=torch.zeros)
+        if dense:
+            self.code, self.code_gradient = (
+                new(n, m, dtype=half, make=torch.zeros) for _ in range(2)
+            )  # between uses 0
             self.latents = min(m, max(K.PER_PROGRAM, WIDEST // d // K.PER_PROGRAM * K.PER_PROGRAM))
             self.sums = new(self.latents, d), new(self.latents, d), new(m)
         else:
@@ -66,17 +57,6 @@ class Batch:
             # A latent fires at most n times, and each heavy one has at most twice its pairs / heavy parts.
             self.most_parts = min(2 * n * k // heavy, m * triton.cdiv(n, heavy)) + 1 if n > heavy else 0
             self.parts = new(self.most_parts + 1, d), new(self.most_parts + 1, d), new(self.most_parts + 1)
-
-    @staticmethod
-    def bytes(n, d, m, k, chunk, half, dense, heavy=K.HEAVY) -> int:
-        """What a Batch takes, to within a percent or two."""
-        size = torch.empty((), dtype=half).element_size()
-        chunk = min(chunk, n)
-        total = 2 * n * d * size + 12 * n * k + chunk * m * size + 4 * m * d // K.PER_PROGRAM + 8 * n
-        total += n * m * size * (bool(dense) + ("weights" in dense))
-        if "weights" in dense:
-            return total + 8 * min(m * d, WIDEST)
-        return total + 4 * min(n, ROW_BLOCKS) * m + 16 * n * k + 8 * d * 2 * n * k // heavy
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -89,7 +69,7 @@ class Batch:
 
     def decode(self, n: int, decoder, fired, scale: float, gradient: bool = True) -> None:
         """residual = x_hat - x, its square by row, the values' gradient, which latents fired."""
-        if "decode" in self.dense:
+        if self.dense:
             return self.decode_dense(n, decoder, fired, scale, gradient)
         K._decode[(n,)](
             self.centred, decoder, self.values, self.indices, self.residual, self.value_gradient,
@@ -105,7 +85,7 @@ class Batch:
             if gradient:
                 torch.mm(self.residual[part], decoder.t(), out=z)
             self.collect(part, z, fired, scale, gradient)
-        if "weights" not in self.dense or not gradient:
+        if not gradient:
             scatter(self.values[:n], self.indices[:n], self.code, clear=True)
 
     def collect(self, part: slice, product, fired, scale: float, gradient: bool) -> None:
@@ -141,32 +121,29 @@ class Batch:
                 D=self.d, COLUMNS=self.columns, PAIRS=SLOTS, SHARE=self.heavy, num_warps=self.warps, num_stages=1,
             )  # fmt: skip
 
-    def update(self, n: int, weights: tuple, dead: tuple | None, scale: float, rates, write: bool = True) -> None:
+    def update(self, n: int, weights: tuple, dead: tuple | None, scale: float, rates) -> None:
         """Gradients, projection, Adam, unit length of all latents, and what reaches the pre-bias through them."""
-        if "weights" not in self.dense:
+        if not self.dense:
             self.sort_pairs(n)
-            return self._update(0, self.m, weights, dead, scale, rates, write)
+            return self._update(0, self.m, weights, dead, scale, rates)
         code, code_gradient = self.code[:n], self.code_gradient[:n]
-        if "decode" not in self.dense:
-            scatter(self.values[:n], self.indices[:n], self.code)
         scatter(self.value_gradient[:n], self.indices[:n], self.code_gradient)
         torch.sum(code_gradient, 0, dtype=torch.float32, out=self.sums[2])
         for part in parts(self.m, self.latents):
             width = part.stop - part.start
             product(code_gradient[:, part].t(), self.centred[:n], self.sums[0][:width])
             product(code[:, part].t(), self.residual[:n], self.sums[1][:width])
-            self._update(part.start, part.stop, weights, dead, scale, rates, write)
-        if write:
-            scatter(self.values[:n], self.indices[:n], self.code, clear=True)
+            self._update(part.start, part.stop, weights, dead, scale, rates)
+        scatter(self.values[:n], self.indices[:n], self.code, clear=True)
         scatter(self.value_gradient[:n], self.indices[:n], self.code_gradient, clear=True)
 
-    def _update(self, begin: int, end: int, weights: tuple, dead: tuple | None, scale, rates, write: bool) -> None:
+    def _update(self, begin: int, end: int, weights: tuple, dead: tuple | None, scale, rates) -> None:
         # Without a copy of lower precision, or without dead latents, the kernel never looks at what stands in.
         dead_slots = dead or (self.first, self.through, self.through, self.through)
         K._update[(triton.cdiv(end - begin, K.PER_PROGRAM),)](
             self.first, self.part_first, *self.pairs, self.centred, self.residual, *self.parts, *self.sums,
-            *dead_slots, *weights, self.through, rates, begin, end, scale, int(write),
-            D=self.d, COLUMNS=self.columns, PAIRS=SLOTS, LATENTS=K.PER_PROGRAM, DENSE="weights" in self.dense,
+            *dead_slots, *weights, self.through, rates, begin, end, scale,
+            D=self.d, COLUMNS=self.columns, PAIRS=SLOTS, LATENTS=K.PER_PROGRAM, DENSE=self.dense,
             DEAD=dead is not None, HALF=self.centred.dtype != torch.float32, num_warps=self.warps, num_stages=1,
         )  # fmt: skip
 
@@ -198,11 +175,6 @@ class Dead:
         self.indices, self.active = new(chunk, self.k, dtype=torch.int32), new(chunk, dtype=torch.int32)
         self.row_error, self.fired = new(chunk), new(capacity, dtype=torch.int32)
         self.columns, self.slots = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(self.k))
-
-    @staticmethod
-    def bytes(capacity: int, d: int, chunk: int, half) -> int:
-        size = torch.empty((), dtype=half).element_size()
-        return capacity * d * (8 + 4 * size) + 2 * chunk * capacity * size + chunk * d * size
 
     def fill(self, dead: torch.Tensor) -> None:
         """Take a new list of dead latents (n_dead <= capacity); the places left over never fire."""

@@ -18,8 +18,6 @@ from ..steps import BETAS, Step
 
 log = logging.getLogger(__name__)
 
-TERMS = ("decode", "weights")  # computed by gathers, or by dense products
-SMALLEST_CHUNK = 256
 WARM_UP = 2  # steps that run before one is recorded: they compile the kernels
 SPARSE_FROM = 120  # latents per k above which gathers beat dense products, by an estimate of both
 DEAD_SIZES = 16  # the list of dead latents is padded to a multiple of latents / DEAD_SIZES
@@ -42,16 +40,17 @@ class TritonStep(Step):
     """The same for a GPU: gradients stay in registers or cache, one launch a step.
 
     With bf16 products, gathers read bf16 copies as well (of the decoder, x - b and the residual); sums, parameters and
-    Adam are float32. The weights of two runs are equal bit for bit where `dense` is: it follows from the
-    settings, is part of `state`, and can be set by ``CAPSAE_GPU_DENSE`` ("decode,weights", "weights", "none").
+    Adam are float32. On one kind of GPU, the weights of two runs are equal bit for bit.
 
     Attributes
     ----------
-    dense : frozenset of {"decode", "weights"} or None
-        Terms that are dense products rather than gathers; None before the first batch.
+    dense : bool
+        The code's terms are dense products rather than gathers: where latents are few beside k.
     chunk : int
         Rows whose pre-activations exist at a time: as many as stay in the GPU's cache.
     """
+
+    proven = False
 
     def __init__(self, sae, variance: float, window: int) -> None:
         self.batch = self.revival = None  # `find_dead` looks at them, also before the rest is there
@@ -67,53 +66,33 @@ class TritonStep(Step):
         self.rates = torch.zeros(2, device=self.device)  # lr and second moment, both corrected for the moments' start
         self.aux = torch.zeros(1, device=self.device)  # AuxK's loss
         self.chunk, self.heavy = rows_in_cache(self.device, self.m * self.copies[0].element_size()), None
-        self.dense = wished_dense()
-        self.graphs, self.seen, self.pool = {}, {}, None
-        self.use_graphs = self.device.type == "cuda"
-        self.streams = capture_streams(self.device, 1)
+        self.dense = self.device.type == "cuda" and self.m <= SPARSE_FROM * self.config.k
+        self.use_graphs, self.alone = self.device.type == "cuda", None
         self.find_dead()
 
     # -- one step -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def __call__(self, x: torch.Tensor, lr: float) -> None:
-        with current(self.device):
-            self.prepare(x, lr)
-            if not self.replay(len(x)):
-                self.run(x, lr)
-            self.finish()
+        if self.alone is None:
+            self.alone = StepGroup([self])
+        self.alone([x], [lr])
 
     def prepare(self, x: torch.Tensor, lr: float) -> None:
         """The part of a step that changes from call to call, and the memory it needs."""
-        n, steps = len(x), self.steps + 1
-        while True:
-            try:
-                self.make_room(x)
-                break
-            except torch.cuda.OutOfMemoryError as error:
-                self.shrink(n, error)
-        torch.sub(x, self.sae.pre_bias, out=self.batch.centred[:n])
+        steps = self.steps + 1
+        self.make_room(x)
+        torch.sub(x, self.sae.pre_bias, out=self.batch.centred[: len(x)])
         self.rates[0].fill_(lr / (1 - BETAS[0] ** steps))
         self.rates[1].fill_((1 - BETAS[1] ** steps) ** -0.5)
 
-    def run(self, x: torch.Tensor, lr: float) -> None:
-        """Kernel by kernel. What failed for want of memory starts again: nothing has changed until `update`."""
-        while True:
-            try:
-                self.forward(len(x))
-                break
-            except torch.cuda.OutOfMemoryError as error:
-                self.shrink(len(x), error)
-                self.prepare(x, lr)
-        self.update(len(x))
-
     def make_room(self, x: torch.Tensor) -> None:
         """A Batch of at least these rows, and a Dead where AuxK has work."""
-        if self.dense is None:
-            self.dense = choose_dense(self)
         if self.batch is None or self.batch.n < len(x):
+            from .gpu_products import Batch
+
             self.forget()
-            self.batch = self.new_batch(len(x), self.dense)
+            shape, heavy = (self.d, self.m, self.config.k), {"heavy": self.heavy} if self.heavy else {}
+            self.batch = Batch(len(x), *shape, self.chunk, self.half, self.dense, self.device, **heavy)
         if self.revival is None and self.capacity():
             from .gpu_products import Dead
 
@@ -121,12 +100,6 @@ class TritonStep(Step):
             chunk = min(self.chunk, len(x))
             self.revival = Dead(self.capacity(), k, self.d, self.m, chunk, self.half, self.device)
             self.revival.fill(self.dead)
-
-    def new_batch(self, n: int, dense: frozenset):
-        from .gpu_products import Batch
-
-        heavy = {"heavy": self.heavy} if self.heavy else {}
-        return Batch(n, self.d, self.m, self.config.k, self.chunk, self.half, dense, self.device, **heavy)
 
     def forward(self, n: int) -> None:
         """Code, residual, gradients of values; AuxK's gradients. Changes nothing that a second call would miss."""
@@ -166,62 +139,10 @@ class TritonStep(Step):
         encoder, decoder, bias = (self.arrays(name) for name in ("encoder", "decoder", "encoder_bias"))
         return *encoder, *decoder, *bias, *self.copies, self.idle, self.fired
 
-    # -- the CUDA graph -------------------------------------------------------------------------------------------
-
-    def replay(self, n: int) -> bool:
-        """Replay the step for n rows, recording it first where it has run before; False: run it yourself."""
-        if not self.use_graphs:
-            return False
-        if n not in self.graphs:
-            if not self.warm(n):
-                return False
-            pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = record([self], [n], pool, self.streams)
-            if graph is None:
-                return False
-            self.graphs[n], self.pool = graph, pool  # a pool without a graph cannot be used again
-        self.graphs[n].replay()
-        return True
-
-    def warm(self, n: int) -> bool:
-        """Whether steps like this one have run before; counts this one."""
-        key = n, self.revival and self.revival.capacity
-        self.seen[key] = self.seen.get(key, 0) + 1
-        return self.seen[key] > WARM_UP
-
     def forget(self) -> None:
-        """Drop what was recorded, and the memory it used."""
+        """Drop the memory of a step; what was recorded with it counts no more."""
         self.batch = self.revival = self.gradients = None
-        self.forget_graphs()
-
-    def forget_graphs(self) -> None:
-        self.graphs, self.pool, self.layout = {}, None, self.layout + 1
-
-    def shrink(self, n: int, error: Exception) -> None:
-        """Half the chunk after a failed allocation; at the smallest, an error that says what would fit."""
-        self.forget()
-        torch.cuda.empty_cache()
-        if self.chunk > SMALLEST_CHUNK:
-            self.chunk = max(SMALLEST_CHUNK, min(self.chunk, n) // 2)
-            log.warning("out of GPU memory: going on with chunks of %d rows", self.chunk)
-            return
-        raise MemoryError(self.advice(n)) from error
-
-    def advice(self, n: int) -> str:
-        from .gpu_products import Batch
-
-        def need(rows: int) -> int:
-            return Batch.bytes(rows, self.d, self.m, self.config.k, self.chunk, self.half, self.dense or frozenset())
-
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
-        fits = n
-        while fits > 1 and need(fits) > free:
-            fits //= 2
-        return (
-            f"a batch of {n} rows (d {self.d}, latents {self.m}, k {self.config.k}) needs {need(n) / 2**20:,.0f} MiB"
-            f" of GPU memory beside features and weights, {free / 2**20:,.0f} MiB are free: "
-            + (f"batch_size={fits} would fit" if need(fits) <= free else "fewer latents, or a larger GPU, would do")
-        )
+        self.layout += 1
 
     # -- the dead -------------------------------------------------------------------------------------------------
 
@@ -232,7 +153,7 @@ class TritonStep(Step):
             self.revival.fill(self.dead)  # in place: what is recorded stays good
         elif self.revival is not None or wanted:
             self.revival = self.gradients = None
-            self.forget_graphs()
+            self.layout += 1
 
     def capacity(self) -> int:
         """Places for dead latents: few different numbers, so that few graphs are recorded."""
@@ -245,23 +166,15 @@ class TritonStep(Step):
 
     # -- the rest of a step's interface ---------------------------------------------------------------------------
 
-    def state(self) -> dict[str, torch.Tensor]:
-        dense = [-1] if self.dense is None else [int(term in self.dense) for term in TERMS]
-        return super().state() | {"dense": torch.tensor(dense), "chunk": torch.tensor([self.chunk])}
-
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        dense = state.get("dense", torch.tensor([-1])).tolist()
-        self.dense = wished_dense() if -1 in dense else frozenset(t for t, on in zip(TERMS, dense, strict=True) if on)
-        if "chunk" in state:  # the order of sums over rows depends on it
-            self.chunk = int(state["chunk"])
         self.forget()
-        super().load_state(state | {"dense": torch.tensor(dense), "chunk": torch.tensor([self.chunk])})
+        super().load_state(state)
         parameters = self.sae.encoder, self.sae.decoder, self.sae.encoder_bias
         for copy, parameter in zip(self.copies, parameters, strict=True):
             copy.copy_(parameter.detach())
 
     def notes(self) -> dict:
-        return {"dense": ", ".join(sorted(self.dense or ())) or "none", "chunk": self.chunk}
+        return {"dense": self.dense, "chunk": self.chunk}
 
     @torch.no_grad()
     def squared_error(self, x: torch.Tensor) -> float:
@@ -291,14 +204,16 @@ class TritonStep(Step):
 
 
 class StepGroup:
-    """Steps of several SAEs, recorded into one CUDA graph on streams of their own, so that the GPU overlaps them.
+    """Steps of one or several SAEs, recorded as one CUDA graph on streams of their own, so that the GPU overlaps them.
 
     Each runs the kernels that it would run alone, in the same order and on memory of its own: the weights are equal
     bit for bit to those of a training apart.
     """
 
+    strict = False  # a recording that fails is an error, not a warning
+
     def __init__(self, steps: list[TritonStep]) -> None:
-        self.steps, self.graphs, self.pool, self.layouts = steps, {}, None, None
+        self.steps, self.graphs, self.seen, self.pool, self.layouts = steps, {}, {}, None, None
         self.streams = capture_streams(steps[0].device, len(steps))
 
     @torch.no_grad()
@@ -306,46 +221,38 @@ class StepGroup:
         with current(self.steps[0].device):
             for step, x, lr in zip(self.steps, batches, lrs, strict=True):
                 step.prepare(x, lr)
-            if not self.replay([len(x) for x in batches]):
-                for step, x, lr in zip(self.steps, batches, lrs, strict=True):
-                    step.run(x, lr)
+            if not self.replay(tuple(len(x) for x in batches)):
+                for step, x in zip(self.steps, batches, strict=True):
+                    step.forward(len(x))
+                    step.update(len(x))
             for step in self.steps:
                 step.finish()
 
-    def replay(self, sizes: list[int]) -> bool:
+    def replay(self, sizes: tuple[int, ...]) -> bool:
+        """Replay steps of so many rows, recorded first where they have run before; False: they are still to be made."""
         if not all(step.use_graphs for step in self.steps):
             return False
         layouts = [step.layout for step in self.steps]
         if layouts != self.layouts:  # a step has other dead, or other memory
             self.graphs, self.pool, self.layouts = {}, None, layouts
-        key = tuple(sizes)
-        if key not in self.graphs:
-            if not all([step.warm(n) for step, n in zip(self.steps, sizes, strict=True)]):
+        if sizes not in self.graphs:
+            key = sizes, tuple(step.revival and step.revival.capacity for step in self.steps)
+            self.seen[key] = self.seen.get(key, 0) + 1
+            if self.seen[key] <= WARM_UP:
                 return False
             pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = record(self.steps, sizes, pool, self.streams)
-            if graph is None:
+            try:
+                self.graphs[sizes] = record(self.steps, sizes, pool, self.streams)
+            except RuntimeError as error:
+                if self.strict and not isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                for step in self.steps:
+                    step.use_graphs = False
+                log.warning("the step could not be recorded as a CUDA graph (%s): it runs kernel by kernel", error)
                 return False
-            self.graphs[key], self.pool = graph, pool
-        self.graphs[key].replay()
+            self.pool = pool  # a pool without a graph cannot be used again
+        self.graphs[sizes].replay()
         return True
-
-
-def choose_dense(step: TritonStep) -> frozenset:
-    """Terms by dense products: on a GPU, where latents are few beside k."""
-    few = step.m <= SPARSE_FROM * step.config.k
-    return frozenset(TERMS) if step.device.type == "cuda" and few else frozenset()
-
-
-def wished_dense() -> frozenset | None:
-    """``CAPSAE_GPU_DENSE`` as a set of terms; None where it is not set: measure."""
-    wish = os.environ.get("CAPSAE_GPU_DENSE", "").strip()
-    if not wish:
-        return None
-    terms = frozenset() if wish == "none" else frozenset(t.strip() for t in wish.split(","))
-    if not terms <= set(TERMS):
-        raise ValueError(f"CAPSAE_GPU_DENSE is {wish!r}; 'none', or some of {', '.join(TERMS)}, would do")
-    return terms
 
 
 def rows_in_cache(device: torch.device, bytes_per_row: int) -> int:

@@ -60,11 +60,8 @@ def _topk(
 def topk(z: torch.Tensor, k: int, values: torch.Tensor, indices: torch.Tensor) -> None:
     """Write the k largest of relu(z) per row, unordered: exact, of equal ones the lower column.
 
-    Parameters
-    ----------
-    z : (N, M) bfloat16 or float32, rows contiguous
-    values : (N, k) float32, written; 0 where fewer than k are positive
-    indices : (N, k) int32, written; distinct within a row
+    z (N, M) bfloat16 or float32, rows contiguous; values (N, k) float32, 0 where fewer than k are positive; indices
+    (N, k) int32, distinct within a row.
     """
     n, m = z.shape
     segments = triton.cdiv(m, SEGMENT)

@@ -149,16 +149,16 @@ def _add_pairs(
     begin, stop, pair_row, pair_value, pair_gradient, centred, residual,
     D: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """sum_p g_p x_row(p), sum_p a_p e_row(p) (both (d,)) and the g_p lane by lane, over pairs begin..stop."""
-    column, lane = tl.arange(0, COLUMNS), tl.arange(0, PAIRS)
+    """sum_p g_p x_row(p), sum_p a_p e_row(p) (both (d,)) and the g_p slot by slot, over pairs begin..stop."""
+    column, pair = tl.arange(0, COLUMNS), tl.arange(0, PAIRS)
     inside = column < D
     of_encoder, of_decoder = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
     of_bias = tl.zeros((PAIRS,), tl.float32)
     for start in range(begin, stop, PAIRS):
-        used = start + lane < stop
-        row = tl.load(pair_row + start + lane, mask=used, other=0).to(tl.int64)
-        value = tl.load(pair_value + start + lane, mask=used, other=0.0)
-        gradient = tl.load(pair_gradient + start + lane, mask=used, other=0.0)
+        used = start + pair < stop
+        row = tl.load(pair_row + start + pair, mask=used, other=0).to(tl.int64)
+        value = tl.load(pair_value + start + pair, mask=used, other=0.0)
+        gradient = tl.load(pair_gradient + start + pair, mask=used, other=0.0)
         mask = used[:, None] & inside[None, :]
         place = row[:, None] * D + column[None, :]
         of_encoder += tl.sum(gradient[:, None] * tl.load(centred + place, mask=mask, other=0.0).to(tl.float32), axis=0)
@@ -208,7 +208,7 @@ def _update(
     dead_slot, dead_encoder, dead_decoder, dead_bias,
     encoder, encoder_m, encoder_v, decoder, decoder_m, decoder_v, bias, bias_m, bias_v,
     encoder_half, decoder_half, bias_half, idle, fired, through, rates,
-    begin_latent, end_latent, scale, write,
+    begin_latent, end_latent, scale,
     D: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr, LATENTS: tl.constexpr,
     DENSE: tl.constexpr, DEAD: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -254,39 +254,38 @@ def _update(
             of_bias += tl.load(dead_bias + slot, mask=slot >= 0, other=0.0)
         of_decoder -= tl.sum(of_decoder * wd, axis=0) * wd  # that part would change the length only
 
-        store, store_one = inside & (write > 0), valid & (write > 0)
         m = tl.load(encoder_m + here, mask=inside, other=0.0)
         v = tl.load(encoder_v + here, mask=inside, other=0.0)
         we, m, v = _adam(we, m, v, of_encoder, lr, rescale)
-        tl.store(encoder + here, we, mask=store)
-        tl.store(encoder_m + here, m, mask=store)
-        tl.store(encoder_v + here, v, mask=store)
+        tl.store(encoder + here, we, mask=inside)
+        tl.store(encoder_m + here, m, mask=inside)
+        tl.store(encoder_v + here, v, mask=inside)
 
         m = tl.load(decoder_m + here, mask=inside, other=0.0)
         v = tl.load(decoder_v + here, mask=inside, other=0.0)
         wd, m, v = _adam(wd, m, v, of_decoder, lr, rescale)
         wd = tl.where(inside, wd, 0.0)
         wd = wd / tl.maximum(tl.sqrt(tl.sum(wd * wd, axis=0)), 1e-12)
-        tl.store(decoder + here, wd, mask=store)
-        tl.store(decoder_m + here, m, mask=store)
-        tl.store(decoder_v + here, v, mask=store)
+        tl.store(decoder + here, wd, mask=inside)
+        tl.store(decoder_m + here, m, mask=inside)
+        tl.store(decoder_v + here, v, mask=inside)
 
         c = tl.load(bias + latent, mask=valid, other=0.0)
         m1 = tl.load(bias_m + latent, mask=valid, other=0.0)
         v1 = tl.load(bias_v + latent, mask=valid, other=0.0)
         c, m1, v1 = _adam(c, m1, v1, of_bias, lr, rescale)
-        tl.store(bias + latent, c, mask=store_one)
-        tl.store(bias_m + latent, m1, mask=store_one)
-        tl.store(bias_v + latent, v1, mask=store_one)
+        tl.store(bias + latent, c, mask=valid)
+        tl.store(bias_m + latent, m1, mask=valid)
+        tl.store(bias_v + latent, v1, mask=valid)
         if HALF:  # for the next step's products
-            tl.store(encoder_half + here, we.to(encoder_half.dtype.element_ty), mask=store)
-            tl.store(decoder_half + here, wd.to(decoder_half.dtype.element_ty), mask=store)
-            tl.store(bias_half + latent, c.to(bias_half.dtype.element_ty), mask=store_one)
+            tl.store(encoder_half + here, we.to(encoder_half.dtype.element_ty), mask=inside)
+            tl.store(decoder_half + here, wd.to(decoder_half.dtype.element_ty), mask=inside)
+            tl.store(bias_half + latent, c.to(bias_half.dtype.element_ty), mask=valid)
 
         fires = tl.load(fired + latent, mask=valid, other=0)
         since = tl.load(idle + latent, mask=valid, other=0)
-        tl.store(idle + latent, tl.where(fires > 0, 0, since + 1), mask=store_one)
-        tl.store(fired + latent, fires * 0, mask=store_one)
+        tl.store(idle + latent, tl.where(fires > 0, 0, since + 1), mask=valid)
+        tl.store(fired + latent, fires * 0, mask=valid)
     program = begin_latent // LATENTS + tl.program_id(0)
     tl.store(through + program.to(tl.int64) * D + column, through_bias, mask=column < D)
 
@@ -310,12 +309,12 @@ def _update_pre_bias(pre_bias, m, v, of_output, through, rates, scale, n_columns
 @triton.jit
 def _count(row_error, row_active, aux, totals, n_rows, BLOCK: tl.constexpr):
     """Add a batch to the totals: rows, loss, squared error, active slots. float64, one order."""
-    lane = tl.arange(0, BLOCK)
+    row = tl.arange(0, BLOCK)
     error, active = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
     for start in range(0, n_rows, BLOCK):
-        used = start + lane < n_rows
-        error += tl.load(row_error + start + lane, mask=used, other=0.0).to(tl.float64)
-        active += tl.load(row_active + start + lane, mask=used, other=0).to(tl.float64)
+        used = start + row < n_rows
+        error += tl.load(row_error + start + row, mask=used, other=0.0).to(tl.float64)
+        active += tl.load(row_active + start + row, mask=used, other=0).to(tl.float64)
     squared = tl.sum(error, axis=0)
     tl.store(totals, tl.load(totals) + n_rows)
     tl.store(totals + 1, tl.load(totals + 1) + squared + tl.load(aux).to(tl.float64))
