@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     except EXPECTED as error:
         if options.debug:
             raise
-        _say(f"capsae: {_told(error)}")
+        _say(f"capsae: {_message(error)}")
         _mute()
         return 2
     except Exception as error:
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """The message of an error; a bare one of the system gets its path and a remedy."""
     if isinstance(error, MemoryError):
         return f"not enough memory {str(error).strip()}; a smaller --batch-size, or fewer latents, would need less"

@@ -160,7 +160,7 @@ class Experiment(Part):
 
 
 def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
-    """Return overrides from ``KEY=VALUE`` texts, as ``--set`` takes them: TOML values, or bare words."""
+    """Return overrides from ``KEY=VALUE`` texts, as ``--set`` takes them: TOML values, or bare text."""
     overrides = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -170,7 +170,7 @@ def overrides_of(texts: Iterable[str]) -> dict[str, Any]:
         try:
             overrides[key] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            overrides[key] = value.strip()  # a bare word: --set pack=none
+            overrides[key] = value.strip()  # such as --set pack=none
     return overrides
 
 

@@ -1,31 +1,35 @@
-"""From an experiment to features, head, SAE, profiles, scores and tables: each read from the store, or computed and
-stored.
+"""From an experiment to features, head, SAE, profiles, scores and tables, each from the store or made and kept there.
 
-This is the edge where files, devices and settings are decided; the modules it calls take arrays and return arrays.
+Files, devices and settings are decided here; the modules that it calls take arrays and return arrays.
 """
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
 from .. import detectors as _detectors
+from .. import distributed
+from .. import sae as _sae
 from ..caps import ClassActivationProfiles
 from ..data.splits import check_classes, stratified_mask
 from ..detectors import Observations
-from ..device import versions
+from ..device import pick_device, versions
 from ..evaluation.evaluate import all_scores, correct
 from ..evaluation.tables import compare_scores, evaluate_scores, group_of, seed_values
+from ..features import probe
 from ..features.featureset import FeatureSet, LinearHead
-from .code import digest as code_digest
+from ..sae.model import check_rows
+from ..sae.rows import start
+from . import recipes
 from .experiment_detectors import check_detectors
 from .experiment_parts import Holdout
 from .experiments import Experiment, load_experiment
@@ -33,29 +37,14 @@ from .frames import _load_frame, _load_scores, _save_frame, _save_scores
 from .inputs import Inputs
 from .store import Store, artefact_digest
 
-log = logging.getLogger(__name__)
-
 _CHUNK = 65_536  # rows encoded at a time where only a running sum is kept
 
 
 class Run:
     """Everything one experiment leads to. Nothing is computed before it is asked for.
 
-    Parameters
-    ----------
-    experiment : str, path or Experiment
-    overrides : mapping of dotted keys to values, e.g. ``{"sae.k": 64}``
-    store : Store or path, optional
-        Default: see :func:`capsae.pipeline.store.default_root`.
-    device : str
-        "auto" takes a GPU where there is one.
-    progress : bool
-        Show bars on stderr for what takes long.
-
-    Raises
-    ------
-    ExperimentError (a ValueError)
-        For an experiment that cannot be used, before any work starts.
+    ``overrides`` maps dotted keys to values, e.g. ``{"sae.k": 64}``; ``store`` is a Store or its folder. An experiment
+    that cannot be used raises ExperimentError (a ValueError) before any work starts.
     """
 
     def __init__(
@@ -98,25 +87,15 @@ class Run:
         """The linear classification head: the backbone's own, or a probe fitted on all training rows."""
 
         def make():
-            from ..features.probe import fit_linear_probe
-
             if self.experiment.head == "backbone":
                 return self.inputs.backbone_head()
             train = self.inputs.features("train")
-            return fit_linear_probe(train.cls, train.labels, self.experiment.n_classes, seed=self.experiment.seed)
+            return probe.fit_linear_probe(train.cls, train.labels, self.experiment.n_classes, seed=self.experiment.seed)
 
-        return self._stored(
-            "head",
-            make,
-            save=lambda head, folder: head.save(folder / "head.safetensors"),
-            load=lambda folder: LinearHead.load(folder / "head.safetensors"),
-        )
+        return self._stored_file("head", make, LinearHead)
 
     def image(self, set_name: str, row: int):
-        """Return the image (PIL, RGB) that a row of ``features(set_name)`` was made from.
-
-        An experiment with a pack needs ``data_root`` for that. Whether images may be published says ``show_images``.
-        """
+        """Return the image (PIL, RGB) of a row of ``features(set_name)``; a pack needs ``data_root`` for it."""
         source, wanted = self.inputs.source(set_name), self.features(set_name).ids[row]
         return source.image(int(np.flatnonzero(source.ids == wanted)[0]))
 
@@ -134,52 +113,41 @@ class Run:
 
     @cached_property
     def _trained(self):
-        from ..sae import train_sae
-
         def make():
             train, val, options = self._training("sae")
-            return train_sae(train, self.experiment.sae, self.device, held_out=val, **options)
+            return _sae.train_sae(train, self.experiment.sae, self.device, held_out=val, **options)
 
         return self._stored_sae(make)
 
     def _stored_sae(self, make):
-        from ..sae import TopKSAE
-
         def save(trained, folder):
             sae, history = trained
             sae.save(folder)
             _save_frame(history, folder)  # with its attrs
 
         def load(folder):
-            return TopKSAE.load(folder, device=_torch_device(self.device)), _load_frame(folder)
+            return _sae.TopKSAE.load(folder, device=pick_device(self.device)), _load_frame(folder)
 
         return self._stored("sae", make, save, load)
 
     def _training(self, stage: str):
         """Training rows, held-out rows and further options of ``train_sae`` and ``train_saes``."""
-        from .. import distributed
-
         ranks = distributed.world_size()
         # A killed run goes on from there; with another kind of device or other ranks, it would not be the same one.
-        name = f"{_torch_device(self.device).type}-{ranks}.safetensors"
+        name = f"{pick_device(self.device).type}-{ranks}.safetensors"
         checkpoint = self.store.scratch(stage, self.digest("sae")) / name
         train, val = (self.features(name).cls for name in ("train", "val"))
         if ranks > 1:
             train, val = (rows[distributed.share_of(len(rows))] for rows in (train, val))
         options = {"keep": "best", "progress": self.progress, "checkpoint": checkpoint, "sharded": ranks > 1}
-        if self._chooses_by_head:
+        if recipes.needs_head(self.experiment):
             options["head"] = self._head_of_normalized()
         return train, val, options
 
     @cached_property
     def untrained(self):
         """The same SAE before its first training step: random unit rows; normalisation and pre-bias are set."""
-        import torch
-
-        from ..sae.rows import start
-
-        train = torch.as_tensor(self.features("train").cls, dtype=torch.float32)
-        return start(train, self.experiment.sae, torch.device("cpu"))[0]
+        return start(check_rows(self.features("train").cls), self.experiment.sae, pick_device("cpu"))[0]
 
     def with_seed(self, seed: int) -> Run:
         """This run with another seed of the SAE alone; head and features are shared."""
@@ -202,11 +170,6 @@ class Run:
             yield runs.pop(0)  # and let go of it: codes of all seeds at once would fill the memory
 
     def _train_together(self, runs: list[Run]) -> None:
-        from filelock import FileLock
-
-        from .. import distributed
-        from ..sae import train_saes
-
         def missing():
             return [run for run in runs if self.store.provenance("sae", run.digest("sae")) is None]
 
@@ -218,26 +181,16 @@ class Run:
             if wanted:
                 train, val, options = self._training("seeds")
                 configs = [run.experiment.sae for run in wanted]
-                trained = train_saes(train, configs, self.device, held_out=val, **options)
+                trained = _sae.train_saes(train, configs, self.device, held_out=val, **options)
                 for run, one in zip(wanted, trained, strict=True):
                     run.__dict__["_trained"] = run._stored_sae(lambda one=one: one)
             shutil.rmtree(scratch, ignore_errors=True)
 
-    @property
-    def _chooses_by_head(self) -> bool:
-        from ..sae.variants import thresholds as variants
-
-        return getattr(variants.model(self.experiment.sae), "needs_head", False)
-
     def _head_of_normalized(self) -> LinearHead:
         """A probe on the training rows as the SAE sees them: what some variants (g-SAE) choose latents by."""
-        from ..features.probe import fit_linear_probe
-        from ..sae.model import check_rows
-        from ..sae.rows import start
-
-        train, device = self.features("train"), _torch_device("cpu")
-        x = start(check_rows(train.cls), self.experiment.sae, device)[0].normalize(train.cls)
-        return fit_linear_probe(x, train.labels, self.experiment.n_classes, seed=self.experiment.seed)
+        train = self.features("train")
+        x = self.untrained.normalize(train.cls)
+        return probe.fit_linear_probe(x, train.labels, self.experiment.n_classes, seed=self.experiment.seed)
 
     def codes(self, set_name: str):
         """Return the sparse codes (N, k) of a set, rows as in ``features(set_name)``."""
@@ -251,28 +204,20 @@ class Run:
             train = self.features("train")
             if self.experiment.caps.correct_only:
                 train = train.take(train.logits.argmax(axis=1) == train.labels)
-                what = (
-                    f"experiment {self.experiment.name!r}, correctly predicted training rows (caps.correct_only = true)"
-                )
+                what = f"experiment {self.experiment.name!r}, training rows predicted correctly (caps.correct_only)"
                 check_classes(train.labels, self.experiment.n_classes, what)
             caps = ClassActivationProfiles.empty(self.experiment.n_classes, self.sae.n_latents)
-            for start in range(0, len(train), _CHUNK):
-                rows = slice(start, start + _CHUNK)
+            for first in range(0, len(train), _CHUNK):
+                rows = slice(first, first + _CHUNK)
                 caps.update(self.sae.encode(train.cls[rows]), train.labels[rows])
             return caps
 
-        return self._stored(
-            "caps",
-            make,
-            save=lambda caps, folder: caps.save(folder / "caps.safetensors"),
-            load=lambda folder: ClassActivationProfiles.load(folder / "caps.safetensors"),
-        )
+        return self._stored_file("caps", make, ClassActivationProfiles)
 
     # --- scores
 
     def observations(self, set_name: str) -> Observations:
-        """Return what detectors see of a set. OOD sets carry no labels: theirs count along other classes. Those of
-        covariate-shifted ID sets are kept.
+        """Return what detectors see of a set; labels of ID and covariate-shifted sets only.
 
         With ``predicted = "true"`` (an ablation) "val" and "test" are scored under their label; they then carry none,
         since the head's accuracy would be 1 by construction.
@@ -296,7 +241,7 @@ class Run:
 
         They see the training rows, and those whose ``fitted_on`` is "validation" the validation rows as well.
         """
-        names = self._names(names)
+        names = self.chosen(names)
         for name in names:
             if name not in self._detectors:
                 detector = _detectors.create(name, **self.detector_options(name))
@@ -312,7 +257,7 @@ class Run:
 
     def table(self, names: Iterable[str] | None = None) -> pd.DataFrame:
         """Return :func:`capsae.evaluate`'s table: method, set, group, metric, value, lo, hi, seeds."""
-        names = self._names(names)
+        names = self.chosen(names)
 
         def make():
             settings = {"n_boot": self.experiment.n_boot, "seed": self.experiment.seed}
@@ -338,7 +283,7 @@ class Run:
 
         Sets: "val", "test", those of covariate shift, the OOD sets.
         """
-        names = self._names(names)
+        names = self.chosen(names)
 
         def make():
             return all_scores(*next(bundles := self._bundles(names)), bundles)
@@ -357,9 +302,9 @@ class Run:
         """Return every sample's scores by the run's own seed, tidy: method, set, group, row, score."""
         frames = []
         for name, sets in self.scores_of_seeds(names).items():
-            for where, of in sets.items():
+            for where, (score, *_) in sets.items():
                 group = group_of(where) if where in self.experiment.ood_sets else "id"
-                cells = {"method": name, "set": where, "group": group, "row": np.arange(of.shape[1]), "score": of[0]}
+                cells = {"method": name, "set": where, "group": group, "row": np.arange(len(score)), "score": score}
                 frames.append(pd.DataFrame(cells))
         return pd.concat(frames, ignore_index=True)
 
@@ -385,14 +330,13 @@ class Run:
         """
         if stage == "features":
             return artefact_digest("sets", None, {name: self.inputs.digest(name) for name in self.experiment.sets})
-        config, inputs = self._recipe(stage, names)
-        return artefact_digest(stage, config, inputs, self._code(stage))
+        return artefact_digest(stage, *self._recipe(stage, names))
 
     def provenance(self) -> dict[str, Any]:
         """Return what stands behind this run's numbers: experiment, seeds, versions, device, digests, wall times."""
         stages = ("head", "sae", "caps", "table")
         digests = {stage: self.digest(stage) for stage in ("features", *stages)}
-        made = {stage: self.store.provenance(stage, digests[stage]) for stage in stages}
+        made = {stage: self.store.provenance(stage, digests[stage]) or {} for stage in stages}
         return {
             **self._who(),
             "title": self.experiment.title,
@@ -400,53 +344,20 @@ class Run:
             "pack": self.experiment.pack,
             "versions": versions(),
             "digests": digests,
-            "wall_s": {stage: record["wall_s"] for stage, record in made.items() if record},
-            "peak_rss_mb": {stage: record["peak_rss_mb"] for stage, record in made.items() if record},
+            **{key: {stage: of[key] for stage, of in made.items() if of} for key in ("wall_s", "peak_rss_mb")},
         }
 
     def _stored(self, stage: str, make, save, load, names: list[str] | None = None):
-        config, inputs = self._recipe(stage, names)
-        return self.store.get_or_make(stage, config, inputs, self._code(stage), make, save, load, self._who())
+        return self.store.get_or_make(stage, *self._recipe(stage, names), make, save, load, self._who())
 
-    def _code(self, stage: str) -> str:
-        """Digest of a stage's code: its methods with all that they name; what they take from others is its input."""
-        from ..sae.dictionaries import methods as dictionaries
-        from ..sae.variants import thresholds as variants
+    def _stored_file(self, stage: str, make, kind):
+        name = f"{stage}.safetensors"
+        save, load = lambda made, folder: made.save(folder / name), lambda folder: kind.load(folder / name)
+        return self._stored(stage, make, save, load)
 
-        if stage == "head":
-            return code_digest(Run.features, Run.head, *[Inputs.backbone_head] * (self.experiment.head == "backbone"))
-        if stage == "sae":  # of the variants, the one that is trained
-            made_by = Run.features, Run._trained, Run._training, variants.model(self.experiment.sae)
-            made_by += (Run._head_of_normalized,) * self._chooses_by_head
-            return code_digest(*made_by, without=((variants, "REGISTRY"), (dictionaries, "METHODS")))
-        if stage == "caps":
-            return code_digest(Run.features, Run.caps)
-        scores = Run.features, Run.observations, Run.detectors, Run.scores_of_seeds, Run._bundles, Run.seeds
-        return code_digest(*scores, *[Run.table] * (stage == "table"))
-
-    def _recipe(self, stage: str, names: Iterable[str] | None = None) -> tuple[dict, dict[str, str]]:
-        """Return a stage's own settings and the digests of what it is made from."""
-        experiment = self.experiment
-        amount = {"train_fraction": experiment.train_fraction, "seed": experiment.seed}
-        if stage == "head":
-            config = {"head": experiment.head, "n_classes": experiment.n_classes, "seed": experiment.seed}
-            return config, {"train": self.inputs.digest("train")}
-        if stage == "sae":
-            sets = {name: self.inputs.digest(name) for name in ("train", "val")}
-            own_head = {"n_classes": experiment.n_classes} if self._chooses_by_head else {}
-            return {"sae": asdict(experiment.sae), "keep": "best", **amount, **own_head}, sets
-        if stage == "caps":
-            inputs = {"train": self.inputs.digest("train"), "sae": self.digest("sae")}
-            if experiment.caps.correct_only:
-                inputs["head"] = self.digest("head")
-            return {"correct_only": experiment.caps.correct_only, "n_classes": experiment.n_classes, **amount}, inputs
-        if stage in ("table", "scores"):
-            options = {name: self.detector_options(name) for name in self._names(names)}
-            config = {"detectors": options, "predicted": experiment.predicted, "sae_seeds": experiment.sae_seeds}
-            sets = {name: self.inputs.digest(name) for name in experiment.sets}
-            inputs = {**sets, "head": self.digest("head"), "sae": self.digest("sae")}
-            return config | amount | ({"n_boot": experiment.n_boot} if stage == "table" else {}), inputs
-        raise ValueError(f"no stage {stage!r}; there are features, head, sae, caps, scores, table")
+    def _recipe(self, stage: str, names: Iterable[str] | None = None) -> tuple[dict, dict[str, str], str]:
+        """Return what defines a stage's artefact: its own settings, digests of what it is made from and of its code."""
+        return *recipes.recipe(self, stage, names), recipes.code(self.experiment, stage)
 
     def left_out(self) -> dict[str, str]:
         """Return the detectors that this experiment's data cannot feed, with the reason; the tables do without them."""
@@ -455,49 +366,34 @@ class Run:
         why = f"pack {self.experiment.pack!r} holds no pixel statistics; `capsae extract --pixels` adds them"
         return {name: why for name in _detectors.available() if "pixels" in _detectors.info(name)["needs"]}
 
-    def _names(self, names: Iterable[str] | None) -> list[str]:
+    def chosen(self, names: Iterable[str] | None) -> list[str]:
+        """Return detectors by name, default all that the data can feed; ValueError for one that is not among them."""
         left_out = self.left_out()
         if names is None:
             return [name for name in _detectors.available() if name not in left_out]
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
-            _detectors.info(name)  # an unknown one is refused here, before work starts
+            _detectors.info(name)  # refuses an unknown one before work starts
             if name in left_out:
                 raise ValueError(f"detector {name!r}: {left_out[name]}")
         return names
 
     def _who(self) -> dict[str, Any]:
         first = self.experiment.sae.seed
-        seeds = {"experiment": self.experiment.seed, "sae": first}
-        if self.experiment.sae_seeds > 1:
-            seeds["sae"] = f"{first} to {first + self.experiment.sae_seeds - 1}"
+        last = first + self.experiment.sae_seeds - 1
+        seeds = {"experiment": self.experiment.seed, "sae": first if first == last else f"{first} to {last}"}
         if isinstance(self.experiment.val, Holdout):
             seeds["val"] = self.experiment.val.seed
-        return {"experiment": self.experiment.name, "seeds": seeds, "device": str(_torch_device(self.device))}
+        return {"experiment": self.experiment.name, "seeds": seeds, "device": str(pick_device(self.device))}
 
 
 def load_features(
     experiment: str | Path | Experiment, set_name: str, device: str = "auto", store: Store | str | Path | None = None
 ) -> FeatureSet:
-    """Return the features of one set of an experiment with the head's logits attached.
+    """Return the features of one set ("train", "val", "test" or an OOD set) of an experiment, with the head's logits.
 
-    Parameters
-    ----------
-    experiment : name, path or Experiment
-    set_name : "train", "val", "test" or one of ``experiment.ood_sets``
-    device, store : as for :class:`Run`
-
-    Raises
-    ------
-    ValueError
-        For an unknown set; the message lists those there are.
+    An unknown set raises ValueError with those there are. Other parameters are those of :class:`Run`.
     """
     run = Run(experiment, store=store, device=device)
-    run.experiment.source(set_name)  # an unknown name is refused with the list of known ones
+    run.experiment.source(set_name)
     return run.features(set_name)
-
-
-def _torch_device(device: str):
-    import torch
-
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

@@ -77,8 +77,8 @@ def page_inputs(page: Page) -> dict[str, str]:
 
     Nothing is computed. The code is all that the notebook's cells reach (:mod:`capsae.pipeline.code`).
     """
+    from capsae.pipeline import recipes
     from capsae.pipeline.code import notebook_digest
-    from capsae.pipeline.run import Run
 
     template = read_notebook(root() / "notebooks" / f"{page.notebook}.ipynb")
     cells = "\n".join("".join(c["source"]) for c in template["cells"] if c["cell_type"] == "code")
@@ -88,7 +88,7 @@ def page_inputs(page: Page) -> dict[str, str]:
         "parameters": _hash([dict(page.parameters), page.title, SCHEMA]),
         "experiment": _hash(run.experiment.to_dict()),
         "features": run.digest("features")[:20],
-        "code": notebook_digest(cells, without=(Run._code,))[:20],  # it names artefacts, it makes none
+        "code": notebook_digest(cells, without=(recipes.code,))[:20],  # it names artefacts, it makes none
     }
     findings = f"notebooks/{page.notebook}.findings.yml"
     for file in (*page.reads, *([findings] if (root() / findings).is_file() else [])):

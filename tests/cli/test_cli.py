@@ -357,7 +357,7 @@ def test_the_store_is_listed_and_cleaned_of_what_no_settings_use(capsae_, tmp_pa
         config, inputs = config or {"a": 1}, inputs or {}
         store.get_or_make(stage, config, inputs, made_by, lambda: "x", **given, provenance={"experiment": experiment})
 
-    keep("caps", "imagenet20", *run._recipe("caps"), run._code("caps"))
+    keep("caps", "imagenet20", *run._recipe("caps"))
     keep("caps", "imagenet20")
     keep("table", "imagenet20", {"detectors": {"gone": {}}})
     keep("caps", "my-own.toml", {"b": 2})

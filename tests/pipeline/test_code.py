@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import capsae
-from capsae.pipeline import code
+from capsae.pipeline import code, recipes
 from capsae.pipeline.inputs import Inputs
 from capsae.pipeline.run import Run
 from companion.publish import plan
@@ -245,7 +245,7 @@ def test_a_digest_is_the_same_in_another_process(tmp_path):
     sources = write(tmp_path, SMALL)
     text = f"""
 from pathlib import Path
-from capsae.pipeline import code
+from capsae.pipeline import code, recipes
 sources = code.Sources({{"small": Path({str(tmp_path)!r}) / "small"}})
 print(sources.digest(sources.units("small.road:score")))"""
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
@@ -281,7 +281,7 @@ def _page(sources, notebook):
     cells = plan.read_notebook(plan.root() / "notebooks" / f"{notebook}.ipynb")["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     unit = code._Module("", None, code.ast.parse(text), sources)
-    return sources.digest(unit.all(), sources.units(Run._code))
+    return sources.digest(unit.all(), sources.units(recipes.code))
 
 
 def test_a_change_of_auroc_makes_the_causal_page_stale(copy):

@@ -44,7 +44,7 @@ def test_without_pixel_statistics_their_controls_are_left_out_with_the_reason(ru
     one = run()
     assert "sharpness" in one.left_out() and "feature_norm" not in one.left_out()
     assert "no pixel statistics" in one.left_out()["sharpness"]
-    assert "sharpness" not in one._names(None) and "epd" in one._names(None)
+    assert "sharpness" not in one.chosen(None) and "epd" in one.chosen(None)
     with pytest.raises(ValueError, match="detector 'sharpness': pack .* holds no pixel statistics"):
         one.table(["sharpness"])
 
@@ -59,7 +59,7 @@ def test_with_pixel_statistics_the_controls_are_in_the_table(tmp_path, store):
     info = json.loads((tmp_path / "pack" / "pack.json").read_text())
     (tmp_path / "pack" / "pack.json").write_text(json.dumps(info | {"pixel_statistics": list(PIXEL_STATISTICS)}))
     one = Run(path, store=store, device="cpu", progress=False)
-    assert one.left_out() == {} and "sharpness" in one._names(None)
+    assert one.left_out() == {} and "sharpness" in one.chosen(None)
     table = one.table(["msp", "sharpness", "feature_norm"])
     assert set(table["method"]) == {"msp", "sharpness", "feature_norm", "head"}
     assert not pixel_controls_verdict(table)["broken"].any()
