@@ -111,7 +111,7 @@ def test_readme_commands_exist():
     assert commands and all(re.search(rf"^\s+(capsae )?{command}\b", help_text, re.M) for command in commands)
 
 
-@pytest.mark.parametrize("name", ["imagenet20", "mini80"])
+@pytest.mark.parametrize("name", ["imagenet20", "imagenet20-augreg", "mini80", "mini80-augreg"])
 def test_sae_recipe_is_the_best_of_its_grid(name):
     """Lowest mean held-out FVU among recipes that keep the share of dead latents under the script's limit."""
     import pandas as pd

@@ -63,6 +63,7 @@ document.addEventListener("DOMContentLoaded", () => {
     results: ({ metrics, rows }, root) => {
       const metric = select(metrics, refresh), group = select({ all: "all", near: "near", far: "far" }, refresh);
       const kinds = ["every kind", ...new Set(rows.map((row) => row[1]))], kind = select(kinds, refresh);
+      const experiment = select([...new Set(rows.map((row) => row[7]))], refresh);
       const text = make("input", { type: "search", oninput: refresh });
       const ours = (row) => ["paper", "ours"].includes(row[1]);
       const span = (value, row) => {
@@ -75,10 +76,10 @@ document.addEventListener("DOMContentLoaded", () => {
         { sort: 2, mark: ours });
       function refresh() {
         const wanted = text.value.toLowerCase();
-        table.show(rows.filter((row) => row[2] === group.value && row[3] === metric.value && row[0].toLowerCase().includes(wanted)
+        table.show(rows.filter((row) => row[7] === experiment.value && row[2] === group.value && row[3] === metric.value && row[0].toLowerCase().includes(wanted)
           && (kind.value === kinds[0] || row[1] === kind.value)));
       }
-      root.append(make("p", { class: "capsae-bar" }, labelled("metric", metric), labelled("OOD sets", group), labelled("kind", kind), labelled("find", text)), table.node);
+      root.append(make("p", { class: "capsae-bar" }, labelled("experiment", experiment), labelled("metric", metric), labelled("OOD sets", group), labelled("kind", kind), labelled("find", text)), table.node);
       refresh();
     },
 

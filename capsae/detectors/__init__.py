@@ -12,6 +12,6 @@ from . import epd  # noqa: F401  # isort: skip  (the paper's score and its contr
 from . import rpd  # noqa: F401  # isort: skip
 from .baselines import activations, distances, geometry, logits, subspaces, pixels  # noqa: F401  # isort: skip
 
-OURS = "rpd"  # registry name of this project's own score
+OURS = "rpd"  # this project's own score that reads codes alone; RPD+ needs the features as well
 
 __all__ = ["OURS", "Detector", "Observations", "available", "create", "info", "register", "score_all"]

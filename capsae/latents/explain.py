@@ -39,7 +39,7 @@ def explain_epd(
         One row for each latent of the class's core, largest absolute share first: latent, profile (P), expected (Q),
         share (``P log(P/Q)`` in nats; the shares sum to the score), kind ("too much": P > Q, "missing": P < Q, "as
         expected": equal), classes (where the latent's mean activation lies, top 3). A latent that does not fire has
-        share 0: EPD is blind to it, but it raises the others' P. Where EPD is undefined, one row "no latent fires"
+        share 0: EPD is blind to it, but it raises the others' P. Where EPD is undefined, one row "of no latent"
         (latent -1), or the rows "unknown to the class" (Q = 0), carry the whole score; see
         :func:`capsae.caps.core_reference`.
     """
@@ -172,7 +172,7 @@ def _text_row(row) -> str:
 
 def _kind(latent: int, p: float, q: float) -> str:
     if latent < 0:
-        return "no latent fires"
+        return "of no latent"
     if p > 0 and q <= 0:
         return "unknown to the class"
     return "too much" if p > q else "missing" if p < q else "as expected"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from capsae import metrics
-from capsae.detectors import OURS, info
+from capsae.detectors import info
 from capsae.detectors.baselines.pixels import PIXEL_CONTROLS, pixel_controls_verdict
 from capsae.stats import critical_difference, win_tie_loss
 
@@ -16,8 +16,19 @@ from ..findings import Numbers
 from .tidy import METRIC_PANELS, percent
 
 HEADLINE = "fpr95_ood_pos"  # the metric of verdicts: OpenOOD's FPR95, and so presumably the paper's
-RANKED = ("epd", "rpd", "mds++", "rmds", "knn", "vim", "energy", "msp")  # a few: ranks of all would mean nothing
-BESIDE = ("rmds", "mds++", "knn", "vim", "energy", "msp")  # baselines that are named beside EPD
+JUDGED = ("epd", "rpd", "rpd+")  # the paper's score and our own, each against all others
+RANKED = (
+    "epd",
+    "rpd",
+    "rpd+",
+    "mds++",
+    "rmds",
+    "knn",
+    "vim",
+    "energy",
+    "msp",
+)  # a few: ranks of all would mean nothing
+BESIDE = ("rmds", "mds++", "knn", "vim", "nnguide", "energy", "msp")  # baselines that are named beside EPD
 CONTROLS = ("cosine", "euclidean", "code_flatness", "code_entropy", "code_energy", "sae_error", "epd_untrained")
 
 
@@ -47,9 +58,9 @@ def of_means(compared: pd.DataFrame, method: str, metric: str = HEADLINE) -> pd.
 
 
 def pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """EPD and our own score against every other detector of an evaluation, but for those that read pixels alone."""
+    """EPD and our own scores against every other detector of an evaluation, but for those that read pixels alone."""
     others = [name for name in table["method"].unique() if name not in ("head", *PIXEL_CONTROLS)]
-    return [(method, other) for method in ("epd", OURS) for other in others if other != method]
+    return [(method, other) for method in JUDGED for other in others if other != method and method in others]
 
 
 def shown(compared: pd.DataFrame, others: Iterable[str] = (*BESIDE, *CONTROLS, "epd")) -> pd.DataFrame:
@@ -178,24 +189,26 @@ def recorded(table: pd.DataFrame, compared: pd.DataFrame) -> Numbers:
 
     The p of a difference is not corrected: a family of findings is corrected where it is judged.
     """
-    numbers, plus = Numbers(), {"mds++": "mdspp", "rmds++": "rmdspp"}  # a key has no plus, and MDS++ is not MDS
+    numbers = Numbers()
+    plus = {name: name.replace("+", "p") for name in table["method"].unique()}  # a key has no plus, MDS++ is not MDS
     means = table[(table["set"] == "mean") & (table["group"] == "all")]
-    named = means[means["metric"].isin(METRIC_PANELS) & means["method"].isin(["epd", OURS, *BESIDE, *CONTROLS])]
+    named = means[means["metric"].isin(METRIC_PANELS) & means["method"].isin([*JUDGED, *BESIDE, *CONTROLS])]
     numbers.rows(named.replace({"method": plus}), "{method} {metric}", unit="%")
     differences = compared[compared["set"] == "mean"].drop(columns="p_holm")
-    numbers.rows(differences.replace({"other": plus}), "{method} less {other} {metric}", unit="points")
+    numbers.rows(differences.replace({"method": plus, "other": plus}), "{method} less {other} {metric}", unit="points")
     accuracy = table[(table["method"] == "head") & (table["set"] == "test")]
     numbers.rows(accuracy, "accuracy", unit="%")
     scores = means[(means["metric"] == HEADLINE) & ~means["method"].isin(PIXEL_CONTROLS)]
     numbers.add("detectors", len(scores))
-    for name in ("epd", OURS):
+    for name in (one for one in JUDGED if one in set(scores["method"])):
+        own = plus.get(name, name)
         value = scores.set_index("method")["value"]
-        numbers.add(f"{name} rank", int((value < value[name]).sum()) + 1)
+        numbers.add(f"{own} rank", int((value < value[name]).sum()) + 1)
         rows = of_means(compared, name)
         rows = rows[rows["other"].map(lambda other: info(other)["group"] == "baseline")]
         for word in ("better", "worse", "undecided"):
-            numbers.add(f"{name} {word} than baselines", int((rows["verdict"] == word).sum()))
-        numbers.add(f"{name} baselines", len(rows))
+            numbers.add(f"{own} {word} than baselines", int((rows["verdict"] == word).sum()))
+        numbers.add(f"{own} baselines", len(rows))
     wins = pixel_wins(table)
     if len(wins):
         numbers.add("pixel wins", int(wins["broken"].sum()))

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from .. import widgets
 from ..figures import hero
 from ..figures.display import figure_html
 from ..findings import FAILS, HOLDS, MISSING, UNDECIDED, Finding, Numbers, index_page, judge, of_page, render, text
@@ -19,7 +20,7 @@ from .publish import path_of, template_digest
 from .speed_page import speed_page
 
 NOT_RUN, SHOWN = "not run here yet", "shown, not judged"
-STANDING = ("epd", "rpd", "epd_untrained", "mdspp", "vim", "msp")  # columns of the start page
+STANDING = ("epd", "rpd", "rpdp", "epd_untrained", "mdspp", "vim", "msp")  # columns of the start page
 RESULTS = Path("benchmarks/results")
 SELECTION = Path("benchmarks/results/rpd_selection.csv")
 PARITY = Path("benchmarks/results/parity.json")
@@ -36,6 +37,7 @@ def write_pages() -> list[Path]:
         "intro.md": intro_page(claims := read_claims(book / "claims.yml"), published),
         "claims.md": claims_page(claims, published),
         "findings.md": index_page(),
+        "results.md": results_page(),
         "detectors.md": detectors_page(),
         "parity.md": parity_page(root() / PARITY),
         "rpd.md": rpd_page(root() / SELECTION),
@@ -113,6 +115,15 @@ def intro_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers], 
         counts = [marks.count(mark) for mark in (HOLDS, UNDECIDED, FAILS)]
         rows.append({"experiment": experiment, "rank": rank, "cells": cells, "counts": counts})
     return _page("intro.md", rows=rows, of=len(tested), hero=_hero())
+
+
+def results_page(experiments=BOOK_EXPERIMENTS) -> str:
+    """The Markdown of results.md: every score on every experiment that is published, as an interactive table."""
+    files = {
+        name: path_of(f"{name}/04_score_ood").parent / "data/04_score_ood/all_detectors.csv" for name in experiments
+    }
+    tables = {name: pd.read_csv(file) for name, file in files.items() if file.is_file()}
+    return _page("results.md", explorer=widgets.results(tables), experiments=list(tables))
 
 
 def _hero(page: str = "imagenet20/03_discover_caps") -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,6 @@ METRICS = {
     "fpr95_ood_pos": "FPR95, OOD positive, %",
     "fpr95_id_pos": "FPR95, ID positive, %",
     "auroc": "AUROC, %",
-    "aupr_out": "AUPR, OOD positive, %",
 }
 BINS = 240  # of a score's histogram: an error rate is exact to one bin
 SHOWN = 40  # latents of a core in the viewer, the class's strongest first
@@ -30,7 +29,7 @@ SHOWN = 40  # latents of a core in the viewer, the class's strongest first
 
 def widget(kind: str, label: str, data: dict, static: pd.DataFrame) -> str:
     """The HTML of a piece: ``static`` for readers without scripts, ``data`` for the script, ``label`` its name."""
-    table = static.to_html(index=False, border=0, float_format="{:.1f}".format, classes="capsae-static")
+    table = static.to_html(index=False, border=0, float_format="{:.1f}".format, na_rep="", classes="capsae-static")
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return (
         f'<div class="capsae-widget" data-kind="{kind}" role="group" aria-label="{html.escape(label)}">{table}'
@@ -45,18 +44,22 @@ def show(kind: str, label: str, data: dict, static: pd.DataFrame) -> None:
     display(HTML(widget(kind, label, data, static)))
 
 
-def results(run) -> None:
-    """Every score's mean over near, far and all OOD sets, to sort, filter and switch between metrics."""
-    table = run.table()
-    means = table[(table["set"] == "mean") & table["metric"].isin(METRICS)]
-    about = {name: info(name) for name in means["method"].unique()}
-    rows = [
-        [about[r.method]["title"], about[r.method]["group"], r.group, r.metric, *_rounded((r.value, r.lo, r.hi), 100)]
-        for r in means.itertuples()
-    ]
-    first = means[(means["group"] == "all") & (means["metric"] == "fpr95_ood_pos")].sort_values("value").head(10)
-    static = pd.DataFrame({"score": first["method"].map(lambda m: about[m]["title"]), "FPR95, %": 100 * first["value"]})
-    show("results", "All scores", {"metrics": METRICS, "rows": rows}, static)
+def results(tables: Mapping[str, pd.DataFrame]) -> str:
+    """The HTML of every score's means over near, far and all OOD sets, to sort, filter and switch between metrics.
+
+    ``tables``: by experiment, what 04_score_ood published as ``all_detectors.csv``, in %.
+    """
+    rows, best = [], {}
+    for experiment, table in tables.items():
+        for r in table.to_dict("records"):
+            for metric in METRICS:
+                numbers = [r[f"{metric}_{part}"] for part in ("value", "lo", "hi")]
+                rows.append([r["method"], r["kind"], r["group"], metric, *_rounded(numbers, 1), experiment])
+        best[experiment] = table[table["group"] == "all"].set_index("method")["fpr95_ood_pos_value"]
+    static = (
+        pd.DataFrame(best).sort_values(next(iter(best))).head(25).rename_axis("FPR95 (OOD positive), %").reset_index()
+    )
+    return widget("results", "All scores", {"metrics": METRICS, "rows": rows}, static)
 
 
 def threshold(run, methods: Iterable[str] = ("epd", "rpd", "energy", "vim", "mds++", "msp")) -> None:

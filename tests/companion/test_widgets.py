@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -20,9 +21,11 @@ STATIC = pd.DataFrame({"score": ["EPD"], "value": [9.8]})
 RESULTS = {
     "metrics": {"fpr95_ood_pos": "FPR95", "auroc": "AUROC"},
     "rows": [
-        *(["EPD", "paper", "all", "fpr95_ood_pos", 9.8, 8.3, 11.6], ["EPD", "paper", "all", "auroc", 97.0, 96.0, 98.0]),
-        ["ViM", "baseline", "all", "fpr95_ood_pos", 6.2, 5.2, 7.5],
-        ["MSP", "baseline", "all", "fpr95_ood_pos", 15, None, None],
+        ["EPD", "paper", "all", "fpr95_ood_pos", 9.8, 8.3, 11.6, "one"],
+        ["EPD", "paper", "all", "auroc", 97.0, 96.0, 98.0, "one"],
+        ["ViM", "baseline", "all", "fpr95_ood_pos", 6.2, 5.2, 7.5, "one"],
+        ["MSP", "baseline", "all", "fpr95_ood_pos", 15, None, None, "one"],
+        ["KNN", "baseline", "all", "fpr95_ood_pos", 7, None, None, "two"],
     ],
 }
 THRESHOLD = {"scores": {"EPD": {"lo": 0, "hi": 10, "counts": {"id": [60, 35, 5, 0], "near": [10, 10, 40, 40]}}}}
@@ -41,6 +44,18 @@ def test_data_lie_in_the_page_and_no_text_can_end_the_script():
     assert "EPD" in html and "a &quot;label&quot;" in html
 
 
+def test_all_scores_of_all_experiments_are_in_the_explorer():
+    names = ("value", "lo", "hi")
+    row = {f"{metric}_{part}": float(i) for i, metric in enumerate(widgets.METRICS) for part in names}
+    table = pd.DataFrame(
+        [{"method": m, "kind": "paper", "group": g} | row for m in ("EPD", "MSP") for g in ("near", "all")]
+    )
+    html = widgets.results({"one": table, "two": table.head(2).assign(auroc_lo=np.nan)})
+    rows = json.loads(html.split('<script type="application/json">')[1].split("</script>")[0])["rows"]
+    assert len(rows) == (4 + 2) * len(widgets.METRICS) and {tuple(r[7:]) for r in rows} == {("one",), ("two",)}
+    assert ["EPD", "paper", "all", "auroc", 2.0, None, 2.0, "two"] in rows
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict:
     if CHROMIUM is None:
@@ -57,7 +72,9 @@ def seen(tmp_path_factory) -> dict:
       of("results").querySelectorAll("th button")[0].click(); out.byName = column("results");
       set(of("results").querySelector("input"), "vi", "input"); out.found = column("results");
       set(of("results").querySelector("input"), "", "input");
-      set(of("results").querySelector("select"), "auroc"); out.auroc = column("results", 2);
+      const [experiment, metric] = of("results").querySelectorAll("select");
+      set(experiment, "two"); out.second = column("results"); set(experiment, "one");
+      set(metric, "auroc"); out.auroc = column("results", 2);
       const told = (kind) => of(kind).querySelector("p[role=status]").textContent;
       out.start = told("threshold");
       set(of("threshold").querySelector("input"), 1, "input"); out.moved = told("threshold");
@@ -85,7 +102,7 @@ def test_the_results_sort_filter_and_change_the_metric(seen):
     assert seen["errors"] == [] and seen["static"] == 0 and seen["unlabelled"] == 0
     assert seen["first"] == ["ViM", "EPD", "MSP"]  # the best first
     assert seen["byName"] == ["EPD", "MSP", "ViM"]
-    assert seen["found"] == ["ViM"]
+    assert seen["found"] == ["ViM"] and seen["second"] == ["KNN"]
     assert [text.split()[0] for text in seen["auroc"]] == ["97.0"]
 
 

@@ -196,6 +196,33 @@ def test_rpd_is_its_formula_is_bounded_and_its_shares_sum_to_it(world):
         assert scores.max() <= -np.log(0.03)
 
 
+def soft_rmdspp_by_hand(train, test, temperature=2.0):
+    unit = [obs.cls / np.linalg.norm(obs.cls, axis=1, keepdims=True) for obs in (train, test)]
+    means = np.stack([unit[0][train.labels == c].mean(0) for c in range(3)])
+    within, overall = unit[0] - means[train.labels], unit[0] - unit[0].mean(0)
+    tied, background = (np.linalg.inv(x.T @ x / len(x)) for x in (within, overall))
+    pi = softmax(test.logits.astype(np.float64) / temperature)
+    squares = np.stack([np.einsum("nd,de,ne->n", x := unit[1] - mean, tied, x) for mean in means], axis=1)
+    x = unit[1] - unit[0].mean(0)
+    return (pi * squares).sum(1) - np.einsum("nd,de,ne->n", x, background, x) / 2
+
+
+def test_rpd_plus_is_the_sum_of_two_standardised_scores_and_its_shares_sum_to_it(world):
+    train, test, ood = world
+    for known in (test, None):  # validation samples; without them the training samples
+        detector = detectors.create("rpd+").fit(train, known)
+        for obs in (test, ood):
+            expected = 0.0
+            for by_hand in (rpd_by_hand, soft_rmdspp_by_hand):
+                at = by_hand(train, train if known is None else known)
+                expected = expected + (by_hand(train, obs) - at.mean()) / at.std()
+            scores = detector.score(obs)
+            np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
+            shares = detector.contributions(obs), detector.class_contributions(obs)
+            assert shares[0].shape == obs.codes.values.shape and shares[1].shape == obs.logits.shape
+            np.testing.assert_allclose(shares[0].sum(1) + shares[1].sum(1), scores, rtol=1e-8, atol=1e-10)
+
+
 def test_rpd_scores_a_code_on_unseen_latents_or_without_energy_highest(world):
     train, test, _ = world
     some = capsae.SparseCodes(train.codes.values, np.where(train.codes.indices > 40, 0, train.codes.indices), 60)

@@ -64,7 +64,7 @@ def test_a_silent_core_carries_the_largest_score_in_one_row(caps):
     outside = [i for i in range(M) if i not in set(caps.core(0.15)[0])]
     codes = one_code(caps, {outside[0]: 1.0, outside[1]: 2.0})
     table = explain_epd(codes, 0, caps, 0.15)
-    assert table.loc[0, "kind"] == "no latent fires" and table.loc[0, "latent"] == -1
+    assert table.loc[0, "kind"] == "of no latent" and table.loc[0, "latent"] == -1
     assert table["share"].sum() == energy_profile_divergence(codes, np.array([0]), caps, 0.15)[0]
 
 

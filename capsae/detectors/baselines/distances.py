@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from scipy.special import softmax
 
 from ..base import Detector, register
 from ..observations import Observations, unit_rows
@@ -86,6 +87,36 @@ class RMDSPlusPlus(_Mahalanobis):
     source: ClassVar[str] = "mueller2025mahalanobispp"
     normalise: ClassVar[bool] = True
     relative: ClassVar[bool] = True
+
+
+@register("soft_rmds++")
+@dataclass
+class SoftRMDSPlusPlus(_Mahalanobis):
+    """Squared Mahalanobis distance to the class means on features of unit length, averaged over the head's posterior
+    (softmax at a temperature), less half of that to the mean of all samples: no class is chosen."""
+
+    title: ClassVar[str] = "soft RMDS++"
+    group: ClassVar[str] = "control"
+    formula: ClassVar[str] = (
+        r"\sum_c \pi_c\,(\hat z-\mu_c)^\top S^{-1}(\hat z-\mu_c)"
+        r" - \tfrac12(\hat z-\mu)^\top S_0^{-1}(\hat z-\mu)"
+    )
+    source: ClassVar[str] = "this work, after RMDS and MDS++"
+    needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
+    normalise: ClassVar[bool] = True
+    relative: ClassVar[bool] = True
+    temperature: float = 2.0  # RPD's
+
+    def _score(self, obs: Observations) -> np.ndarray:
+        return self.contributions(obs).sum(axis=1)
+
+    def contributions(self, obs: Observations) -> np.ndarray:
+        """Share (N, C) of each class in the score; they sum to it."""
+        x = self._features(obs) - self._centre
+        white, background = x @ self._white, ((x @ self._white0) ** 2).sum(axis=1)
+        squares = (white**2).sum(axis=1)[:, None] + (self._means**2).sum(axis=1) - 2 * white @ self._means.T
+        posterior = softmax(obs.logits.astype(np.float64) / self.temperature, axis=1)
+        return posterior * (np.maximum(squares, 0) - background[:, None] / 2)
 
 
 @register("knn")
