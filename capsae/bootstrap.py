@@ -11,7 +11,7 @@ from numba import njit
 
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
 _ALMOST = 1e-12
-_LANES = 64  # replicates side by side
+_WIDTH = 64  # replicates side by side
 
 
 @_compiled
@@ -21,28 +21,28 @@ def fpr95(order, ends, n_id, weights, recall):
     need_ood, need_id = np.ceil((recall - _ALMOST) * n_ood), np.ceil((recall - _ALMOST) * n_id)
     may_miss, need_ood = np.int32(n_id - need_id), np.int32(need_ood)
     out = np.empty((replicates, 2))
-    for start in range(0, replicates, _LANES):
-        lanes = min(_LANES, replicates - start)
-        id_above, ood_above, before = np.zeros((3, _LANES), np.int32)
-        id_found, ood_missed = np.zeros((2, _LANES), np.int32)
+    for start in range(0, replicates, _WIDTH):
+        columns = min(_WIDTH, replicates - start)
+        id_above, ood_above, before = np.zeros((3, _WIDTH), np.int32)
+        id_found, ood_missed = np.zeros((2, _WIDTH), np.int32)
         at = 0
         for t in range(len(ends)):
-            for j in range(lanes):
+            for j in range(columns):
                 before[j] = ood_above[j]
                 # The last threshold from above at which the ID samples at or below still reach the recall.
                 ood_missed[j] = ood_above[j] if id_above[j] <= may_miss else ood_missed[j]
             while at <= ends[t]:
                 i = order[at]
                 if i < n_id:
-                    for j in range(lanes):
+                    for j in range(columns):
                         id_above[j] += weights[i, start + j]
                 else:
-                    for j in range(lanes):
+                    for j in range(columns):
                         ood_above[j] += weights[i, start + j]
                 at += 1
-            for j in range(lanes):  # the first at which the OOD samples above reach it
+            for j in range(columns):  # the first at which the OOD samples above reach it
                 id_found[j] = id_above[j] if before[j] < need_ood else id_found[j]
-        for j in range(lanes):
+        for j in range(columns):
             out[start + j, 0] = id_found[j] / n_id
             out[start + j, 1] = (n_ood - ood_missed[j]) / n_ood
     return out
@@ -55,26 +55,26 @@ def areas(order, ends, levels, n_id, correct, weights):
     n_ood, replicates = len(order) - n_id, weights.shape[1]
     pairs = float(n_id) * n_ood
     out = np.empty((replicates, 6))
-    for start in range(0, replicates, _LANES):
-        lanes = min(_LANES, replicates - start)
-        id_here, ood_here, hits_here, id_above, ood_above, hits = np.zeros((6, _LANES))
-        auroc, aupr_in, aupr_out, oscr, apart = np.zeros((5, _LANES))
-        top, bottom = np.full(_LANES, -np.inf), np.full(_LANES, np.inf)
+    for start in range(0, replicates, _WIDTH):
+        columns = min(_WIDTH, replicates - start)
+        id_here, ood_here, hits_here, id_above, ood_above, hits = np.zeros((6, _WIDTH))
+        auroc, aupr_in, aupr_out, oscr, apart = np.zeros((5, _WIDTH))
+        top, bottom = np.full(_WIDTH, -np.inf), np.full(_WIDTH, np.inf)
         at = 0
         for t in range(len(ends)):
             id_here[:], ood_here[:], hits_here[:] = 0.0, 0.0, 0.0
             while at <= ends[t]:
                 i = order[at]
                 if i < n_id:
-                    for j in range(lanes):
+                    for j in range(columns):
                         id_here[j] += weights[i, start + j]
                         hits_here[j] += weights[i, start + j] * correct[i]
                 else:
-                    for j in range(lanes):
+                    for j in range(columns):
                         ood_here[j] += weights[i, start + j]
                 at += 1
             level = levels[t]
-            for j in range(lanes):
+            for j in range(columns):
                 drawn = id_here[j] + ood_here[j] > 0
                 bottom[j] = level if drawn else bottom[j]
                 top[j] = level if drawn and top[j] == -np.inf else top[j]
@@ -90,7 +90,7 @@ def areas(order, ends, levels, n_id, correct, weights):
                 hits[j] += hits_here[j]
                 term = ood_here[j] * ood_above[j] / (id_above[j] + ood_above[j])
                 aupr_out[j] += term if ood_here[j] > 0 else 0.0
-        for j in range(lanes):
+        for j in range(columns):
             r = start + j
             out[r, 0] = auroc[j] / pairs
             out[r, 1] = aupr_in[j] / n_id

@@ -342,7 +342,7 @@ def critical_difference(values: pd.DataFrame, higher_is_better: bool, alpha: flo
     if cd >= methods - 1:
         note = (
             f"{sets} OOD set{'s' * (sets > 1)} for {methods} methods: even a method that is best on every set and one "
-            "that is worst on every set would not be told apart, so ranks over sets mean nothing here"
+            "that is worst on every set would not be distinguishable, so ranks over sets mean nothing here"
         )
     elif sets < 10:
         note = f"only {sets} OOD sets: the test is approximate below ten, and the sets are no random sample of any kind"

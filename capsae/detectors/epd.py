@@ -54,10 +54,8 @@ class _OnProfiles(Control):
 class EPD(_OnProfiles):
     """Energy Profile Divergence: KL of the sample's core profile from its predicted class's."""
 
-    title: ClassVar[str] = "EPD"
-    group: ClassVar[str] = "paper"
-    formula: ClassVar[str] = r"\sum_{i\in M_{\hat y}} P_i\log(P_i/Q_i)"
-    source: ClassVar[str] = PAPER
+    title, source, group = "EPD", PAPER, "paper"
+    formula = r"\sum_{i\in M_{\hat y}} P_i\log(P_i/Q_i)"
 
     def score(self, obs: Observations) -> np.ndarray:
         return epd_terms(self._codes(obs), obs.predicted, self.caps, self.core_fraction)[0]
@@ -70,7 +68,7 @@ class EPD(_OnProfiles):
 class _Divergence(_OnProfiles):
     """Another comparison of the same P and Q on the same core. A silent core (P = 0) gets the largest value."""
 
-    largest: ClassVar[float]
+    largest: ClassVar[float]  # and a method _compare(p, q, predicted) -> (N,)
 
     def on(self, caps: ClassActivationProfiles) -> Detector:
         super().on(caps)
@@ -84,9 +82,6 @@ class _Divergence(_OnProfiles):
         p = np.divide(inside, total, out=np.zeros_like(inside), where=total > 0)
         return p, self._reference[obs.predicted[:, None], obs.codes.indices], obs.predicted
 
-    def _compare(self, p: np.ndarray, q: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-        raise TypeError(f"{type(self).__name__} defines no comparison")
-
     def score(self, obs: Observations) -> np.ndarray:
         p, q, predicted = self._pq(obs)
         return np.where(p.sum(axis=1) > 0, self._compare(p, q, predicted), self.largest)
@@ -96,9 +91,9 @@ class _Divergence(_OnProfiles):
 class Cosine(_Divergence):
     """One less the cosine of P and Q."""
 
-    title: ClassVar[str] = "CAP cosine"
-    formula: ClassVar[str] = r"1-\cos(P,Q)"
-    largest: ClassVar[float] = 1.0
+    title = "CAP cosine"
+    formula = r"1-\cos(P,Q)"
+    largest = 1.0
 
     def _compare(self, p, q, predicted):
         norms = np.linalg.norm(p, axis=1) * np.linalg.norm(self._reference, axis=1)[predicted]
@@ -109,9 +104,9 @@ class Cosine(_Divergence):
 class Euclidean(_Divergence):
     """Euclidean distance of P and Q."""
 
-    title: ClassVar[str] = "CAP Euclidean"
-    formula: ClassVar[str] = r"\lVert P-Q\rVert_2"
-    largest: ClassVar[float] = float(np.sqrt(2))
+    title = "CAP Euclidean"
+    formula = r"\lVert P-Q\rVert_2"
+    largest = float(np.sqrt(2))
 
     def _compare(self, p, q, predicted):
         squared = (p**2).sum(1) - 2 * (p * q).sum(1) + (self._reference**2).sum(1)[predicted]
@@ -122,9 +117,9 @@ class Euclidean(_Divergence):
 class Hellinger(_Divergence):
     """Hellinger distance of P and Q."""
 
-    title: ClassVar[str] = "CAP Hellinger"
-    formula: ClassVar[str] = r"\sqrt{1-\sum_i\sqrt{P_iQ_i}}"
-    largest: ClassVar[float] = 1.0
+    title = "CAP Hellinger"
+    formula = r"\sqrt{1-\sum_i\sqrt{P_iQ_i}}"
+    largest = 1.0
 
     def _compare(self, p, q, predicted):
         return np.sqrt(np.maximum(1 - np.sqrt(p * q).sum(1), 0))
@@ -137,10 +132,9 @@ class Spearman(_Divergence):
     The score of an earlier version of the paper (OpenReview rxiWsoM6Cx).
     """
 
-    title: ClassVar[str] = "CAP Spearman"
-    formula: ClassVar[str] = r"1-\rho(P,Q)"
-    source: ClassVar[str] = "withdrawn earlier version of the paper"
-    largest: ClassVar[float] = 2.0
+    title, source = "CAP Spearman", "withdrawn earlier version of the paper"
+    formula = r"1-\rho(P,Q)"
+    largest = 2.0
 
     def on(self, caps: ClassActivationProfiles) -> Detector:
         from scipy.stats import rankdata
@@ -178,8 +172,8 @@ class Spearman(_Divergence):
 class ReverseKL(_Divergence):
     """KL(Q || P), with P mixed with the uniform profile of the core, or it would be infinite for every sample."""
 
-    title: ClassVar[str] = "CAP reverse KL"
-    formula: ClassVar[str] = r"\mathrm{KL}(Q\Vert(1-\epsilon)P+\epsilon U)"
+    title = "CAP reverse KL"
+    formula = r"\mathrm{KL}(Q\Vert(1-\epsilon)P+\epsilon U)"
     smoothing: float = 0.01
 
     def __post_init__(self):
@@ -201,23 +195,20 @@ class ReverseKL(_Divergence):
 class SymmetricKL(ReverseKL):
     """EPD plus the smoothed reverse divergence."""
 
-    title: ClassVar[str] = "CAP symmetric KL"
-    formula: ClassVar[str] = r"\mathrm{KL}(P\Vert Q)+\mathrm{KL}(Q\Vert(1-\epsilon)P+\epsilon U)"
+    title = "CAP symmetric KL"
+    formula = r"\mathrm{KL}(P\Vert Q)+\mathrm{KL}(Q\Vert(1-\epsilon)P+\epsilon U)"
 
     def score(self, obs: Observations) -> np.ndarray:
         return super().score(obs) + epd_terms(obs.codes, obs.predicted, self.caps, self.core_fraction)[0]
 
 
 class _OnCodes(Control):
-    """Reads the activations of a code and nothing else."""
+    """Reads the activations of a code and nothing else, by a method ``_of(values (N, k)) -> (N,)``."""
 
-    needs: ClassVar[tuple[str, ...]] = ("codes",)
+    needs = ("codes",)
 
     def score(self, obs: Observations) -> np.ndarray:
         return self._of(as_numpy(obs.codes.values).astype(np.float64))
-
-    def _of(self, values: np.ndarray) -> np.ndarray:
-        raise TypeError(f"{type(self).__name__} defines no score")
 
 
 @register("code_l1")
@@ -229,8 +220,8 @@ class CodeL1(_OnCodes):
     was fixed before any result was seen.
     """
 
-    title: ClassVar[str] = "code L1 norm"
-    formula: ClassVar[str] = r"\lVert h\rVert_1"
+    title = "code L1 norm"
+    formula = r"\lVert h\rVert_1"
 
     def _of(self, values):
         return values.sum(axis=1)
@@ -240,8 +231,8 @@ class CodeL1(_OnCodes):
 class CodeFlatness(_OnCodes):
     """Flatness alone: the L1 norm of the code over its L2 norm, without class or profile. A silent code is flattest."""
 
-    title: ClassVar[str] = "code L1/L2"
-    formula: ClassVar[str] = r"\lVert h\rVert_1/\lVert h\rVert_2"
+    title = "code L1/L2"
+    formula = r"\lVert h\rVert_1/\lVert h\rVert_2"
 
     def _of(self, values):
         norm = np.linalg.norm(values, axis=1)
@@ -253,8 +244,8 @@ class CodeFlatness(_OnCodes):
 class CodeEnergy(_OnCodes):
     """Energy alone: the L2 norm of the code, without class or profile; a small one counts as OOD."""
 
-    title: ClassVar[str] = "code energy"
-    formula: ClassVar[str] = r"-\lVert h\rVert_2"
+    title = "code energy"
+    formula = r"-\lVert h\rVert_2"
 
     def _of(self, values):
         return -np.linalg.norm(values, axis=1)
@@ -265,9 +256,9 @@ class SAEError(Control):
     """What the SAE leaves unexplained: squared error of its reconstruction, on the normalised feature, without class
     or profile."""
 
-    title: ClassVar[str] = "SAE error"
-    formula: ClassVar[str] = r"\lVert x-\hat x\rVert_2^2"
-    needs: ClassVar[tuple[str, ...]] = ("features", "codes")
+    title = "SAE error"
+    formula = r"\lVert x-\hat x\rVert_2^2"
+    needs = ("features", "codes")
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         if obs.sae is None:
@@ -284,8 +275,8 @@ class SAEError(Control):
 class CodeEntropy(_OnCodes):
     """Flatness alone: the entropy of the normalised code, without class or profile."""
 
-    title: ClassVar[str] = "code entropy"
-    formula: ClassVar[str] = r"H(h/\lVert h\rVert_1)"
+    title = "code entropy"
+    formula = r"H(h/\lVert h\rVert_1)"
 
     def _of(self, values):
         total = values.sum(axis=1, keepdims=True)
@@ -309,8 +300,8 @@ def _standardised_rows(x: np.ndarray) -> np.ndarray:
 class _OtherCodes(EPD):
     """EPD on codes of its own making."""
 
-    group: ClassVar[str] = "control"
-    source: ClassVar[str] = "our control"
+    source = "our control"
+    group = "control"
     needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
 
 
@@ -318,8 +309,8 @@ class _OtherCodes(EPD):
 class EPDDense(_OtherCodes):
     """EPD with the feature itself, each row standardised and rectified, in place of the code: no dictionary at all."""
 
-    title: ClassVar[str] = "EPD on dense ReLU"
-    formula: ClassVar[str] = r"\text{EPD with } h=\mathrm{relu}(\mathrm{std}(z))"
+    title = "EPD on dense ReLU"
+    formula = r"\text{EPD with } h=\mathrm{relu}(\mathrm{std}(z))"
 
     def _codes(self, obs):
         return dense_codes(np.maximum(_standardised_rows(obs.cls), 0))
@@ -329,10 +320,8 @@ class EPDDense(_OtherCodes):
 class EPDPCA(_OtherCodes):
     """EPD on principal components of the row-standardised, centred features, each split into two latents by sign."""
 
-    title: ClassVar[str] = "EPD on PCA"
-    formula: ClassVar[str] = (
-        r"\text{EPD with } h=\mathrm{relu}([Vx, -Vx]),\; x=\mathrm{std}(z)-\overline{\mathrm{std}(z)}"
-    )
+    title = "EPD on PCA"
+    formula = r"\text{EPD with } h=\mathrm{relu}([Vx, -Vx]),\; x=\mathrm{std}(z)-\overline{\mathrm{std}(z)}"
 
     def fit(self, obs, validation=None):
         x = _standardised_rows(obs.cls)
@@ -350,9 +339,9 @@ class EPDPCA(_OtherCodes):
 class EPDUntrained(_OtherCodes):
     """EPD on the SAE before its first training step: random unit rows; normalisation and pre-bias are set already."""
 
-    title: ClassVar[str] = "EPD, untrained SAE"
-    formula: ClassVar[str] = r"\text{EPD with random } W"
-    needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits", "codes")
+    title = "EPD, untrained SAE"
+    formula = r"\text{EPD with random } W"
+    needs = ("features", "labels", "logits", "codes")
     seed: int | None = None  # None: the seed of the SAE
 
     def fit(self, obs, validation=None):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -31,14 +30,12 @@ class RPD(Detector):
     results on OOD sets had been seen once before the final choice of the SAE's recipe.
     """
 
-    title: ClassVar[str] = "RPD (ours)"
-    group: ClassVar[str] = "ours"
-    formula: ClassVar[str] = (
+    title, source, group = "RPD (ours)", "this work", "ours"
+    formula = (
         r"\sum_c \pi_c\,[\mathrm{KL}(P\Vert\tilde Q_c)-\mathrm{KL}(P\Vert B)]"
         r" = \sum_i P_i \sum_c \pi_c \log(B_i/\tilde Q_{ci})"
     )
-    source: ClassVar[str] = "this work"
-    needs: ClassVar[tuple[str, ...]] = ("codes", "labels", "logits")
+    needs = ("codes", "labels", "logits")
     temperature: float = 2.0
     epsilon: float = 0.03
     correct_only: bool = False
@@ -114,12 +111,9 @@ class RPDPlus(Detector):
     experiments, which therefore cannot confirm it.
     """
 
-    title: ClassVar[str] = "RPD+ (ours)"
-    group: ClassVar[str] = "ours"
-    formula: ClassVar[str] = r"z(\text{RPD}) + z(\text{soft RMDS++})"
-    source: ClassVar[str] = "this work"
-    needs: ClassVar[tuple[str, ...]] = ("codes", "features", "labels", "logits")
-    fitted_on: ClassVar[str] = "validation"
+    title, source, group = "RPD+ (ours)", "this work", "ours"
+    formula = r"z(\text{RPD}) + z(\text{soft RMDS++})"
+    needs, fitted_on = ("codes", "features", "labels", "logits"), "validation"
     temperature: float = 2.0
     epsilon: float = 0.03
 
@@ -137,7 +131,7 @@ class RPDPlus(Detector):
 
     def score(self, obs: Observations) -> np.ndarray:
         scores = [detector.score(obs) for detector in (self._rpd, self._density)]
-        return sum((each - mean) / std for each, (mean, std) in zip(scores, self._scale, strict=True))
+        return np.sum([(each - mean) / std for each, (mean, std) in zip(scores, self._scale, strict=True)], axis=0)
 
     def contributions(self, obs: Observations) -> np.ndarray:
         """Share (N, k) of each slot of the code in the score. With :meth:`class_contributions` they sum to it (but for

@@ -50,7 +50,7 @@ class Taxonomy:
     ----------
     leaves : tuple of str
         The classes, in the order in which they were given; C of them.
-    lemmas : mapping of synset to its words
+    lemmas : mapping of synset to its lemmas
     parents : mapping of synset to its hypernyms and instance hypernyms
     """
 
@@ -59,7 +59,7 @@ class Taxonomy:
     parents: Mapping[str, tuple[str, ...]]
 
     def name(self, synset: str) -> str:
-        """The first word of a synset: "n02084071" is "dog"."""
+        """The first lemma of a synset: "n02084071" is "dog"."""
         return self.lemmas[self._known(synset)][0].replace("_", " ")
 
     def ancestors(self, synset: str) -> set[str]:
@@ -196,7 +196,7 @@ def embedded() -> dict:
 
 
 def extract(folder: str | Path, wnids: Iterable[str]) -> dict:
-    """What :func:`load` needs of WordNet for some classes: every synset above them with its words and hypernyms.
+    """What :func:`load` needs of WordNet for some classes: every synset above them with its lemmas and hypernyms.
 
     Parameters
     ----------
@@ -208,7 +208,7 @@ def extract(folder: str | Path, wnids: Iterable[str]) -> dict:
     -------
     dict
         JSON: "schema", "source", "licence" (the notice that redistribution asks for), "wnids" (sorted), "synsets":
-        synset -> {"lemmas": words, "hypernyms": synsets, instance hypernyms among them}.
+        synset -> {"lemmas": [...], "hypernyms": synsets, instance hypernyms among them}.
 
     Raises
     ------
@@ -225,8 +225,8 @@ def extract(folder: str | Path, wnids: Iterable[str]) -> dict:
         else:
             lines[f"n{line[:8]}"] = line
     if not any("WordNet 3.0 Copyright" in line for line in notice):
-        said = next((line for line in notice if "Copyright" in line), "no version")
-        raise ValueError(f"{path} says {said!r}: synsets are numbered as ImageNet has them in WordNet 3.0 alone")
+        found = next((line for line in notice if "Copyright" in line), "no version")
+        raise ValueError(f"{path} is of {found!r}: synsets are numbered as ImageNet has them in WordNet 3.0 alone")
     wnids = sorted(set(wnids))
     synsets, todo = {}, list(wnids)
     while todo:
@@ -247,11 +247,11 @@ def extract(folder: str | Path, wnids: Iterable[str]) -> dict:
 
 
 def _parsed(line: str) -> dict:
-    """Words and hypernyms of a line: offset file kind n (word id)*n m (pointer offset kind place)*m | gloss."""
+    """Lemmas and hypernyms of a line: offset file kind n (lemma id)*n m (pointer offset kind place)*m | gloss."""
     parts = line.split(" | ")[0].split()
-    words = int(parts[3], 16)
-    pointers = parts[5 + 2 * words :]
+    n_lemmas = int(parts[3], 16)
+    pointers = parts[5 + 2 * n_lemmas :]
     return {
-        "lemmas": parts[4 : 4 + 2 * words : 2],
+        "lemmas": parts[4 : 4 + 2 * n_lemmas : 2],
         "hypernyms": [f"n{pointers[i + 1]}" for i in range(0, len(pointers), 4) if pointers[i] in _HYPERNYM],
     }

@@ -131,4 +131,4 @@ def test_verdict_of_tables_without_controls_or_methods():
     with pytest.raises(ValueError, match="metric is 'fpr95'"):
         pixel_controls_verdict(table(aspect=(0.9, 0.8)), "fpr95")
     tied = pixel_controls_verdict(table(msp=(0.9, 0.8), contrast=(0.9, 0.1)))
-    assert tied["broken"].tolist() == [False, False], "where both are perfect, nothing is told apart"
+    assert tied["broken"].tolist() == [False, False], "where both are perfect, nothing is decided"

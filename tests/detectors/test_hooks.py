@@ -27,7 +27,7 @@ def test_any_network_gives_what_detectors_need():
 
 
 @pytest.mark.parametrize(
-    ("net", "head", "batches", "words"),
+    ("net", "head", "batches", "message"),
     [
         (network(), "fc", [torch.zeros(1, 12)], "no Linear of this network; its last are 1, 3"),
         (network(), "0", [torch.zeros(1, 12)], "no Linear"),
@@ -35,7 +35,7 @@ def test_any_network_gives_what_detectors_need():
         (torch.nn.Sequential(torch.nn.Linear(4, 2)), "0", [torch.zeros(2, 3, 4)], r"read \[\(2, 3, 4\)\]"),
     ],
 )
-def test_what_is_no_head_is_said(net, head, batches, words):
-    with pytest.raises(ValueError, match=words):
+def test_what_is_no_head_is_refused(net, head, batches, message):
+    with pytest.raises(ValueError, match=message):
         observe_module(net, batches, head)
     assert not any(each._forward_hooks for each in net.modules())

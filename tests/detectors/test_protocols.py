@@ -134,15 +134,15 @@ def test_annotated_images_are_left_out_counted_and_told(openood, tmp_path, kind)
     )
     features = run.features("near/ninco")
     assert len(features) == 10 and not set(names) & set(features.ids) and features.meta["excluded"] == 2
-    told = tidy.sets(run).set_index("set")["role"]
-    assert told["near/ninco"] == f"near OOD, 2 images left out by contaminated.{kind}"
-    assert told["near/ssb_hard"] == "near OOD"
+    role = tidy.sets(run).set_index("set")["role"]
+    assert role["near/ninco"] == f"near OOD, 2 images left out by contaminated.{kind}"
+    assert role["near/ssb_hard"] == "near OOD"
     plain = Run(openood, store=tmp_path, device="cpu", progress=False)
     assert plain.inputs.digest("near/ninco") != run.inputs.digest("near/ninco")
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("a/0.png\nb/9.png\n", r"1 of 2 names are of no image of .*, e\.g\. 'b/9\.png'; its ids look like 'a/0\.png'"),
         ("# nothing\n", "names no image to exclude"),
@@ -150,14 +150,14 @@ def test_annotated_images_are_left_out_counted_and_told(openood, tmp_path, kind)
         (None, "no file .* of images to exclude"),
     ],
 )
-def test_lists_that_do_not_fit_are_refused(tmp_path, text, words):
+def test_lists_that_do_not_fit_are_refused(tmp_path, text, message):
     (tmp_path / "images" / "a").mkdir(parents=True)
     for i in range(3):
         Image.new("RGB", (4, 4)).save(tmp_path / "images" / "a" / f"{i}.png")
     if text is not None:
         (tmp_path / "list.txt").write_text(text)
     spec = {"kind": "folder", "path": str(tmp_path / "images"), "exclude": str(tmp_path / "list.txt")}
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         open_source(spec)
 
 

@@ -123,13 +123,13 @@ def test_a_folder_serves_other_classes(tmp_path, monkeypatch):
 
 
 def test_what_is_no_synset_is_refused(tmp_path):
-    for wrong, said in (
+    for wrong, message in (
         ([], "no synsets"),
         ([None], "None is no noun"),
         (["tench"], "'tench' is no"),
         ([TENCH] * 2, "twice"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             wordnet.load(wrong)
     of = wordnet.load([BEAGLE, TENCH])
     for ask in (of.name, of.members, of.depth, of.ancestors):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,12 +21,10 @@ class ReAct(Detector):
     The percentile is that of the validation rows, as in OpenOOD, or of the training rows where there are none.
     """
 
-    title: ClassVar[str] = "ReAct"
-    formula: ClassVar[str] = r"-\log\sum_c \exp(W\min(z,t)+b)_c"
-    source: ClassVar[str] = "sun2021react"
-    needs: ClassVar[tuple[str, ...]] = ("features", "head")
-    fitted_on: ClassVar[str] = "validation"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "ReAct", "sun2021react"
+    formula = r"-\log\sum_c \exp(W\min(z,t)+b)_c"
+    needs, fitted_on = ("features", "head"), "validation"
+    presets = {"openood": {}}
     percentile: float = 90.0
 
     def __post_init__(self):
@@ -49,12 +45,10 @@ class ReAct(Detector):
 class _Shaped(Detector):
     """What ASH and SCALE share: the k = d - round(d percentile / 100) largest entries of a feature.
 
-    s1 is the sum of a feature's entries, s2 that of its k largest. s1 / s2 is held within +-50, which the features of
-    a ReLU network hardly reach; for others a sum near zero would else give infinite scores.
+    Without the bound on s1 / s2, a sum near zero would give infinite scores.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("features", "head")
-    fitted_on: ClassVar[str] = "nothing"
+    needs, fitted_on = ("features", "head"), "nothing"
     percentile: float = 90.0
 
     def __post_init__(self):
@@ -86,10 +80,9 @@ class ASHB(_Shaped):
     Of equal activations at the border the first are kept. OpenOOD's "ASH" is this one.
     """
 
-    title: ClassVar[str] = "ASH-B"
-    formula: ClassVar[str] = r"-\log\sum_c \exp\bigl(W(\tfrac{\sum z}{k}[z\in\text{top }k])+b\bigr)_c"
-    source: ClassVar[str] = "djurisic2023ash"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "ASH-B", "djurisic2023ash"
+    formula = r"-\log\sum_c \exp\bigl(W(\tfrac{\sum z}{k}[z\in\text{top }k])+b\bigr)_c"
+    presets = {"openood": {}}
 
     def _score(self, obs: Observations) -> np.ndarray:
         z, k = obs.cls, self._kept(obs.cls)
@@ -102,9 +95,8 @@ class ASHB(_Shaped):
 class ASHP(_Shaped):
     """Energy after the smallest activations are set to 0, the others left as they are."""
 
-    title: ClassVar[str] = "ASH-P"
-    formula: ClassVar[str] = r"-\log\sum_c \exp\bigl(W(z[z\in\text{top }k])+b\bigr)_c"
-    source: ClassVar[str] = "djurisic2023ash"
+    title, source = "ASH-P", "djurisic2023ash"
+    formula = r"-\log\sum_c \exp\bigl(W(z[z\in\text{top }k])+b\bigr)_c"
 
     def _score(self, obs: Observations) -> np.ndarray:
         z = obs.cls
@@ -120,9 +112,8 @@ class ASHS(_Shaped):
     network hardly reach.
     """
 
-    title: ClassVar[str] = "ASH-S"
-    formula: ClassVar[str] = r"-\log\sum_c \exp\bigl(W(e^{s_1/s_2}z[z\in\text{top }k])+b\bigr)_c"
-    source: ClassVar[str] = "djurisic2023ash"
+    title, source = "ASH-S", "djurisic2023ash"
+    formula = r"-\log\sum_c \exp\bigl(W(e^{s_1/s_2}z[z\in\text{top }k])+b\bigr)_c"
     percentile: float = 65.0
 
     def _score(self, obs: Observations) -> np.ndarray:
@@ -140,10 +131,9 @@ class SCALE(_Shaped):
     within +-50, which features of a ReLU network hardly reach.
     """
 
-    title: ClassVar[str] = "SCALE"
-    formula: ClassVar[str] = r"-\log\sum_c \exp\bigl(e^{s_1/s_2}Wz+b\bigr)_c"
-    source: ClassVar[str] = "xu2024scale"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "SCALE", "xu2024scale"
+    formula = r"-\log\sum_c \exp\bigl(e^{s_1/s_2}Wz+b\bigr)_c"
+    presets = {"openood": {}}
     percentile: float = 85.0
 
     def _score(self, obs: Observations) -> np.ndarray:
@@ -160,11 +150,10 @@ class DICE(Detector):
     ``percentile`` of the C d contributions are cut.
     """
 
-    title: ClassVar[str] = "DICE"
-    formula: ClassVar[str] = r"-\log\sum_c \exp\bigl((W\odot[W\odot\bar z>t])z+b\bigr)_c"
-    source: ClassVar[str] = "sun2022dice"
-    needs: ClassVar[tuple[str, ...]] = ("features", "head")
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "DICE", "sun2022dice"
+    formula = r"-\log\sum_c \exp\bigl((W\odot[W\odot\bar z>t])z+b\bigr)_c"
+    needs = ("features", "head")
+    presets = {"openood": {}}
     percentile: float = 90.0
 
     def __post_init__(self):

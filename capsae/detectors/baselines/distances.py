@@ -6,9 +6,8 @@ standardised columns, with null directions cut (:data:`capsae.detectors.baseline
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from scipy.special import softmax
@@ -21,8 +20,7 @@ from .maths import class_means, covariance, largest_products, mean_row, whitenin
 @dataclass
 class _Mahalanobis(Detector):
     needs: ClassVar[tuple[str, ...]] = ("features", "labels")
-    normalise: ClassVar[bool] = False
-    relative: ClassVar[bool] = False
+    normalise, relative = False, False
 
     def _features(self, obs: Observations) -> np.ndarray:
         return obs.unit if self.normalise else obs.cls64
@@ -51,42 +49,37 @@ class MDS(_Mahalanobis):
     Without the factor 1/2, and with a covariance divided by N, as in OpenOOD; pytorch-ood's score is this one over 2 N.
     """
 
-    title: ClassVar[str] = "MDS"
-    formula: ClassVar[str] = r"\min_c (z-\mu_c)^\top S^{-1}(z-\mu_c)"
-    source: ClassVar[str] = "lee2018simple"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "MDS", "lee2018simple"
+    formula = r"\min_c (z-\mu_c)^\top S^{-1}(z-\mu_c)"
+    presets = {"openood": {}}
 
 
 @register("rmds")
 class RMDS(_Mahalanobis):
     """MDS less the squared Mahalanobis distance to the mean of all samples under their covariance."""
 
-    title: ClassVar[str] = "RMDS"
-    formula: ClassVar[str] = r"\min_c (z-\mu_c)^\top S^{-1}(z-\mu_c) - (z-\mu)^\top S_0^{-1}(z-\mu)"
-    source: ClassVar[str] = "ren2021simple"
-    relative: ClassVar[bool] = True
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "RMDS", "ren2021simple"
+    formula = r"\min_c (z-\mu_c)^\top S^{-1}(z-\mu_c) - (z-\mu)^\top S_0^{-1}(z-\mu)"
+    presets = {"openood": {}}
+    relative = True
 
 
 @register("mds++")
 class MDSPlusPlus(_Mahalanobis):
     """MDS on features of unit length."""
 
-    title: ClassVar[str] = "MDS++"
-    formula: ClassVar[str] = r"\text{MDS on } z/\lVert z\rVert"
-    source: ClassVar[str] = "mueller2025mahalanobispp"
-    normalise: ClassVar[bool] = True
+    title, source = "MDS++", "mueller2025mahalanobispp"
+    formula = r"\text{MDS on } z/\lVert z\rVert"
+    normalise = True
 
 
 @register("rmds++")
 class RMDSPlusPlus(_Mahalanobis):
     """RMDS on features of unit length."""
 
-    title: ClassVar[str] = "RMDS++"
-    formula: ClassVar[str] = r"\text{RMDS on } z/\lVert z\rVert"
-    source: ClassVar[str] = "mueller2025mahalanobispp"
-    normalise: ClassVar[bool] = True
-    relative: ClassVar[bool] = True
+    title, source = "RMDS++", "mueller2025mahalanobispp"
+    formula = r"\text{RMDS on } z/\lVert z\rVert"
+    normalise, relative = True, True
 
 
 @register("soft_rmds++")
@@ -95,16 +88,10 @@ class SoftRMDSPlusPlus(_Mahalanobis):
     """Squared Mahalanobis distance to the class means on features of unit length, averaged over the head's posterior
     (softmax at a temperature), less half of that to the mean of all samples: no class is chosen."""
 
-    title: ClassVar[str] = "soft RMDS++"
-    group: ClassVar[str] = "control"
-    formula: ClassVar[str] = (
-        r"\sum_c \pi_c\,(\hat z-\mu_c)^\top S^{-1}(\hat z-\mu_c)"
-        r" - \tfrac12(\hat z-\mu)^\top S_0^{-1}(\hat z-\mu)"
-    )
-    source: ClassVar[str] = "this work, after RMDS and MDS++"
-    needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
-    normalise: ClassVar[bool] = True
-    relative: ClassVar[bool] = True
+    title, source, group = "soft RMDS++", "this work, after RMDS and MDS++", "control"
+    formula = r"\sum_c \pi_c\,(\hat z-\mu_c)^\top S^{-1}(\hat z-\mu_c) - \tfrac12(\hat z-\mu)^\top S_0^{-1}(\hat z-\mu)"
+    needs = ("features", "labels", "logits")
+    normalise, relative = True, True
     temperature: float = 2.0  # RPD's
 
     def _score(self, obs: Observations) -> np.ndarray:
@@ -129,11 +116,10 @@ class KNN(Detector):
     with faiss (exactly, too) where that is installed.
     """
 
-    title: ClassVar[str] = "KNN"
-    formula: ClassVar[str] = r"\lVert \hat z - \hat z_{(k)}\rVert^2"
-    source: ClassVar[str] = "sun2022knn"
-    needs: ClassVar[tuple[str, ...]] = ("features",)
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "KNN", "sun2022knn"
+    formula = r"\lVert \hat z - \hat z_{(k)}\rVert^2"
+    needs = ("features",)
+    presets = {"openood": {}}
     k: int = 50
     backend: str = "blocks"
 

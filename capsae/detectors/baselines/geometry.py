@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,11 +21,10 @@ class SHE(Detector):
     A class without a correctly classified training row takes the mean of all its rows (our choice).
     """
 
-    title: ClassVar[str] = "SHE"
-    formula: ClassVar[str] = r"-\langle z, \bar z_{\hat y}\rangle"
-    source: ClassVar[str] = "zhang2023she"
-    needs: ClassVar[tuple[str, ...]] = ("features", "logits", "labels")
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "SHE", "zhang2023she"
+    formula = r"-\langle z, \bar z_{\hat y}\rangle"
+    needs = ("features", "logits", "labels")
+    presets = {"openood": {}}
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         n_classes = obs.logits.shape[1]
@@ -52,13 +49,10 @@ class NNGuide(Detector):
     k = 10 of all rows, since 1 % of a small training set leaves no neighbours.
     """
 
-    title: ClassVar[str] = "NNGuide"
-    formula: ClassVar[str] = (
-        r"-E(x)\,\tfrac1k\sum_{i\in\text{top }k}E_i\langle\hat z,\hat z_i\rangle,\; E=\log\sum_c e^{l_c}"
-    )
-    source: ClassVar[str] = "park2023nnguide"
-    needs: ClassVar[tuple[str, ...]] = ("features", "logits")
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {"k": 100, "bank": 0.01}}
+    title, source = "NNGuide", "park2023nnguide"
+    formula = r"-E(x)\,\tfrac1k\sum_{i\in\text{top }k}E_i\langle\hat z,\hat z_i\rangle,\; E=\log\sum_c e^{l_c}"
+    needs = ("features", "logits")
+    presets = {"openood": {"k": 100, "bank": 0.01}}
     k: int = 10
     bank: float = 1.0
     seed: int = 0
@@ -96,13 +90,10 @@ class FDBD(Detector):
     the sum); ``centre=False`` divides by the norm of the feature instead, which OpenOOD offers to choose by validation.
     """
 
-    title: ClassVar[str] = "fDBD"
-    formula: ClassVar[str] = (
-        r"-\frac{1}{C-1}\sum_{c\ne\hat y}\frac{|l_{\hat y}-l_c|}{\lVert w_{\hat y}-w_c\rVert\,\lVert z-\mu\rVert}"
-    )
-    source: ClassVar[str] = "liu2024fdbd"
-    needs: ClassVar[tuple[str, ...]] = ("features", "logits", "head")
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {"average": False}}
+    title, source = "fDBD", "liu2024fdbd"
+    formula = r"-\frac{1}{C-1}\sum_{c\ne\hat y}\frac{|l_{\hat y}-l_c|}{\lVert w_{\hat y}-w_c\rVert\,\lVert z-\mu\rVert}"
+    needs = ("features", "logits", "head")
+    presets = {"openood": {"average": False}}
     average: bool = True
     centre: bool = True
 
@@ -131,13 +122,10 @@ class FDBD(Detector):
 class NCI(Detector):
     """Projection of the predicted class's weights on the centred feature's direction, and the feature's L1 norm."""
 
-    title: ClassVar[str] = "NCI"
-    formula: ClassVar[str] = (
-        r"-\Bigl(\frac{\langle w_{\hat y}, z-\mu\rangle}{\lVert z-\mu\rVert}+\alpha\lVert z\rVert_1\Bigr)"
-    )
-    source: ClassVar[str] = "liu2025nci"
-    needs: ClassVar[tuple[str, ...]] = ("features", "logits", "head")
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "NCI", "liu2025nci"
+    formula = r"-\Bigl(\frac{\langle w_{\hat y}, z-\mu\rangle}{\lVert z-\mu\rVert}+\alpha\lVert z\rVert_1\Bigr)"
+    needs = ("features", "logits", "head")
+    presets = {"openood": {}}
     alpha: float = 1e-4
 
     def __post_init__(self):
@@ -165,12 +153,10 @@ class GradNorm(Detector):
     the mean over classes, as KL does; OpenOOD and the authors' code take the sum, C times as much.
     """
 
-    title: ClassVar[str] = "GradNorm"
-    formula: ClassVar[str] = r"-\lVert z\rVert_1\,\lVert p-\tfrac1C\rVert_1"
-    source: ClassVar[str] = "huang2021gradnorm"
-    needs: ClassVar[tuple[str, ...]] = ("features", "logits")
-    fitted_on: ClassVar[str] = "nothing"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {"average": False}}
+    title, source = "GradNorm", "huang2021gradnorm"
+    formula = r"-\lVert z\rVert_1\,\lVert p-\tfrac1C\rVert_1"
+    needs, fitted_on = ("features", "logits"), "nothing"
+    presets = {"openood": {"average": False}}
     average: bool = True
 
     def _score(self, obs: Observations) -> np.ndarray:

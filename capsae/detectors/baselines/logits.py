@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -23,12 +22,10 @@ _TEMPERATURES = (0.05, 20.0)
 class MSP(Detector):
     """Maximum softmax probability."""
 
-    title: ClassVar[str] = "MSP"
-    formula: ClassVar[str] = r"-\max_c p_c"
-    source: ClassVar[str] = "hendrycks2017baseline"
-    needs: ClassVar[tuple[str, ...]] = ("logits",)
-    fitted_on: ClassVar[str] = "nothing"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "MSP", "hendrycks2017baseline"
+    formula = r"-\max_c p_c"
+    needs, fitted_on = ("logits",), "nothing"
+    presets = {"openood": {}}
 
     def _score(self, obs: Observations) -> np.ndarray:
         return -1 / obs.exponentials[2]
@@ -44,12 +41,10 @@ class TempScale(Detector):
     ``temperature`` sets it by hand (None: fit).
     """
 
-    title: ClassVar[str] = "TempScale"
-    formula: ClassVar[str] = r"-\max_c \mathrm{softmax}(l/T)_c,\; T=\arg\min_T \mathrm{NLL}_{\mathrm{val}}(T)"
-    source: ClassVar[str] = "guo2017calibration"
-    needs: ClassVar[tuple[str, ...]] = ("logits", "labels")
-    fitted_on: ClassVar[str] = "validation"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "TempScale", "guo2017calibration"
+    formula = r"-\max_c \mathrm{softmax}(l/T)_c,\; T=\arg\min_T \mathrm{NLL}_{\mathrm{val}}(T)"
+    needs, fitted_on = ("logits", "labels"), "validation"
+    presets = {"openood": {}}
     temperature: float | None = None
 
     def __post_init__(self):
@@ -94,12 +89,10 @@ def _slope(rows: Observations, inverse: float) -> float:
 class MaxLogit(Detector):
     """Largest logit."""
 
-    title: ClassVar[str] = "MaxLogit"
-    formula: ClassVar[str] = r"-\max_c l_c"
-    source: ClassVar[str] = "hendrycks2022scaling"
-    needs: ClassVar[tuple[str, ...]] = ("logits",)
-    fitted_on: ClassVar[str] = "nothing"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "MaxLogit", "hendrycks2022scaling"
+    formula = r"-\max_c l_c"
+    needs, fitted_on = ("logits",), "nothing"
+    presets = {"openood": {}}
 
     def _score(self, obs: Observations) -> np.ndarray:
         return -obs.logits.max(axis=1).astype(np.float64)
@@ -110,12 +103,10 @@ class MaxLogit(Detector):
 class Energy(Detector):
     """Free energy of the logits at a temperature."""
 
-    title: ClassVar[str] = "Energy"
-    formula: ClassVar[str] = r"-T\log\sum_c e^{l_c/T}"
-    source: ClassVar[str] = "liu2020energy"
-    needs: ClassVar[tuple[str, ...]] = ("logits",)
-    fitted_on: ClassVar[str] = "nothing"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "Energy", "liu2020energy"
+    formula = r"-T\log\sum_c e^{l_c/T}"
+    needs, fitted_on = ("logits",), "nothing"
+    presets = {"openood": {}}
     temperature: float = 1.0
 
     def __post_init__(self):
@@ -133,11 +124,9 @@ class Energy(Detector):
 class Entropy(Detector):
     """Entropy of the softmax, in nats."""
 
-    title: ClassVar[str] = "Entropy"
-    formula: ClassVar[str] = r"-\sum_c p_c\log p_c"
-    source: ClassVar[str] = "chan2021entropy"
-    needs: ClassVar[tuple[str, ...]] = ("logits",)
-    fitted_on: ClassVar[str] = "nothing"
+    title, source = "Entropy", "chan2021entropy"
+    formula = r"-\sum_c p_c\log p_c"
+    needs, fitted_on = ("logits",), "nothing"
 
     def _score(self, obs: Observations) -> np.ndarray:
         return softmax_entropy(obs)
@@ -160,12 +149,10 @@ class GEN(Detector):
     counts: its score is another one.
     """
 
-    title: ClassVar[str] = "GEN"
-    formula: ClassVar[str] = r"\sum_{c\in\text{top }m} p_c^\gamma(1-p_c)^\gamma"
-    source: ClassVar[str] = "liu2023gen"
-    needs: ClassVar[tuple[str, ...]] = ("logits",)
-    fitted_on: ClassVar[str] = "nothing"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "GEN", "liu2023gen"
+    formula = r"\sum_{c\in\text{top }m} p_c^\gamma(1-p_c)^\gamma"
+    needs, fitted_on = ("logits",), "nothing"
+    presets = {"openood": {}}
     gamma: float = 0.1
     top: int = 100
 
@@ -196,12 +183,10 @@ class KLMatching(Detector):
     counts as the smallest float64, so that the score stays finite.
     """
 
-    title: ClassVar[str] = "KL matching"
-    formula: ClassVar[str] = r"\min_k \mathrm{KL}(p\Vert d_k),\; d_k=\mathrm{mean}\{p : \arg\max p=k\}"
-    source: ClassVar[str] = "hendrycks2022scaling"
-    needs: ClassVar[tuple[str, ...]] = ("logits",)
-    fitted_on: ClassVar[str] = "validation"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {}}
+    title, source = "KL matching", "hendrycks2022scaling"
+    formula = r"\min_k \mathrm{KL}(p\Vert d_k),\; d_k=\mathrm{mean}\{p : \arg\max p=k\}"
+    needs, fitted_on = ("logits",), "validation"
+    presets = {"openood": {}}
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         rows = obs if validation is None or not len(validation) else validation

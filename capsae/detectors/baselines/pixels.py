@@ -44,7 +44,7 @@ def _statistics(obs: Observations) -> np.ndarray:
 
 @dataclass
 class Deviation(Control):
-    """Absolute deviation from the ID training median in units of the median absolute deviation (two-sided).
+    """Absolute deviation of ``values(obs)`` (N,) from the ID training median over the median absolute deviation.
 
     Where the training rows are all alike (a benchmark whose images have one size) the unit is their standard deviation,
     or 1 if that is 0, too: then rows that are like them score 0 and all others more.
@@ -59,15 +59,11 @@ class Deviation(Control):
     def score(self, obs: Observations) -> np.ndarray:
         return np.abs(self.values(obs) - self.median_) / self.scale_
 
-    def values(self, obs: Observations) -> np.ndarray:
-        """(N,) float64: what is compared with its median."""
-        raise TypeError(f"{type(self).__name__} defines no values")
-
 
 @dataclass
 class _PixelControl(Deviation):
     statistic: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]] = ("pixels",)
+    needs = ("pixels",)
 
     def values(self, obs: Observations) -> np.ndarray:
         return _statistics(obs)[:, PIXEL_STATISTICS.index(self.statistic)]
@@ -112,9 +108,9 @@ class PixelStatistics(Control):
         another, and lets a statistic count in which the training rows are all alike.
     """
 
-    title: ClassVar[str] = "Pixel statistics"
-    formula: ClassVar[str] = r"(s - \mu)^\top (\Sigma + r I)^{-1} (s - \mu), \quad s \text{ standardised statistics}"
-    needs: ClassVar[tuple[str, ...]] = ("pixels",)
+    title = "Pixel statistics"
+    formula = r"(s - \mu)^\top (\Sigma + r I)^{-1} (s - \mu), \quad s \text{ standardised statistics}"
+    needs = ("pixels",)
 
     ridge: float = 1e-3
 
@@ -137,9 +133,9 @@ class PixelStatistics(Control):
 class FeatureNorm(Deviation):
     """Length of the feature vector: what is left of the features when their direction is taken away."""
 
-    title: ClassVar[str] = "Feature norm"
-    formula: ClassVar[str] = r"|\|z\| - \mathrm{med}| / \mathrm{MAD}"
-    needs: ClassVar[tuple[str, ...]] = ("features",)
+    title = "Feature norm"
+    formula = r"|\|z\| - \mathrm{med}| / \mathrm{MAD}"
+    needs = ("features",)
 
     def values(self, obs: Observations) -> np.ndarray:
         return np.linalg.norm(obs.cls.astype(np.float64), axis=1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -33,11 +32,10 @@ class Residual(Detector):
     finds the subspace on its validation rows, all others on training rows, as here.
     """
 
-    title: ClassVar[str] = "Residual"
-    formula: ClassVar[str] = r"\lVert P_\perp (z-u)\rVert,\; u=-W^+ b"
-    source: ClassVar[str] = "wang2022vim"
+    title, source = "Residual", "wang2022vim"
+    formula = r"\lVert P_\perp (z-u)\rVert,\; u=-W^+ b"
     needs: ClassVar[tuple[str, ...]] = ("features", "head")
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {"dim": 512}}
+    presets = {"openood": {"dim": 512}}
     dim: int | None = None
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
@@ -66,11 +64,10 @@ class ViM(Residual):
     does not go with every backbone.
     """
 
-    title: ClassVar[str] = "ViM"
-    formula: ClassVar[str] = r"\alpha\lVert P_\perp (z-u)\rVert - \log\sum_c e^{l_c}"
-    source: ClassVar[str] = "wang2022vim"
-    needs: ClassVar[tuple[str, ...]] = ("features", "logits", "head")
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"openood": {"dim": 256}}
+    title, source = "ViM", "wang2022vim"
+    formula = r"\alpha\lVert P_\perp (z-u)\rVert - \log\sum_c e^{l_c}"
+    needs = ("features", "logits", "head")
+    presets = {"openood": {"dim": 256}}
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         super().fit(obs)
@@ -97,10 +94,9 @@ class NECO(Detector):
     the training rows gets a share of 0.
     """
 
-    title: ClassVar[str] = "NECO"
-    formula: ClassVar[str] = r"-\frac{\lVert V_{1..D}^\top\tilde z\rVert}{\lVert\tilde z\rVert}\max_c l_c"
-    source: ClassVar[str] = "benammar2024neco"
-    needs: ClassVar[tuple[str, ...]] = ("features", "logits")
+    title, source = "NECO", "benammar2024neco"
+    formula = r"-\frac{\lVert V_{1..D}^\top\tilde z\rVert}{\lVert\tilde z\rVert}\max_c l_c"
+    needs = ("features", "logits")
     dim: int | None = None
     max_logit: bool = True
 
