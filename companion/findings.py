@@ -65,19 +65,12 @@ class Numbers(dict):
     """What a page records for its findings: key -> :class:`Number`. Keys are names (letters, digits, underscores)."""
 
     def add(self, key: str, value, lo=None, hi=None, p=None, unit: str = "", digits: int | None = None) -> None:
-        """Record one number.
+        """Record one number; ``key``: what is no letter or digit in it becomes an underscore.
 
-        Parameters
-        ----------
-        key : str
-            What is no letter or digit in it becomes an underscore: ``a, far/b`` is ``a_far_b``.
-        value, lo, hi, p : float
-            The estimate, its interval, its corrected p. NaN counts as unknown; an unknown value is not recorded.
-        unit : str
-            ``"%"`` and ``"points"`` are given as shares and recorded times 100; any other unit is taken as it is.
-        digits : int, optional
-            Decimals; by default such that the largest of value and interval has three significant digits; a share has
-            one decimal at least, an integer none.
+        ``p``: corrected. NaN counts as unknown; an unknown value is not recorded. A unit ``"%"`` or ``"points"`` is
+        given as a share and recorded times 100, any other is taken as it is. ``digits``: decimals; by default such that
+        the largest of value and interval has three significant digits; a share has one decimal at least, an integer
+        none.
         """
         key = slug(key)
         if key in self:

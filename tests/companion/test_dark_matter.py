@@ -378,7 +378,7 @@ def test_figures_are_drawn_in_both_themes(tables):
     for function, data, options in [
         (dark_matter_figures.predictability, _found((0.3, 0.2, 0.4)), {}),
         (dark_matter_figures.shares, shares, {}),
-        (dark_matter_figures.heatmap, alone, {"metric": HEADLINE, "label": "FPR95, OOD positive, %"}),
+        (dark_matter_figures.heatmap, alone, {"metric": HEADLINE}),
     ]:
         with display.style():
             figure = function(data, **options)

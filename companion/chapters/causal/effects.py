@@ -177,26 +177,24 @@ def draws(bench: Bench, directions: int = 20, seed: int = 0) -> pd.DataFrame:
     along = np.zeros((directions, bench.codes.n_latents), bool)
     np.put_along_axis(along, np.argsort(-drawn @ bench.decoder.T, axis=1)[:, :size], True, axis=1)
     for c in range(bench.n_classes):
-        inside = bench.core[c][bench.codes.indices]
-        core = bench.delta(np.where(inside, -bench.codes.values, 0.0))
         own = np.flatnonzero(bench.labels == c)
-        energy, count = (core[own] ** 2).sum(1), (inside & (bench.codes.values != 0)).sum(1)
-        mine = core[own] @ bench.weight[c]
+        inside, values = bench.core[c][bench.codes.indices], -bench.codes.values[own]
+        core = bench.delta(np.where(inside[own], values, 0.0), own)
+        energy, count = (core**2).sum(1), (inside & (bench.codes.values != 0)).sum(1)
+        mine = core @ bench.weight[c]
         sets = [("other_core", o, bench.core[o][bench.codes.indices]) for o in range(bench.n_classes) if o != c]
         sets += [("random_order", i, mask[bench.codes.indices]) for i, mask in enumerate(along)]
         sets += [("random_active", i, random_active(bench.codes, count, rng)) for i in range(directions)]
         for name, draw, slots in sets:
-            change = np.zeros(slots.shape)
-            change[own] = np.where(slots[own], -bench.codes.values[own], 0.0)
-            delta = bench.delta(change)[own]
+            change = np.where(slots[own], values, 0.0)
+            delta = bench.delta(change, own)
             factor = stretch(delta, energy)
-            fine = ~np.isnan(factor)
+            fine, touched = ~np.isnan(factor), change != 0
             gap = mine[fine] - factor[fine] * (delta[fine] @ bench.weight[c])
             of = {"control": name, "class": c, "draw": draw, "gap": np.nan, "stretch": np.nan, "shrunk": np.nan}
             if fine.any():
                 of |= {"gap": gap.mean(), "stretch": np.median(factor[fine]), "shrunk": (factor[fine] < 1).mean()}
-            touched = (change[own] != 0).sum()
-            shared = ((change != 0) & inside)[own].sum() / max(touched, 1)
+            shared = (touched & inside[own]).sum() / max(touched.sum(), 1)
             rows.append(of | {"shared": float(shared), "unmatched": float((~fine).mean())})
     return pd.DataFrame(rows)
 

@@ -103,19 +103,19 @@ class Bench:
         """(M, C): what one unit of each latent adds to each logit, before the row's scale."""
         return self.decoder @ self.weight.T
 
-    def _rows(self, change: np.ndarray) -> csr_array:
-        change = np.asarray(change, dtype=np.float64) * self.row_scale
+    def _sparse(self, change: np.ndarray, rows=slice(None)) -> csr_array:
+        change = np.asarray(change, dtype=np.float64) * self.row_scale[rows]
         used = change != 0
-        parts = change[used], self.codes.indices[used], np.concatenate([[0], np.cumsum(used.sum(1))])
+        parts = change[used], self.codes.indices[rows][used], np.concatenate([[0], np.cumsum(used.sum(1))])
         return csr_array(parts, shape=(len(change), self.codes.n_latents))
 
-    def delta(self, change: np.ndarray) -> np.ndarray:
-        """s (decode(codes') - decode(codes)), (N, d), of a change of the values (N, k); raw features' space."""
-        return self._rows(change) @ self.decoder
+    def delta(self, change: np.ndarray, rows=slice(None)) -> np.ndarray:
+        """s (decode(codes') - decode(codes)), (N, d), of a change of the values (N, k), of all or some rows."""
+        return self._sparse(change, rows) @ self.decoder
 
     def logit_delta(self, change: np.ndarray) -> np.ndarray:
         """The same seen by the head, (N, C)."""
-        return self._rows(change) @ self.latent_logits
+        return self._sparse(change) @ self.latent_logits
 
     def mean_by_class(self, values: np.ndarray) -> np.ndarray:
         """Mean of values (N,) or (N, ...) over the rows of each class; NaN rows are left out."""

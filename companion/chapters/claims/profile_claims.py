@@ -19,14 +19,22 @@ from capsae.stats import seeds_and_images
 from ...findings import Numbers
 
 OVERLAP = 0.05  # share of the latents that the paper's figure 2 takes for a core
-# Difference of two sets, for each sample's measure: which is to be larger.
+# Measures of samples as signed sums of means: (part of :func:`of_samples`, where, sign); first the single ones.
+_LEVELS = {"inside": "inside", "entropy": "entropy", "evenness": "evenness", "activation": "core"}
+PARTS = {f"{name}_{where}": [(part, where, 1)] for name, part in _LEVELS.items() for where in ("id", "ood")}
+PARTS["activation_ood other"] = [("core", "ood other", 1)]
 GAPS = {
-    "core_share": ("inside", "id", "ood"),
-    "entropy": ("entropy", "ood", "id"),
-    "evenness": ("evenness", "ood", "id"),
-    "core_activation_as": ("core", "id", "ood"),
-    "core_activation_other": ("core", "ood", "ood other"),
+    name: [(part, more, 1), (part, less, -1)]
+    for name, part, more, less in (
+        ("core_share", "inside", "id", "ood"),
+        ("entropy", "entropy", "ood", "id"),
+        ("evenness", "evenness", "ood", "id"),
+        ("core_activation_as", "core", "id", "ood"),
+        ("core_activation_other", "core", "ood", "ood other"),
+    )
 }
+PARTS |= GAPS
+MEASURES = ("overlap", "stability", "between", *PARTS)
 
 
 def of_samples(codes, of_class, caps: ClassActivationProfiles, core_fraction: float) -> dict[str, np.ndarray]:
@@ -81,17 +89,16 @@ def of_training(codes, labels, n_classes: int, halves: np.ndarray, weights: np.n
 
 
 def claims(run, n_boot: int = 60) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All measures for the trained and the untrained dictionary and their difference, and every seed by itself.
-
-    ``n_boot``: replicates of the training images for the standard error of overlap and stability.
-    Columns: measure, dictionary ("trained", "untrained", "difference"), value, lo, hi, p, seeds; and of the seeds:
-    measure, dictionary, seed, value.
-    """
+    """:func:`combined` of a run's seeds; ``n_boot`` replicates for the standard error of overlap and stability."""
     return combined(list(_seeds(run, n_boot)))
 
 
 def combined(seeds: list[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of :func:`claims` of what :func:`_seeds` measured."""
+    """All measures for the trained and the untrained dictionary and their difference, and every seed by itself.
+
+    Columns: measure, dictionary ("trained", "untrained", "difference"), value, lo, hi, p, seeds; and of the seeds:
+    measure, dictionary, seed, value. ``seeds``: what :func:`_seeds` measured.
+    """
     tables, dots = [], []
     for measure in seeds[0]["trained"]["values"]:
         sides = {
@@ -102,8 +109,8 @@ def combined(seeds: list[dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
             (measure, side, number, value) for side, (values, _) in sides.items() for number, value in enumerate(values)
         ]
         for side, signs in {"trained": (1, 0), "untrained": (0, 1), "difference": (1, -1)}.items():
-            values = sum(sign * sides[s][0] for s, sign in zip(sides, signs, strict=True))
-            error = _image_error(measure, [(one, sign) for (_, one), sign in zip(sides.values(), signs, strict=True)])
+            values = sum(sign * values for sign, (values, _) in zip(signs, sides.values(), strict=True))
+            error = _image_error(measure, [(of, sign) for sign, (_, of) in zip(signs, sides.values(), strict=True)])
             found = seeds_and_images(values, error)
             tables.append((measure, side, *(found[key] for key in ("value", "lo", "hi", "p", "seeds"))))
     columns = ["measure", "dictionary", "value", "lo", "hi", "p", "seeds"]
@@ -139,21 +146,9 @@ def _seeds(run, n_boot: int) -> Iterator[dict]:
                     truly = of_samples(seen, labels, caps, run.experiment.caps.core_fraction)
                     parts[name]["core"] = truly["core"]
             values = {name: of[0] for name, of in draws.items()}
-            values |= {f"{name}_{where}": _mean(parts, part, where) for name, part, where in _levels()}
-            values |= {name: _gap(parts, gap) for name, gap in GAPS.items()}
+            values |= {name: sum(sign * _mean(parts, *at) for *at, sign in of) for name, of in PARTS.items()}
             found[side] = {"values": values, "draws": draws, "parts": parts}
         yield found
-
-
-def _levels() -> Iterator[tuple[str, str, str]]:
-    """The single numbers that gaps are made of: name, part, where."""
-    for name, part in (("inside", "inside"), ("entropy", "entropy"), ("evenness", "evenness"), ("activation", "core")):
-        yield name, part, "id"
-        yield name, part, "ood"
-    yield "activation", "core", "ood other"
-
-
-MEASURES = ("overlap", "stability", "between", *(f"{name}_{where}" for name, _, where in _levels()), *GAPS)
 
 
 def _of(parts: Mapping, part: str, where: str) -> list[np.ndarray]:
@@ -165,20 +160,13 @@ def _mean(parts: Mapping, part: str, where: str) -> float:
     return float(np.mean([np.nanmean(of) for of in _of(parts, part, where)]))
 
 
-def _gap(parts: Mapping, gap: tuple[str, str, str]) -> float:
-    part, more, less = gap
-    return _mean(parts, part, more) - _mean(parts, part, less)
-
-
 def _image_error(measure: str, sides: list[tuple[list[dict], int]]) -> float:
     """Standard error over images of the signed sum of dictionaries, each a mean over its seeds."""
     if measure in sides[0][0][0]["draws"]:
         total = sum(sign * np.mean([one["draws"][measure][1:] for one in of], axis=0) for of, sign in sides)
         return float(total.std(ddof=1))
-    levels = {f"{name}_{where}": [(part, where, 1)] for name, part, where in _levels()}
-    gaps = {name: [(part, more, 1), (part, less, -1)] for name, (part, more, less) in GAPS.items()}
     by_set: dict = {}
-    for part, where, plus in (levels | gaps)[measure]:
+    for part, where, plus in PARTS[measure]:
         for of, sign in sides:
             of_seeds = [_of(one["parts"], part, where) for one in of]
             for number, samples in enumerate(zip(*of_seeds, strict=True)):

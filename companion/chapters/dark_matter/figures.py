@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ...figures.display import ink_on
-from ...figures.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, _figure, _text_colour, set_label
+from ...figures.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, _figure, _text_colour, results_heatmap, set_label
 
 _FITS = {"unseen": ("rows not trained on", BLUE, "o"), "rescaled": ("training rows, rescaled", ORANGE, "s")}
 _FITS |= {"one number": ("one number (shrinkage)", GREY, "D")}
@@ -57,25 +56,6 @@ def shares(data: pd.DataFrame) -> Figure:
     return figure
 
 
-def heatmap(data: pd.DataFrame, metric: str, label: str) -> Figure:
-    """Detectors by parts, means over all OOD sets with intervals. Columns: method, part, metric, value, lo, hi."""
-    rows = data[data["metric"] == metric]
-    methods, columns = list(dict.fromkeys(rows["method"])), list(dict.fromkeys(rows["part"]))
-    value, lo, hi = (
-        100 * rows.pivot(index="method", columns="part", values=key).loc[methods, columns].to_numpy(float)
-        for key in ("value", "lo", "hi")
-    )
-    figure, axes = _figure(8, 2.3 + 0.46 * len(methods))
-    ax, low = axes[0, 0], metric.startswith("fpr")
-    limits = (0, 100) if low else (min(50, np.nanmin(value)), 100)
-    image = ax.imshow(value, cmap="cividis_r" if low else "cividis", vmin=limits[0], vmax=limits[1], aspect="auto")
-    for (i, j), v in np.ndenumerate(value):
-        ink = ink_on(image.cmap(image.norm(v)))
-        ax.text(j, i - 0.16, f"{v:.1f}", ha="center", va="center", color=ink, fontsize=10.5)
-        ax.text(j, i + 0.24, f"{lo[i, j]:.1f}–{hi[i, j]:.1f}", ha="center", va="center", color=ink, fontsize=7.5)
-    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="left", rotation_mode="anchor")
-    ax.set_yticks(range(len(methods)), methods)
-    ax.xaxis.tick_top()
-    ax.grid(visible=False)
-    figure.colorbar(image, ax=ax, label=label, location="bottom", shrink=0.6, aspect=40)
-    return figure
+def heatmap(data: pd.DataFrame, metric: str) -> Figure:
+    """Detectors by parts, means over all OOD sets. Columns: method, part, group, metric, value, lo, hi."""
+    return results_heatmap(data.assign(set=data["part"]), metric)

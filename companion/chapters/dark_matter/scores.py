@@ -176,7 +176,7 @@ def fitted(run, train: PartObservations, val: PartObservations) -> dict[str, OnP
         for column, part in (("features", "own"), ("reconstruction", "decoded")):
             one = detectors.create(name, **run.detector_options(name))
             found[key(name, column)] = OnPart(one.fit(train.parts[part], val.parts[part]), part)
-    for name in ("epd", detectors.OURS):
+    for name in ("epd", "rpd"):
         found[key(name, "reconstruction")] = OnPart(run.detectors([name])[name], "own")
     length = OnPart(Length().fit(train.parts["error"]), "error")
     found[key("epd+error", "input")] = Summed((found[key("epd", "reconstruction")], length)).fit(train, val)

@@ -91,18 +91,19 @@ def contrast_bars(data: pd.DataFrame, a: str = "test") -> Figure:
 
 def community_classes(data: pd.DataFrame) -> Figure:
     """Where the latents of each group have their strongest class. Columns: community, class, latents; all pairs."""
-    wide = data.pivot(index="community", columns="class", values="latents")
-    wide = wide[list(dict.fromkeys(data["class"]))]
-    share = wide.to_numpy(float) / np.maximum(wide.to_numpy(float).sum(axis=1, keepdims=True), 1)
-    order = np.lexsort((np.arange(len(share)), share.argmax(axis=1)))
+    import seaborn  # here, since it costs half a second
+
+    wide = data.pivot(index="community", columns="class", values="latents")[list(dict.fromkeys(data["class"]))]
+    share = 100 * wide.div(wide.sum(axis=1).clip(lower=1), axis=0)
+    order = np.lexsort((wide.index, share.to_numpy().argmax(axis=1)))
+    share.index = [f"{c + 1} ({n})" for c, n in wide.sum(axis=1).items()]
     figure, axes = _figure(7, 2.0 + 0.24 * len(share))
-    ax = axes[0, 0]
-    image = ax.imshow(100 * share[order], cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    ax.set_xticks(range(share.shape[1]), wide.columns, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
-    ax.set_yticks(range(len(order)), [f"{wide.index[i] + 1} ({int(wide.iloc[i].sum())})" for i in order], fontsize=9)
-    ax.set(ylabel="group (latents)")
-    ax.grid(visible=False)
-    figure.colorbar(image, ax=ax, label="latents of the group, %", shrink=0.8)
+    shown = {"cmap": "cividis", "vmin": 0, "vmax": 100, "xticklabels": True, "yticklabels": True}
+    cbar = {"label": "latents of the group, %", "shrink": 0.8}
+    seaborn.heatmap(share.iloc[order], ax=axes[0, 0], cbar_kws=cbar, **shown)
+    axes[0, 0].set(xlabel="", ylabel="group (latents)")
+    axes[0, 0].set_xticks(axes[0, 0].get_xticks(), wide.columns, rotation=45, ha="right", rotation_mode="anchor")
+    axes[0, 0].tick_params(labelsize=9)
     return figure
 
 
