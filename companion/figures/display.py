@@ -8,11 +8,13 @@ itself.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,15 +75,38 @@ def render_svg(figure: Figure, name: str, alt: str = "") -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", dpi=150, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL)
     svg = re.sub(r' id="(?!C\d)[A-Za-z][\w.]*_\d+"', "", svg[svg.index("<svg") :])
     svg = re.sub(r"(\d\.\d\d)\d+", r"\1", re.sub(r"\s+", " ", svg))
+    svg = re.sub(r' transform="rotate\(-?0 [^"]*"', "", svg)
+    svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r"(?<=[A-Za-z]) | (?=[A-Za-z\"])", "", m[0][1:]).join((" ", "")), svg)
+    svg = _shared_styles(_without_bare_groups(svg), f"c{hashlib.sha256(name.encode()).hexdigest()[:8]}")
     for of, (light, _) in INK.items():
         svg = svg.replace(light, f"var(--capsae-{of})")
     box = re.search(r'viewBox="[^"]*"', svg)[0]
     head = f'<svg role="img" aria-label="{html.escape(alt)}" {box} style="width:{figure.get_size_inches()[0]:g}in"'
     head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return head + svg[svg.index(">") :].strip()
+
+
+def _without_bare_groups(svg: str) -> str:
+    """The SVG without the ``<g>`` that carry no attribute."""
+    kept, parts = [], []
+    for part in re.split(r"(<g>|<g [^>]*[^/]>|</g>)", svg):
+        if part.startswith("<g"):
+            kept.append(part != "<g>")
+        if part != "<g>" and (part != "</g>" or kept.pop()):
+            parts.append(part.strip() if part.isspace() else part)
+    return re.sub("> <(?!/?tspan)", "><", "".join(parts))
+
+
+def _shared_styles(svg: str, prefix: str) -> str:
+    """The SVG with the styles that its elements repeat in one sheet; ``prefix`` keeps its classes apart on a page."""
+    counted = Counter(re.findall(r' style="([^"]*)"', svg))
+    classes = {style: f"{prefix}-{i}" for i, style in enumerate(of for of, n in counted.items() if n > 1)}
+    svg = re.sub(r' style="([^"]*)"', lambda m: f' class="{classes[m[1]]}"' if m[1] in classes else m[0], svg)
+    sheet = "".join(f".{name}{{{style}}}" for style, name in classes.items())
+    return svg.replace(">", f"><style>{sheet}</style>", 1)
 
 
 def provenance_line(run, stage: str = "table") -> str:
