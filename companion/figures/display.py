@@ -30,7 +30,7 @@ from capsae.metrics import require_convention
 PAGE_DATA = "CAPSAE_PAGE_DATA"
 RESULT_MIME = "application/vnd.capsae.result+json"
 EMBEDDED = 2_000_000  # bytes of CSV that a link may carry
-ROWS = 25  # of a table on a page; the CSV holds all
+ROWS = 24  # of a table on a page, without its head; the CSV holds all
 POINTS = 800  # a scatter or a mesh of more is drawn as pixels, or the page would weigh megabytes
 
 # Page, text and grid. A figure is drawn once: in its SVG these three become variables that follow the page's theme.
@@ -137,7 +137,8 @@ def _csv_link(data: pd.DataFrame, name: str) -> str:
 def _caption(caption: str, data: pd.DataFrame, name: str, run, stage: str, code: str = "") -> str:
     require_convention([*data.columns, *(data["metric"].unique() if "metric" in data else ())])
     links = _csv_link(data, name)
-    if code and os.environ.get(PAGE_DATA):  # the book's build makes a page of the source (book/_ext/capsae_book.py)
+    # The book's build makes a page of the source (book/_ext/capsae_book.py); a page made of data names its run in text.
+    if code and (os.environ.get(PAGE_DATA) or isinstance(run, str)):
         links += f' · <a href="code:{code}">code</a>'
     return (
         f"<figcaption>{html.escape(caption)} "
@@ -201,7 +202,7 @@ def table_html(data, name, caption, run, stage="table", formats=None, links=None
     rows = zip(*cells.values(), strict=True)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (
-        f'<figure class="capsae-figure" id="table-{name}"><style>{_CSS}</style><div class="capsae-scroll"><table>'
+        f'<figure class="capsae-table" id="table-{name}"><div class="capsae-scroll"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         f"{_caption(caption, whole, name, run, stage)}</figure>"
     )
