@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -59,6 +60,18 @@ def copy_data(app, exception) -> None:
         shutil.copyfile(file, target)
 
 
+def make_light(app, exception) -> None:
+    """Take out half of the book's weight: outputs of downloaded notebooks, which the pages show, and source maps."""
+    if exception is not None or app.builder.format != "html":
+        return
+    for file in (Path(app.outdir) / "_sources").rglob("*.ipynb"):
+        notebook = json.loads(file.read_text(encoding="utf-8"))
+        notebook["cells"] = [cell | {"outputs": []} if "outputs" in cell else cell for cell in notebook["cells"]]
+        file.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + LINE, encoding="utf-8")
+    for file in (Path(app.outdir) / "_static").rglob("*.map"):
+        file.unlink()
+
+
 def write_in_parallel(app, env) -> None:
     """Let several processes write the pages, most of the time; Jupyter Book has no option for it. Reading is over by
     now: some extensions would refuse to do that in parallel."""
@@ -72,4 +85,5 @@ def setup(app) -> dict:
     app.connect("doctree-resolved", link_code)
     app.connect("html-collect-pages", code_pages)
     app.connect("build-finished", copy_data)
+    app.connect("build-finished", make_light)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,10 +14,11 @@ document.addEventListener("DOMContentLoaded", () => {
   });
   each('details > summary[aria-label="Toggle hidden content"]', (summary) => summary.removeAttribute("aria-label"));
   each(".search-button-field, .theme-switch-button", (button) => button.removeAttribute("aria-label"));
-  each(".sidebar-primary-items__start > .sidebar-primary-item", (item) => {
+  document.querySelectorAll(".sidebar-primary-items__start > .sidebar-primary-item").forEach((item, i) => {
     item.setAttribute("role", "region");
-    item.setAttribute("aria-label", "Book title");
+    item.setAttribute("aria-label", i ? `Sidebar, part ${i + 1}` : "Book title");
   });
+  each(".citation-list, .citation, .citation [role]", (item) => item.removeAttribute("role"));
   each("th", (head) => {
     if (head.textContent.trim()) {
       if (!head.hasAttribute("scope")) head.scope = head.closest("thead") ? "col" : "row";

@@ -29,7 +29,7 @@ document.addEventListener("DOMContentLoaded", () => {
 
   // A table whose columns sort by a button in the head, shown `size` rows at a time.
   // columns: [title, row => value, value => text or node, is a number]
-  const sortable = (columns, { size = 25, sort = 0, down = false, mark = () => false } = {}) => {
+  const sortable = (columns, { size = 24, sort = 0, down = false, mark = () => false } = {}) => {
     const body = make("tbody"), status = make("span", { role: "status" });
     let rows = [], from = 0, by = sort, descending = down;
     const heads = columns.map(([title, , , numeric], i) =>

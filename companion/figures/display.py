@@ -8,11 +8,13 @@ itself.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,7 @@ from capsae.metrics import require_convention
 PAGE_DATA = "CAPSAE_PAGE_DATA"
 RESULT_MIME = "application/vnd.capsae.result+json"
 EMBEDDED = 2_000_000  # bytes of CSV that a link may carry
-ROWS = 25  # of a table on a page; the CSV holds all
+ROWS = 24  # of a table on a page, without its head; the CSV holds all
 POINTS = 800  # a scatter or a mesh of more is drawn as pixels, or the page would weigh megabytes
 
 # Page, text and grid. A figure is drawn once: in its SVG these three become variables that follow the page's theme.
@@ -73,15 +75,38 @@ def render_svg(figure: Figure, name: str, alt: str = "") -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", dpi=150, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", buffer.getvalue(), flags=re.DOTALL)
     svg = re.sub(r' id="(?!C\d)[A-Za-z][\w.]*_\d+"', "", svg[svg.index("<svg") :])
     svg = re.sub(r"(\d\.\d\d)\d+", r"\1", re.sub(r"\s+", " ", svg))
+    svg = re.sub(r' transform="rotate\(-?0 [^"]*"', "", svg)
+    svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r"(?<=[A-Za-z]) | (?=[A-Za-z\"])", "", m[0][1:]).join((" ", "")), svg)
+    svg = _shared_styles(_without_bare_groups(svg), f"c{hashlib.sha256(name.encode()).hexdigest()[:8]}")
     for of, (light, _) in INK.items():
         svg = svg.replace(light, f"var(--capsae-{of})")
     box = re.search(r'viewBox="[^"]*"', svg)[0]
     head = f'<svg role="img" aria-label="{html.escape(alt)}" {box} style="width:{figure.get_size_inches()[0]:g}in"'
     head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return head + svg[svg.index(">") :].strip()
+
+
+def _without_bare_groups(svg: str) -> str:
+    """The SVG without the ``<g>`` that carry no attribute."""
+    kept, parts = [], []
+    for part in re.split(r"(<g>|<g [^>]*[^/]>|</g>)", svg):
+        if part.startswith("<g"):
+            kept.append(part != "<g>")
+        if part != "<g>" and (part != "</g>" or kept.pop()):
+            parts.append(part.strip() if part.isspace() else part)
+    return re.sub("> <(?!/?tspan)", "><", "".join(parts))
+
+
+def _shared_styles(svg: str, prefix: str) -> str:
+    """The SVG with the styles that its elements repeat in one sheet; ``prefix`` keeps its classes apart on a page."""
+    counted = Counter(re.findall(r' style="([^"]*)"', svg))
+    classes = {style: f"{prefix}-{i}" for i, style in enumerate(of for of, n in counted.items() if n > 1)}
+    svg = re.sub(r' style="([^"]*)"', lambda m: f' class="{classes[m[1]]}"' if m[1] in classes else m[0], svg)
+    sheet = "".join(f".{name}{{{style}}}" for style, name in classes.items())
+    return svg.replace(">", f"><style>{sheet}</style>", 1)
 
 
 def provenance_line(run, stage: str = "table") -> str:
@@ -112,7 +137,8 @@ def _csv_link(data: pd.DataFrame, name: str) -> str:
 def _caption(caption: str, data: pd.DataFrame, name: str, run, stage: str, code: str = "") -> str:
     require_convention([*data.columns, *(data["metric"].unique() if "metric" in data else ())])
     links = _csv_link(data, name)
-    if code and os.environ.get(PAGE_DATA):  # the book's build makes a page of the source (book/_ext/capsae_book.py)
+    # The book's build makes a page of the source (book/_ext/capsae_book.py); a page made of data names its run in text.
+    if code and (os.environ.get(PAGE_DATA) or isinstance(run, str)):
         links += f' · <a href="code:{code}">code</a>'
     return (
         f"<figcaption>{html.escape(caption)} "
@@ -176,7 +202,7 @@ def table_html(data, name, caption, run, stage="table", formats=None, links=None
     rows = zip(*cells.values(), strict=True)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (
-        f'<figure class="capsae-figure" id="table-{name}"><style>{_CSS}</style><div class="capsae-scroll"><table>'
+        f'<figure class="capsae-table" id="table-{name}"><div class="capsae-scroll"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         f"{_caption(caption, whole, name, run, stage)}</figure>"
     )

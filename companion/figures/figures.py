@@ -49,7 +49,7 @@ def _text_colour() -> str:
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
     """A colour a name. EPD is ink and RPD purple wherever they stand; no other has these."""
-    ours = {"EPD": _text_colour(), "RPD": PURPLE}
+    ours = {"EPD": _text_colour(), "RPD": PURPLE, "RPD (ours)": PURPLE}
     palette = [BLUE, ORANGE, GREEN, RED, BROWN, PINK, SKY, YELLOW, GREY]
     others = [name for name in names if name not in ours]
     found = ours | {name: palette[i % len(palette)] for i, name in enumerate(others)}
@@ -274,6 +274,7 @@ def roc_curves(data: pd.DataFrame) -> Figure:
             ax.plot(rows["fpr"], rows["tpr"], color=colours[method], linestyle=dashes[method], label=method)
         ax.axhline(0.95, color=_text_colour(), linewidth=0.8, linestyle=":")
         ax.set(xscale="log", xlim=(1e-3, 1), ylim=(0, 1.01), title=set_label(name))
+        ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda share, _: f"{100 * share:g} %"))
         ax.set(xlabel="ID rejected", ylabel="OOD found")
     for ax in axes.flat[len(sets) :]:
         ax.remove()

@@ -14,7 +14,7 @@ import yaml
 from .. import widgets
 from ..chapters.claims import table as claims_table
 from ..figures import hero
-from ..figures.display import figure_html
+from ..figures.display import ROWS, figure_html
 from ..findings import FAILS, HOLDS, MISSING, UNDECIDED, Finding, Numbers, index_page, judge, of_page, render, text
 from .plan import BOOK_EXPERIMENTS, read_notebook, root
 from .publish import path_of, template_digest
@@ -139,10 +139,7 @@ def _hero(page: str = "imagenet20/03_discover_caps") -> str:
     if not data.is_file():
         return ""
     captions = yaml.safe_load((root() / "notebooks" / "03_discover_caps.findings.yml").read_text())["captions"]["hero"]
-    drawn = figure_html(
-        hero.hero, pd.read_csv(data), "hero", captions["caption"], captions["alt"], f"Data: runs/{page}"
-    )
-    return drawn.replace("</span></figcaption>", f' · <a href="code:{hero.__name__}#hero">code</a></span></figcaption>')
+    return figure_html(hero.hero, pd.read_csv(data), "hero", captions["caption"], captions["alt"], f"Data: runs/{page}")
 
 
 def _broken(recorded: Numbers) -> bool:
@@ -240,23 +237,44 @@ def parity_page(measured: Path) -> str:
 
 
 def rpd_page(grid: Path) -> str:
-    """The Markdown of rpd.md: what our own score is, and the whole grid its constants were chosen from."""
+    """The Markdown of rpd.md: what our own score is, and the best of the grid its constants were chosen from."""
     from capsae.detectors import info
 
     table, ours = pd.read_csv(grid), info("rpd")
-    numbers = [name for name in table.columns if name.startswith(("fpr95", "auroc"))]
-    names = {"fpr95_ood_pos": "FPR95 (OOD pos.)", "fpr95_id_pos": "FPR95 (ID pos.)", "auroc": "AUROC"}
-    heads = [f"{names[name.split(' ', 1)[0]]}, {name.split(' ', 1)[1]}" for name in numbers]
+    numbers = [name for name in table.columns if name.startswith("fpr95_ood_pos")]
+    heads = [f"FPR95 (OOD pos.), {name.split(' ', 1)[1]}" for name in numbers]
     first = {name: table[table["method"] == name].iloc[0] for name in ("profile", "epd", "rmds")}
     rows = [
         [row["method"]]
         + ["" if pd.isna(row[key]) else f"{row[key]:g}" for key in ("temperature", "epsilon", "weight")]
         + [f"{100 * row[key]:.1f}" for key in ("criterion", *numbers)]
-        for row in table.to_dict("records")
+        for row in table.head(ROWS).to_dict("records")
     ]
     prose = " ".join(_plain(ours["description"]).split())
     best = {"best": first["profile"], "epd": first["epd"], "rmds": first["rmds"]}
-    return _page("rpd.md", formula=ours["formula"], description=prose, heads=heads, grid=rows, **best)
+    codes = _codes(grid.parents[2] / "book" / "zoo")
+    return _page("rpd.md", formula=ours["formula"], description=prose, heads=heads, grid=rows, codes=codes, **best)
+
+
+CODES = {
+    "dense_relu": "dense ReLU of the CLS feature, no SAE",
+    "random": "random dictionary, nothing trained",
+    "kmeans": "k-means",
+    "relu": "ReLU SAE",
+    "topk": "Top-k SAE",
+}
+
+
+def _codes(zoo: Path) -> list[list[str]]:
+    """RPD and EPD on other codes than the SAE's: mean FPR95 (OOD positive) over all sets and seeds, from the zoo."""
+    cells = []
+    for experiment in ("imagenet20", "mini80"):
+        table = pd.read_csv(zoo / f"{experiment}.csv")
+        rows = table[(table["measure"] == "fpr95_ood_pos") & (table["set"] == "mean") & (table["group"] == "all")]
+        means = rows.groupby(["member", "method"])["value"].mean()
+        cells.append([[means[member, method] for method in ("rpd", "epd")] for member in CODES])
+    found = zip(CODES.values(), *cells, strict=True)
+    return [[title, *(f"{100 * value:.1f}" for of in parts for value in of)] for title, *parts in found]
 
 
 def _plain(docstring: str) -> str:

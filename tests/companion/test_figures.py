@@ -21,7 +21,7 @@ def _run(name="imagenet20", pack="imagenet20"):
     return SimpleNamespace(experiment=experiment, digest=lambda stage: {"table": "a" * 64}.get(stage, "b" * 64))
 
 
-def _dice():
+def _rng():
     return np.random.default_rng(0)
 
 
@@ -56,7 +56,7 @@ def _profiles():
     q = np.exp(-np.arange(288) / 30.0)
     frames = []
     for panel in ("predicted: tench", "nearest other: church"):
-        p = np.where(_dice().random(288) < 0.08, _dice().random(288), 0)
+        p = np.where(_rng().random(288) < 0.08, _rng().random(288), 0)
         cells = {"panel": panel, "rank": np.arange(1, 289), "expected": q / q.sum(), "profile": p / p.sum()}
         frames.append(pd.DataFrame(cells))
     return pd.concat(frames)
@@ -64,7 +64,7 @@ def _profiles():
 
 def _activity():
     kinds = {"ID": 1.0, "OOD, predicted\nas this class": 0.5, "OOD, predicted\nas another": 0.1}
-    rows = [(f"c{i}", k, m * (1 + 0.1 * _dice().random())) for k, m in kinds.items() for i in range(20)]
+    rows = [(f"c{i}", k, m * (1 + 0.1 * _rng().random())) for k, m in kinds.items() for i in range(20)]
     return pd.DataFrame(rows, columns=["class", "kind", "activation"])
 
 
@@ -83,7 +83,7 @@ def _classes(n=20):
 
 def _map():
     n = 300
-    cells = {"x": _dice().normal(size=n), "y": _dice().normal(size=n), "set": ["test", "near/a", "far/b"] * 100}
+    cells = {"x": _rng().normal(size=n), "y": _rng().normal(size=n), "set": ["test", "near/a", "far/b"] * 100}
     data = pd.DataFrame(cells)
     data["group"] = data["set"].map({"test": "id", "near/a": "near", "far/b": "far"})
     data["class"] = np.where(data["group"] == "id", "tench", "")
@@ -93,7 +93,7 @@ def _map():
 def _histogram():
     edges = np.linspace(0, 3, 21)
     return pd.concat(
-        [pd.DataFrame({"method": m, "group": g, "left": edges[:-1], "right": edges[1:], "density": _dice().random(20)})
+        [pd.DataFrame({"method": m, "group": g, "left": edges[:-1], "right": edges[1:], "density": _rng().random(20)})
          for m in ("EPD", "RMDS", "MSP") for g in ("id", "near", "far")]
     )  # fmt: skip
 
@@ -267,3 +267,19 @@ def test_a_table_or_figure_with_a_nameless_fpr95_is_refused():
     for data in (metric, pd.DataFrame({"FPR@95": [0.1]})):
         with pytest.raises(ValueError, match="which class is positive"):
             figures.table(data, "t", "caption", _run())
+
+
+def test_our_own_score_has_its_colour_under_both_of_its_names():
+    found = figures._colours(["EPD", "RPD (ours)", "RPD", "MSP"])
+    assert found["RPD (ours)"] == found["RPD"] == figures.PURPLE != found["MSP"]
+
+
+def test_a_figure_writes_a_repeated_style_once_and_stays_sound_xml():
+    with display.style():
+        svg = display.render_svg(figures.training_curves(_history()), "small", "falling curves")
+    drawn = ElementTree.fromstring(svg)
+    styles = [of.get("style") for of in drawn.iter() if of.get("style")]
+    assert len(styles) == len(set(styles)) and "<!--" not in svg
+    assert all(of.attrib for of in drawn.iter("{http://www.w3.org/2000/svg}g"))
+    sheet = drawn.find("{http://www.w3.org/2000/svg}style").text
+    assert all(f".{of.get('class')}{{" in sheet for of in drawn.iter() if of.get("class"))
