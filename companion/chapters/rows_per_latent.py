@@ -7,8 +7,8 @@ seeds holds the draw too; head and held-out samples stay. Recipe and number of *
 in every cell (epochs grow as samples shrink): with the epochs kept, a tenth of the samples would also mean a tenth of
 the training. The epoch with the lowest held-out FVU is kept, so that more epochs do not overfit.
 
-``python -m companion.chapters.rows_per_latent imagenet20`` makes book/rows_per_latent/imagenet20.csv, one seed after
-the other; it is resumable, and what it wrote holds whole seeds.
+``python -m companion.chapters.rows_per_latent imagenet20`` makes book/rows_per_latent/imagenet20.csv, one seed and
+size after the other; stopped, it goes on from what the file holds.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 from capsae import metrics
+from capsae.data.splits import stratified_mask
 from capsae.detectors import Observations, create
 from capsae.detectors.epd import dense_codes
 from capsae.files import replacing
 from capsae.sae import SAEConfig, train_sae
+from capsae.sae.dictionaries import methods
+from capsae.sae.rows import start
 from capsae.stats import seeds_and_images
 
 from ..figures.figures import BLUE, GREEN, GREY, ORANGE, _figure
 from ..findings import Numbers
 from ..publish.plan import root
 
-FRACTIONS, SIZES = (0.1, 0.25, 0.5, 1.0), (384, 1920, 7680)
-SEEDS = 10
+FRACTIONS = (0.1, 0.25, 0.5, 1.0)
+SEEDS: dict[int | None, int] = {None: 10, 384: 10, 1920: 10, 7680: 3}  # by size; None: dense. The largest costs most
 DICTIONARIES = {"trained": BLUE, "untrained": ORANGE, "random": GREEN, "dense": GREY}
 SCORES, GROUPS = ("epd", "rpd"), ("near", "far", "all")
 METRICS = {"fpr95_ood_pos": metrics.fpr95_ood_pos, "auroc": metrics.auroc}
@@ -52,41 +55,29 @@ def read(experiment: str) -> pd.DataFrame:
     return pd.read_csv(file(experiment))
 
 
-def measure_seed(
-    features: Mapping, sae: SAEConfig, seed: int, options: Mapping, fractions=FRACTIONS, sizes=SIZES
-) -> pd.DataFrame:
-    """All cells of one seed. ``features``: set name -> FeatureSet with logits; ``options``: score -> its options."""
+def measure(features: Mapping, sae: SAEConfig, seed: int, size: int | None, options: Mapping) -> pd.DataFrame:
+    """All cells of one seed and size (None: dense). ``features``: set -> FeatureSet; ``options``: of each score."""
     cells, whole = [], features["train"]
-    for fraction in fractions:
-        train = whole.take(share(whole.labels, fraction, seed))
-        for size, name, code in dictionaries(train.cls, features["val"].cls, sae, seed, fraction, sizes):
-            found = scored(features | {"train": train}, code, options)
-            about = {"fraction": fraction, "N": len(train), "D": size, "samples_per_latent": len(train) / size}
+    for fraction in FRACTIONS:
+        train = whole.take(stratified_mask(whole.labels, fraction, seed))
+        for name, encode in dictionaries(train.cls, features["val"].cls, sae, seed, fraction, size):
+            atoms = size or train.cls.shape[1]
+            about = {"fraction": fraction, "N": len(train), "D": atoms, "samples_per_latent": len(train) / atoms}
+            found = scored(features | {"train": train}, encode, options)
             cells += [about | {"dictionary": name, "seed": seed} | row for row in found]
     return pd.DataFrame(cells)[COLUMNS]
 
 
-def share(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """A share of each class, drawn by the seed: mask (N,) bool."""
-    from capsae.data.splits import stratified_mask
-
-    return stratified_mask(labels, fraction, seed)
-
-
-def dictionaries(train, val, sae: SAEConfig, seed: int, fraction: float, sizes) -> Iterator[tuple]:
-    """Size, name and encoder (cls -> SparseCodes) of every dictionary of one share of the samples (N, d)."""
-    import torch
-
-    from capsae.sae.dictionaries import methods
-    from capsae.sae.rows import start
-
-    for size in sizes:
-        config = replace(sae, latents=size, seed=seed, epochs=round(sae.epochs / fraction))
-        yield size, "trained", train_sae(train, config, "cpu", val, keep="best", progress=False)[0].encode
-        untrained = start(torch.as_tensor(train), config, torch.device("cpu"))[0]
-        yield size, "untrained", untrained.encode
-        yield size, "random", methods.create("random", size, config.k, config.normalize, seed).fit(train).encode
-    yield train.shape[1], "dense", lambda cls: dense_codes(np.maximum(untrained.normalize(cls), 0))
+def dictionaries(train, val, sae: SAEConfig, seed: int, fraction: float, size: int | None) -> Iterator[tuple]:
+    """Name and encoder (cls -> SparseCodes) of every dictionary of a size; ``size`` None: the rectified feature."""
+    config = replace(sae, latents=size or sae.latents, seed=seed, epochs=round(sae.epochs / fraction))
+    untrained = start(torch.as_tensor(train), config, torch.device("cpu"))[0]
+    if size is None:
+        yield "dense", lambda cls: dense_codes(np.maximum(untrained.normalize(cls), 0))
+        return
+    yield "trained", train_sae(train, config, "cpu", val, keep="best", progress=False)[0].encode
+    yield "untrained", untrained.encode
+    yield "random", methods.create("random", size, config.k, config.normalize, seed).fit(train).encode
 
 
 def scored(features: Mapping, encode, options: Mapping) -> list[dict]:
@@ -152,18 +143,20 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
     options = parser.parse_args()
     run, path = Run(options.experiment, device="cpu", progress=False), file(options.experiment)
     features = {name: run.features(name) for name in ("train", "val", "test", *run.experiment.ood_sets)}
     given = {name: run.detector_options(name) for name in SCORES}
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COLUMNS)
-    for seed in sorted(set(range(options.seeds)) - set(table["seed"])):
-        more = measure_seed(features, run.experiment.sae, seed, given)
-        table = more if table.empty else pd.concat([table, more])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = set(zip(table["seed"], table["D"], strict=True))
+    units = [(seed, size) for seed in range(max(SEEDS.values())) for size, seeds in SEEDS.items() if seed < seeds]
+    for seed, size in sorted(units, key=lambda unit: SEEDS[unit[1]], reverse=True):
+        if (seed, size or features["train"].cls.shape[1]) not in done:
+            more = measure(features, run.experiment.sae, seed, size, given)
+            table = more if table.empty else pd.concat([table, more])
+            with replacing(path) as temporary:
+                table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
 
 
 if __name__ == "__main__":
