@@ -25,6 +25,7 @@ ANALYSES: dict[str, tuple[str, ...]] = {
     "12_causal": ("imagenet20",),
     "13_meaning": ("imagenet20", "digits"),
     "14_layers": ("imagenet20", "digits"),
+    "15_rows_per_latent": ("imagenet20",),
 }
 # Tables that take hours or images to make, made by commands of their own and committed; and the description of a pack.
 READS = {
@@ -38,6 +39,7 @@ READS = {
         "book/layers/{experiment}_against_final.csv",
         "book/layers/{experiment}.json",
     ),
+    "15_rows_per_latent": ("book/rows_per_latent/{experiment}.csv",),
 }
 
 # Parameters of notebook 05, by the key of the experiment that each overrides.
