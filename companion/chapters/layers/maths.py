@@ -215,7 +215,7 @@ def write(run, table: pd.DataFrame, against: pd.DataFrame, read: Mapping, cpu_s:
         "n_boot": N_BOOT,
         "images": {name: inputs.source(name).digest()[:20] for name in own},
         **read,
-        "code": code_digest(layers)[:20],
+        "code": {"layers": code_digest(layers)[:20]},
         "machine": machine(),
         "versions": versions(),
         "cpu_seconds_of_this_call": round(cpu_s, 1),

@@ -1,4 +1,4 @@
-"""The search for the unit of a dictionary that tells a synset's classes best: by class, by class unseen, by image."""
+"""The search for the unit that separates a synset's classes best: by class, by class unseen, by image."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BINS = 32  # thresholds a unit in the search over images
 _TIE = 1e-9
 
 
-def f1(said: np.ndarray, true: np.ndarray, axis: int = 0) -> np.ndarray:
-    """F1 of sets along an axis: 2 |both| / (|said| + |true|); 0 where both are empty."""
-    total = said.sum(axis=axis) + true.sum(axis=axis)
-    return 2 * (said & true).sum(axis=axis) / np.maximum(total, 1)
+def f1(found: np.ndarray, true: np.ndarray, axis: int = 0) -> np.ndarray:
+    """F1 of sets along an axis: 2 |both| / (|found| + |true|); 0 where both are empty."""
+    total = found.sum(axis=axis) + true.sum(axis=axis)
+    return 2 * (found & true).sum(axis=axis) / np.maximum(total, 1)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Choice:
     f1: np.ndarray
 
     def classes(self, profiles: np.ndarray) -> np.ndarray:
-        """(C, S) bool: the classes whose profile (C, U) says "member"."""
+        """(C, S) bool: the classes whose profile (C, U) exceeds it."""
         return profiles[:, self.unit] > self.threshold
 
 
@@ -79,10 +79,10 @@ def unseen_f1(train, test, members, place, permutations: int = 0, seed: int = 0)
     found = np.full((1 + permutations, members.shape[1]), np.nan)
     for i, row in enumerate(found):
         true = members[:, large] if not i else members[rng.permutation(len(members))][:, large]
-        said = np.zeros_like(true)
+        called = np.zeros_like(true)
         for held, search in zip(folds, searches, strict=True):
-            said[held] = search(true[~held]).classes(test[held])
-        row[large] = f1(said, true)
+            called[held] = search(true[~held]).classes(test[held])
+        row[large] = f1(called, true)
     return found[0], found[1:]
 
 

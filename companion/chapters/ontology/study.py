@@ -49,13 +49,13 @@ def dictionaries(run, seeds: Sequence[int] = SEEDS) -> dict[str, list]:
     The other seeds' SAEs come from the store, where the chapter on scores leaves them, or are trained.
     """
     from capsae.pipeline.run import Run
-    from capsae.sae.dictionaries import methods as untaught
+    from capsae.sae.dictionaries import methods as controls
 
     config, train = run.experiment.sae, run.features("train").cls
     saes = [run.sae]
     for seed in [seed for seed in seeds if seed != config.seed][: len(seeds) - 1]:
         saes.append(Run(run.experiment, {"sae.seed": seed, "n_boot": 0}, run.store, run.device, run.progress).sae)
-    chance = [untaught.create("random", config.latents, config.k, config.normalize, seed).fit(train) for seed in seeds]
+    chance = [controls.create("random", config.latents, config.k, config.normalize, seed).fit(train) for seed in seeds]
     return {SAE: saes, RANDOM: chance}
 
 

@@ -42,8 +42,8 @@ def blur(image: Image.Image, strength: int, id: str = "", seed: int = 0) -> Imag
 
 def noise(image: Image.Image, strength: int, id: str = "", seed: int = 0) -> Image.Image:
     """Gaussian noise on each value, standard deviation .08, .12, .18, .26, .38 of white, from ``seed`` and ``id``."""
-    word = hashlib.sha256(json.dumps([seed, str(id)]).encode()).digest()
-    rng = np.random.default_rng(np.frombuffer(word, np.uint32))
+    seeds = hashlib.sha256(json.dumps([seed, str(id)]).encode()).digest()
+    rng = np.random.default_rng(np.frombuffer(seeds, np.uint32))
     values = np.asarray(image, np.float32)
     return _image(values + 255 * _of(NOISE, strength) * rng.standard_normal(values.shape, np.float32))
 

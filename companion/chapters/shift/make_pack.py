@@ -48,7 +48,7 @@ def make_shift_pack(
     Parameters
     ----------
     run : capsae.pipeline.run.Run
-        Of an experiment whose test images are at hand (with a pack: set ``data_root``).
+        Of an experiment whose test images are there (with a pack: set ``data_root``).
     out : path
         Folder of the pack.
     names, strengths, seed : see :mod:`companion.chapters.shift.corruptions`

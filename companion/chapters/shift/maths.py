@@ -264,8 +264,8 @@ def sensitivity(
     Returns
     -------
     DataFrame
-        way (:data:`WAYS`, and "the book's head": the page's codes against it), other, codes chose and other chose (in
-        words), own, than, value, lo, hi. Intervals are not corrected.
+        way (:data:`WAYS`, and "the book's head": the page's codes against it), other, codes chose and other chose (as
+        text), own, than, value, lo, hi. Intervals are not corrected.
     """
     weights = draw({name: features.ids for name, features in shifted.items()}, n_boot, run.experiment.seed)
     known: dict[tuple, tuple] = {}
@@ -282,7 +282,7 @@ def sensitivity(
 
     def chosen(name, way):
         choice = choose(tried, name, *WAYS[way])
-        return accuracy((name, choice), probes[name].others[choice]), in_words(choice)
+        return accuracy((name, choice), probes[name].others[choice]), choice_text(choice)
 
     rows = []
     for way in WAYS:
@@ -298,7 +298,7 @@ def sensitivity(
     )
 
 
-def in_words(choice) -> str:
+def choice_text(choice) -> str:
     """``standardised, C 0.03``."""
     return f"{'' if choice[0] else 'not '}standardised, C {choice[1]:g}"
 

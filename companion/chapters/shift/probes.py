@@ -29,7 +29,7 @@ TITLES = {
     "random": "random dictionary's codes",
     "pca": "PCA, k components",
 }
-TOLD = {
+READS = {  # what each of them reads
     "cls": "the head's own input, by the rule of this page",
     "normalised": "what the SAE sees: control for its normalisation",
     "codes": "k of D values",
