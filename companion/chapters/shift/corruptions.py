@@ -66,25 +66,7 @@ CORRUPTIONS: dict[str, Callable[..., Image.Image]] = {"blur": blur, "noise": noi
 
 
 def corrupt(image: Image.Image, name: str, strength: int, id: str = "", seed: int = 0) -> Image.Image:
-    """One corruption of an 8-bit RGB image, at its own size.
-
-    Parameters
-    ----------
-    image : PIL image
-        Mode ``RGB``.
-    name : str
-        ``blur``, ``noise``, ``jpeg`` or ``contrast``.
-    strength : int
-        1 to 5; 0 returns the image itself.
-    id : str
-        The image's name: with ``seed``, what its noise is drawn from.
-    seed : int
-
-    Raises
-    ------
-    ValueError
-        Unknown name, a strength that is none of 0 to 5, an image of another mode.
-    """
+    """One corruption of an 8-bit RGB image, at its own size; strength 0 returns the image, ``id`` and seed draw noise."""
     check(name, strength)
     if image.mode != "RGB":
         raise ValueError(f"image has mode {image.mode}, expected RGB: capsae.data.images.decode_image gives it")
@@ -96,13 +78,7 @@ def corrupted(
 ):
     """A source whose images are corrupted as they are read, with a digest of its own.
 
-    Parameters
-    ----------
-    source : capsae.data.open.ImageSource
-    name, strength, seed : as for :func:`corrupt`
-    prepare : callable, optional
-        Image -> image, before the corruption: cut to what the backbone sees, since noise on a photograph of 4000 pixels
-        would be gone once it is 224.
+    ``prepare``, image -> image, comes first: noise on 4000 pixels would be gone once the backbone sees 224 of them.
 
     Returns
     -------

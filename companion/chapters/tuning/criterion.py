@@ -168,24 +168,10 @@ def tune(
     criterion: Criterion | None = None,
     default: Mapping[str, Any] | None = None,
 ) -> Tuned:
-    """Choose a detector's options by a criterion on ID rows alone.
+    """Choose a detector's options by a criterion on labelled ID samples alone (default: held-out classes, no SAE).
 
-    Parameters
-    ----------
-    name : registered detector
-    grid : {option: values}
-        All combinations are tried, and the default with them.
-    train, validation : Observations
-        ID rows with labels; rows without labels are refused, as OOD rows have none here.
-    criterion : function (make, train, validation) -> float, lower is better
-        Default :class:`HeldOutClasses` without an SAE.
-    default : options, optional
-        What the grid is compared with; default: the detector's own. It is kept where nothing is strictly better.
-
-    Raises
-    ------
-    ValueError
-        For rows without labels, an unknown option, or a default that the detector refuses.
+    All combinations of ``grid`` {option: values} are tried, and ``default`` (the detector's own) with them, which is
+    kept where nothing is strictly better. ValueError for samples without labels, as OOD samples have none here.
     """
     for what, obs in (("train", train), ("validation", validation)):
         if obs.labels is None:
@@ -243,19 +229,10 @@ def leave_one_set_out(
     The ID test rows take part in the choice as in the result. ``peeking`` is the best of the grid on the set itself:
     what a table gains that is tuned on its own test set.
 
-    Parameters
-    ----------
-    As for :func:`tune` and :func:`capsae.evaluate`; ``metric`` is one of :data:`capsae.metrics.METRICS`.
-
     Returns
     -------
     DataFrame
         Columns method, set, setting (chosen without this set), value, default, peeking (the metric, shares).
-
-    Raises
-    ------
-    ValueError
-        For fewer than two OOD sets, or a metric that is not known.
     """
     if len(ood) < 2:
         raise ValueError(f"{len(ood)} OOD set: leaving one out takes two or more")
