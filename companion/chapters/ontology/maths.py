@@ -127,14 +127,7 @@ class Judged:
 
 
 def every_class(labels, members: np.ndarray, n: int) -> Judged:
-    """The control that calls every class, and every test image, a member; permuting the classes changes nothing.
-
-    Parameters
-    ----------
-    labels : (N,) of the test rows
-    members : (C, S) bool
-    n : replicates, all alike
-    """
+    """The control that calls every class, and every test image, a member; its n replicates are all alike."""
     labels, n_synsets = np.asarray(labels), members.shape[1]
     found, images = trivial_f1(members), trivial_f1(members[labels])
     choice = Choice(np.full(n_synsets, -1), np.full(n_synsets, -np.inf), found)
@@ -148,15 +141,8 @@ def judge(
 ) -> Judged:
     """All that is asked of one dictionary.
 
-    Parameters
-    ----------
-    units : Units
-    labels, test_labels : (N,) int, classes of the training and the test rows
-    members : (C, S) bool
-    place : (C,) as for :func:`unseen_f1`
-    weights : (R, N_test) as :func:`image_draws` makes them
-    permutations, for_unseen : how many, by classes and by unseen classes (each of those is a search a fold)
-    seed : of the permutations
+    ``members`` (C, S) bool, ``place`` (C,) as for :func:`unseen_f1`, ``weights`` (R, N_test) of :func:`image_draws`;
+    ``permutations`` by classes and ``for_unseen`` by unseen classes (each of those is a search a fold).
     """
     n_classes, test_labels = len(members), np.asarray(test_labels)
     train, test = profiles(units.train, labels, n_classes), profiles(units.test, test_labels, n_classes)

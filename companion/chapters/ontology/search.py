@@ -62,16 +62,9 @@ class Search:
 def unseen_f1(train, test, members, place, permutations: int = 0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """F1 (S,) on classes that the choice of unit and threshold has not seen, and the same by permuted classes (n, S).
 
-    Parameters
-    ----------
-    train, test : (C, U) profiles
-    members : (C, S) bool
-    place : (C,) each class's place in an order that keeps relatives together (:func:`tree_order`): dealt out from it
-        into FOLDS folds, the classes of every synset are spread over the folds
-
-    Returns
-    -------
-    NaN for a synset of fewer than LEAST classes. The classes of all folds are judged together.
+    Of profiles (C, U) and members (C, S). ``place`` (C,) is each class's place in an order that keeps relatives
+    together (:func:`tree_order`): dealt out from it into FOLDS folds, a synset's classes are spread over them.
+    All folds are judged together. NaN for a synset of fewer than LEAST classes.
     """
     large, rng = members.sum(axis=0) >= LEAST, np.random.default_rng(seed)
     folds = [place % FOLDS == fold for fold in range(FOLDS)] if large.any() else []

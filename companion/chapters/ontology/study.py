@@ -188,8 +188,7 @@ def numbers(data: SimpleNamespace) -> Numbers:
     made.rows(rows[rows["measure"] == "mean F1"].drop(columns="p"), "f1_{method}_{by}")
     made.rows(rows[rows["measure"] == ABOVE], "above_chance_{method}_{by}")
     gaps = data.differences[data.differences["measure"] == "mean F1"]
-    gaps = gaps.replace({"dictionary": part}, "equal number", regex=True)
-    gaps = gaps.replace({"other": part}, "equal number", regex=True)
+    gaps = gaps.replace({key: part for key in ("dictionary", "other")}, "equal number", regex=True)
     made.rows(gaps, "{dictionary}_less_{other}_{by}")
     own = data.synsets[data.synsets["asked"] & (data.synsets["method"] == SAE)]
     every = data.synsets[data.synsets["asked"] & (data.synsets["method"] == EVERY)].set_index("synset")
@@ -200,11 +199,6 @@ def numbers(data: SimpleNamespace) -> Numbers:
     chance = rows[(rows["method"] == SAE) & (rows["by"] == "classes") & (rows["measure"] == "mean F1")].iloc[0]
     made.add("permuted_classes", chance["null"], chance["null_lo"], chance["null_hi"], chance["p"])
     made.add("synsets_that_stand_out", int((own["q"] < 0.05).sum()))
-    _numbers_of_distances(made, data)
-    return made
-
-
-def _numbers_of_distances(made: Numbers, data: SimpleNamespace) -> None:
     headline = (data.agreement["distance"] == HEADLINE[0]) & (data.agreement["method"] == HEADLINE[1])
     row = data.agreement[headline & (data.agreement["of"] == SAE)].iloc[0]
     made.add("r", row["r"], row["lo"], row["hi"], row["p"])
@@ -218,3 +212,4 @@ def _numbers_of_distances(made: Numbers, data: SimpleNamespace) -> None:
     made.rows(own.rename(columns={"r": "value"}), "inside_{family}")
     training = (data.gains["distance"] == HEADLINE[0]) & (data.gains["method"] == HEADLINE[1])
     made.rows(data.gains[training], "training")
+    return made
