@@ -32,22 +32,10 @@ def run_zoo(
     grid: Sequence[float] = RATES,
     write: Callable[[str], object] = sys.stderr.write,
 ) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    """Fit and measure members of an experiment; what the store holds is not made again.
+    """Fit and measure members (default: all) of an experiment; what the store holds is not made again.
 
-    Parameters
-    ----------
-    experiment : name or path
-    names : members, default all
-    seeds : the first chooses the rates
-    jobs : processes; 1 works in this one
-    grid : learning rates
-    write : where progress goes
-
-    Returns
-    -------
-    table : member, kind, seed, lr, and the columns of `measure`
-    grid : member, lr, seed, held_out_fvu, held_out_l0, chosen, ...
-    about : provenance, JSON
+    The first seed chooses among the rates of ``grid``; ``jobs`` 1 works in this process; ``write`` takes progress.
+    Returns the table (member, kind, seed, lr, columns of `measure`), the grid of fits, and their provenance.
     """
     names, seeds, experiment = list(names or members()), tuple(seeds), str(experiment)
     for name in names:

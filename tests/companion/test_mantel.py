@@ -150,8 +150,8 @@ def test_distances_are_what_they_say():
 
 def test_what_is_no_distance_is_refused():
     good = _distances(6, 0)
-    for wrong, said in ((good[:, :5], "shape"), (good[:3, :3], "4 classes"), (np.triu(good), "symmetric")):
-        with pytest.raises(ValueError, match=said):
+    for wrong, message in ((good[:, :5], "shape"), (good[:3, :3], "4 classes"), (np.triu(good), "symmetric")):
+        with pytest.raises(ValueError, match=message):
             Pairs(wrong)
     with pytest.raises(ValueError, match="kendall"):
         Pairs(good, "kendall")

@@ -135,9 +135,9 @@ def test_the_search_is_its_definition():
         for u in range(9):
             levels = np.unique(profiles[:, u])
             for low, high in zip(levels, levels[1:], strict=False):
-                said = profiles[:, u] > (low + high) / 2
-                both = (said & members[:, s]).sum()
-                best = max(best, 2 * both / (said.sum() + members[:, s].sum()))
+                called = profiles[:, u] > (low + high) / 2
+                both = (called & members[:, s]).sum()
+                best = max(best, 2 * both / (called.sum() + members[:, s].sum()))
         assert choice.f1[s] == pytest.approx(best)
         assert search.f1(choice.classes(profiles), members)[s] == pytest.approx(best)
     with pytest.raises(ValueError, match="none of the 9 units"):
@@ -156,8 +156,8 @@ def test_images_are_judged_by_counting(tree):
     units, members = ontology.Units.of_codes(codes, codes), _members(tree)
     choice = search.image_choice(units.train, labels, members)
     dense, truth = codes.dense(), members[labels]
-    said = dense[:, choice.unit] > choice.threshold
-    assert search.f1(said, truth) == pytest.approx(choice.f1, abs=1e-6)
+    called = dense[:, choice.unit] > choice.threshold
+    assert search.f1(called, truth) == pytest.approx(choice.f1, abs=1e-6)
     every = np.array(
         [
             max(search.f1(dense > t, truth[:, [s]]).max() for t in np.linspace(0, 2, 300))

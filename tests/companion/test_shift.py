@@ -118,7 +118,7 @@ def test_a_probe_on_sparse_codes_is_that_on_dense_ones(run):
 
 def test_all_probes_know_these_classes_and_the_controls_are_what_they_say(run, fitted):
     fitted, test = fitted[0], run.features("test")
-    assert list(fitted) == list(probes.TITLES) == list(probes.TOLD)
+    assert list(fitted) == list(probes.TITLES) == list(probes.READS)
     for name, probe in fitted.items():
         logits = probe.logits(test.cls)
         assert logits.shape == (80, 4) and (logits.argmax(1) == test.labels).mean() > 0.9, name

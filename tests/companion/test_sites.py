@@ -19,7 +19,7 @@ from capsae.features.extract import extract
 from capsae.pipeline.packs import load_pack
 from capsae.pipeline.run import Run
 from companion.chapters.layers import sites as sites_module
-from companion.chapters.layers.sites import FINAL, SiteReader, extract_sites, run_sites, site_names
+from companion.chapters.layers.sites import FINAL, SiteReader, run_sites, site_names
 
 SHARED = Path(os.environ.get("CAPSAE_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
 WEIGHTS = SHARED / "deit_tiny_patch16_224.fb_in1k.fp16.safetensors"
@@ -27,6 +27,13 @@ needs_images = pytest.mark.skipif(
     not WEIGHTS.is_file(),
     reason=f"no images and weights under {SHARED}: set CAPSAE_SHARED to the folder that holds data/",
 )
+
+
+def extract_sites(source, backbone, out, sites=None, **options):
+    reader = SiteReader(backbone, sites)
+    return reader.split(extract(source, reader, out, **options))
+
+
 WANTED = ("block07/cls", "block03/attn", FINAL, "block12/patches")
 
 

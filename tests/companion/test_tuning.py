@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from capsae import Observations, SAEConfig
-from capsae.detectors import Detector, available, base, info
+from capsae.detectors import Detector, available, base, create, info
 from companion.chapters.tuning import criterion as tuning
 from companion.chapters.tuning.criterion import HeldOutClasses, leave_one_set_out, tune
 
@@ -107,6 +107,23 @@ def test_folds_hold_out_every_class_once_and_keep_their_rows_apart(world):
         assert fold.unknown.codes.n_latents == 24
     criterion = HeldOutClasses(folds=2)
     assert criterion.folds(train, validation) is criterion.folds(train, validation)
+
+
+def test_a_criterion_that_needs_codes_is_the_mean_over_the_seeds_of_the_sae(world):
+    sae = SAEConfig(latents=24, k=4, epochs=2, batch_size=32)
+    over, seen = HeldOutClasses(sae, folds=2, saes=3), []
+    for draw in range(3):
+        folds = over.folds(*world, draw)
+        assert [fold.train.cls is first.train.cls for fold, first in zip(folds, over.folds(*world), strict=True)] == [
+            True
+        ] * 2
+        alone = HeldOutClasses(sae, folds=2, saes=1)
+        alone.folds(*world)
+        alone._folds[0] = folds
+        seen.append(alone(lambda: create("rpd"), *world))
+    assert len(set(seen)) > 1 and over(lambda: create("rpd"), *world) == pytest.approx(np.mean(seen))
+    knn = over(lambda: create("knn", k=1), *world)
+    assert knn == HeldOutClasses(folds=2)(lambda: create("knn", k=1), *world), "what needs no codes has no seed"
 
 
 def test_leave_one_set_out_does_not_look_at_the_set(world, dial):

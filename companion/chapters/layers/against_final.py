@@ -27,13 +27,7 @@ METRICS = ("auroc", *FPR95)
 
 
 def table_of(measured: Mapping[str, tuple[pd.DataFrame, dict]], n_boot: int = N_BOOT, seed: int = 0):
-    """The tidy table of all sites, and every site tested against the network's end.
-
-    Parameters
-    ----------
-    measured : {site: what :func:`measure_site` gives}; ``final/cls`` must be among them
-    n_boot : replicates, the same draws for all sites, methods and seeds
-    seed : of the bootstrap
+    """The tidy table of all sites, and every site tested against the network's end; draws are the same for all.
 
     Returns
     -------

@@ -114,19 +114,8 @@ def config_of(run):
 def layers(run, checkpoint=None, kinds=KINDS, **options):
     """The tables of :func:`table_of` for an experiment: extraction in one pass, then one site after the other.
 
-    Parameters
-    ----------
-    run : capsae.pipeline.run.Run
-    checkpoint : file of the backbone's weights, in place of what the experiment says
-    kinds : of sites; ``final/cls`` is always there
-    **options : of :func:`capsae.features.extract.extract`
-
-    Returns
-    -------
-    table, against : DataFrames
-    read : dict
-        What was read of the images: ``vectors``, a digest of all sites of a set; ``end_against_experiment``, what
-        :func:`end_against_experiment` found, with its ValueError where the vectors are not the experiment's.
+    Third comes what was read of the images: ``vectors``, a digest of all sites of a set; ``end_against_experiment``,
+    what that function found, with its ValueError where the vectors are not the experiment's.
     """
     from .sites import run_sites
 
@@ -215,7 +204,7 @@ def write(run, table: pd.DataFrame, against: pd.DataFrame, read: Mapping, cpu_s:
         "n_boot": N_BOOT,
         "images": {name: inputs.source(name).digest()[:20] for name in own},
         **read,
-        "code": code_digest(layers)[:20],
+        "code": {"layers": code_digest(layers)[:20]},
         "machine": machine(),
         "versions": versions(),
         "cpu_seconds_of_this_call": round(cpu_s, 1),

@@ -107,17 +107,6 @@ class SiteReader(Backbone):
         }
 
 
-def extract_sites(source, backbone, out_dir: str | os.PathLike, sites: Iterable[str] | None = None, **options):
-    """Features {site: FeatureSet} of all images of a source, in one pass; arguments as for
-    :func:`capsae.features.extract.extract`, which does the work, and for :class:`SiteReader`. ``logits`` are the
-    backbone's own for all sites.
-    """
-    from capsae.features.extract import extract
-
-    reader = SiteReader(backbone, sites)
-    return reader.split(extract(source, reader, out_dir, **options))
-
-
 def run_sites(
     run, set_name: str, sites: Iterable[str] | None = None, checkpoint: str | os.PathLike | None = None, **options
 ) -> dict[str, FeatureSet]:
@@ -126,19 +115,8 @@ def run_sites(
     An experiment that comes with a pack has features of ``final/cls`` alone: its images are needed here
     (``data_root``), and the backbone's weights (``checkpoint``, or timm's download).
 
-    Parameters
-    ----------
-    run : capsae.pipeline.run.Run
-    set_name : "train", "val", "test" or one of ``run.experiment.ood_sets``
-    sites : names of :func:`site_names`; None = all
-    checkpoint : file of weights, in place of what the experiment says
-    **options : batch_size, shard_size, workers ... of :func:`capsae.features.extract.extract`
-
-    Returns
-    -------
-    dict of site -> FeatureSet
-        Samples as in ``run.features(set_name)``, with the same logits: those of the experiment's head, at the network's
-        end. Kept as float16 (float32 where a value does not fit).
+    Samples as in ``run.features(set_name)``, with the same logits: those of the experiment's head, at the network's
+    end. Kept as float16 (float32 where a value does not fit). ``options`` are those of ``extract``.
     """
     from capsae.data.splits import holdout_mask
     from capsae.features.extract import EXTRACTOR, extract

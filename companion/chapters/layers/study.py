@@ -13,9 +13,10 @@ from capsae.metrics import HIGHER_IS_BETTER
 from capsae.stats import FPR95
 
 from ...findings import Chapter, Numbers
-from .maths import GROUPS, files
+from .maths import files
 from .sites import FINAL
 
+GROUPS = ("near", "far", "all")
 SHARE = 0.9  # of the value at the network's end that counts as "there"
 KIND_TITLES = {"cls": "CLS token", "attn": "Attention output at CLS", "patches": "Mean of patches"}
 METHOD_TITLES = {
@@ -191,8 +192,8 @@ def _row(against, values, site, metric, method, group) -> dict:
     tests = against[np.logical_and.reduce([against[key] == value for key, value in keys.items()])]
     verdict = tests["verdict"].iloc[0] if tests["verdict"].nunique() == 1 else "undecided"
     weakest = tests.loc[tests["p_holm"].idxmax()]
-    told = {key: weakest[key] for key in ("lo", "hi", "p_holm", "p_at_most")}
-    return row | {"difference": weakest["value"], **told, "seeds": len(tests), "verdict": verdict}
+    cell = {key: weakest[key] for key in ("lo", "hi", "p_holm", "p_at_most")}
+    return row | {"difference": weakest["value"], **cell, "seeds": len(tests), "verdict": verdict}
 
 
 def id_choice(table: pd.DataFrame) -> str:
@@ -274,14 +275,14 @@ def best_of_metrics(found: SimpleNamespace) -> pd.DataFrame:
 
 def best_shown(tables: list[pd.DataFrame]) -> pd.DataFrame:
     """:func:`best_sites` of several metrics as text, a row a method and group."""
-    words = {"end": "end", "better": "better", "undecided": "not clear", "worse": "worse"}
+    texts = {"better": "better", "undecided": "not clear", "worse": "worse"}
     rows: dict = {}
     for data in tables:
         for r in data.to_dict("records"):
             row = rows.setdefault((r["method"], r["group"]), {"score": METHOD_TITLES[r["method"]], "OOD": r["group"]})
             name = "end" if r["site"] == FINAL else r["site"]
             row[METRIC[r["metric"]]] = (
-                f"{name} {100 * r['value']:.1f} (end {100 * r['end']:.1f}): {words[r['verdict']]}"
+                f"{name} {100 * r['value']:.1f} (end {100 * r['end']:.1f}): {texts[r['verdict']]}"
                 if r["verdict"] != "end"
                 else f"end {100 * r['end']:.1f}"
             )
@@ -327,6 +328,6 @@ def made_rows(made: Mapping) -> pd.DataFrame:
     rows += [(f"vectors of all sites, {name}", digest) for name, digest in made["vectors"].items()]
     end = max(made["end_against_experiment"].values())
     rows.append(("final/cls against the experiment's features, largest distance as a share of length", end))
-    rows += [(f"code, {name}", digest) for name, digest in (made["code"] | made["code_recorded_only"]).items()]
+    rows += [(f"code, {name}", digest) for name, digest in (made["code"] | made.get("code_recorded_only", {})).items()]
     rows += [(f"version, {name}", version) for name, version in made["versions"].items()]
     return pd.DataFrame([(item, str(value)) for item, value in rows], columns=["item", "value"])

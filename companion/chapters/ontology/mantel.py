@@ -79,19 +79,10 @@ def correlations(a: np.ndarray, b: np.ndarray, given: Sequence[np.ndarray] = ())
 
 
 def mantel(a: Pairs, b: Pairs, given: Sequence[Pairs] = (), n: int = 999, seed: int = 0, draws=None) -> dict:
-    """Mantel's test of a against b, or with ``given`` the partial test; the classes of a are permuted.
+    """Mantel's test of a against b, or with ``given`` (whose linear part leaves both first) the partial test.
 
-    Parameters
-    ----------
-    a, b : Pairs of the same classes, by one method
-    given : Pairs, whose linear part is taken out of both first
-    n, seed : of the permutations
-    draws : ``a.permuted(n, seed)``, where several tests share it
-
-    Returns
-    -------
-    dict
-        r; lo, hi (95 %, jackknife over classes, cut off at -1 and 1); p (one-sided, never below 1 / (1 + n)).
+    The classes of a are permuted n times; ``draws`` is ``a.permuted(n, seed)`` where several tests share it. Returns r;
+    lo, hi (95 %, jackknife over classes, cut off at -1 and 1); p (one-sided, never below 1 / (1 + n)).
     """
     sizes = {len(one.matrix) for one in (a, b, *given)}
     if len(sizes) > 1 or len({one.method for one in (a, b, *given)}) > 1:
@@ -168,15 +159,11 @@ def mean_distances(features, labels, n_classes: int) -> dict[str, np.ndarray]:
     values, vectors = np.linalg.eigh(covariance)
     kept = values > 1e-8 * values.max()
     white = means @ vectors[:, kept] / np.sqrt(values[kept])
-    return {
-        "cosine": cosine_distance(means - means.mean(axis=0)),
-        "Euclidean": _euclidean(means),
-        "Mahalanobis": _euclidean(white),
+    apart = {
+        name: np.sqrt(((x[:, None] - x[None]) ** 2).sum(axis=2))
+        for name, x in (("Euclidean", means), ("Mahalanobis", white))
     }
-
-
-def _euclidean(rows: np.ndarray) -> np.ndarray:
-    return np.sqrt(((rows[:, None] - rows[None]) ** 2).sum(axis=2))
+    return {"cosine": cosine_distance(means - means.mean(axis=0))} | apart
 
 
 def split_distance(members) -> np.ndarray:
@@ -186,22 +173,13 @@ def split_distance(members) -> np.ndarray:
 
 
 def agreement(path, distances: Mapping[tuple[str, str], np.ndarray], given: str, split, n: int = 999, seed: int = 0):
-    """Mantel's tests of a path distance against several distances.
+    """Mantel's tests of a path distance (C, C) against several, (of, distance) -> (C, C).
 
-    Parameters
-    ----------
-    path : (C, C)
-    distances : (of, distance) -> (C, C), such as ("SAE", "cosine")
-    given : the "of" whose distances the partial tests "beyond" hold fixed, all of them together and ``split``
-    split : (C, C), a distance that knows no more than one division of the classes (:func:`split_distance`)
-
-    Returns
-    -------
-    DataFrame
-        of, distance, method, classes, permutations, r, lo, hi, p; split_r: the split's own r; within, within_lo,
-        within_hi, within_p: the partial test given the split; beyond, beyond_lo, beyond_hi, beyond_p: given the split
-        and what else is held fixed (NaN for the latter); over, gain, gain_lo, gain_hi: how much larger the partial r
-        given the split is than that of the best of the fixed ones.
+    The partial tests "beyond" hold fixed all distances of ``given`` together and ``split``, which knows no more than
+    one division of the classes (:func:`split_distance`). Columns: of, distance, method, classes, permutations, r, lo,
+    hi, p; split_r: the split's own r; within...: the partial test given the split; beyond...: given the split and what
+    else is held fixed (NaN for the latter); over, gain, gain_lo, gain_hi: how much larger the partial r given the split
+    is than that of the best of the fixed ones.
     """
     rows = []
     for method in METHODS:

@@ -9,8 +9,8 @@ Unit and threshold are the best on training rows; the F1 that is reported comes 
 of images gives to the best of many units, not what chance gives it among few classes, so there are two more guards: the
 same search with the synsets' classes permuted (p values), and a search that does not see the classes it is judged by.
 
-Our own reconstruction [r] of the "ontological coverage" of Olson et al., arXiv 2508.11277, of which the abstract alone
-was at hand: F1, its bars, the guards and the controls are our choice.
+Our own reconstruction [r] of the "ontological coverage" of Olson et al., arXiv 2508.11277, of which we know
+the abstract alone: F1, its bars, the guards and the controls are our choice.
 """
 
 from __future__ import annotations
@@ -127,14 +127,7 @@ class Judged:
 
 
 def every_class(labels, members: np.ndarray, n: int) -> Judged:
-    """The control that calls every class, and every test image, a member; permuting the classes changes nothing.
-
-    Parameters
-    ----------
-    labels : (N,) of the test rows
-    members : (C, S) bool
-    n : replicates, all alike
-    """
+    """The control that calls every class, and every test image, a member; its n replicates are all alike."""
     labels, n_synsets = np.asarray(labels), members.shape[1]
     found, images = trivial_f1(members), trivial_f1(members[labels])
     choice = Choice(np.full(n_synsets, -1), np.full(n_synsets, -np.inf), found)
@@ -148,15 +141,8 @@ def judge(
 ) -> Judged:
     """All that is asked of one dictionary.
 
-    Parameters
-    ----------
-    units : Units
-    labels, test_labels : (N,) int, classes of the training and the test rows
-    members : (C, S) bool
-    place : (C,) as for :func:`unseen_f1`
-    weights : (R, N_test) as :func:`image_draws` makes them
-    permutations, for_unseen : how many, by classes and by unseen classes (each of those is a search a fold)
-    seed : of the permutations
+    ``members`` (C, S) bool, ``place`` (C,) as for :func:`unseen_f1`, ``weights`` (R, N_test) of :func:`image_draws`;
+    ``permutations`` by classes and ``for_unseen`` by unseen classes (each of those is a search a fold).
     """
     n_classes, test_labels = len(members), np.asarray(test_labels)
     train, test = profiles(units.train, labels, n_classes), profiles(units.test, test_labels, n_classes)
@@ -167,8 +153,8 @@ def judge(
     means = np.stack([weights[:, test_labels == c] @ chosen[test_labels == c] for c in range(n_classes)], axis=1)
     means /= np.bincount(test_labels, minlength=n_classes)[:, None]  # (R, C, S)
     again["by_class"] = f1(means > choice.threshold, np.broadcast_to(members, means.shape), axis=1)
-    hits, said = weights @ (fired & of_rows).astype(weights.dtype), weights @ fired.astype(weights.dtype)
-    again["by_image"] = 2 * hits / (said + of_rows.sum(axis=0))  # the rows of a class keep their number
+    hits, called = weights @ (fired & of_rows).astype(weights.dtype), weights @ fired.astype(weights.dtype)
+    again["by_image"] = 2 * hits / (called + of_rows.sum(axis=0))  # the rows of a class keep their number
     unseen, of_unseen = unseen_f1(train, test, members, place, for_unseen, seed)
     null = {"by_class": permuted_f1(train, test, members, permutations, seed)} if permutations else {}
     null |= {"unseen": of_unseen} if for_unseen else {}

@@ -1,4 +1,4 @@
-"""The search for the unit of a dictionary that tells a synset's classes best: by class, by class unseen, by image."""
+"""The search for the unit that separates a synset's classes best: by class, by class unseen, by image."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BINS = 32  # thresholds a unit in the search over images
 _TIE = 1e-9
 
 
-def f1(said: np.ndarray, true: np.ndarray, axis: int = 0) -> np.ndarray:
-    """F1 of sets along an axis: 2 |both| / (|said| + |true|); 0 where both are empty."""
-    total = said.sum(axis=axis) + true.sum(axis=axis)
-    return 2 * (said & true).sum(axis=axis) / np.maximum(total, 1)
+def f1(found: np.ndarray, true: np.ndarray, axis: int = 0) -> np.ndarray:
+    """F1 of sets along an axis: 2 |both| / (|found| + |true|); 0 where both are empty."""
+    total = found.sum(axis=axis) + true.sum(axis=axis)
+    return 2 * (found & true).sum(axis=axis) / np.maximum(total, 1)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Choice:
     f1: np.ndarray
 
     def classes(self, profiles: np.ndarray) -> np.ndarray:
-        """(C, S) bool: the classes whose profile (C, U) says "member"."""
+        """(C, S) bool: the classes whose profile (C, U) exceeds it."""
         return profiles[:, self.unit] > self.threshold
 
 
@@ -62,16 +62,9 @@ class Search:
 def unseen_f1(train, test, members, place, permutations: int = 0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """F1 (S,) on classes that the choice of unit and threshold has not seen, and the same by permuted classes (n, S).
 
-    Parameters
-    ----------
-    train, test : (C, U) profiles
-    members : (C, S) bool
-    place : (C,) each class's place in an order that keeps relatives together (:func:`tree_order`): dealt out from it
-        into FOLDS folds, the classes of every synset are spread over the folds
-
-    Returns
-    -------
-    NaN for a synset of fewer than LEAST classes. The classes of all folds are judged together.
+    Of profiles (C, U) and members (C, S). ``place`` (C,) is each class's place in an order that keeps relatives
+    together (:func:`tree_order`): dealt out from it into FOLDS folds, a synset's classes are spread over them.
+    All folds are judged together. NaN for a synset of fewer than LEAST classes.
     """
     large, rng = members.sum(axis=0) >= LEAST, np.random.default_rng(seed)
     folds = [place % FOLDS == fold for fold in range(FOLDS)] if large.any() else []
@@ -79,10 +72,10 @@ def unseen_f1(train, test, members, place, permutations: int = 0, seed: int = 0)
     found = np.full((1 + permutations, members.shape[1]), np.nan)
     for i, row in enumerate(found):
         true = members[:, large] if not i else members[rng.permutation(len(members))][:, large]
-        said = np.zeros_like(true)
+        called = np.zeros_like(true)
         for held, search in zip(folds, searches, strict=True):
-            said[held] = search(true[~held]).classes(test[held])
-        row[large] = f1(said, true)
+            called[held] = search(true[~held]).classes(test[held])
+        row[large] = f1(called, true)
     return found[0], found[1:]
 
 

@@ -49,13 +49,13 @@ def dictionaries(run, seeds: Sequence[int] = SEEDS) -> dict[str, list]:
     The other seeds' SAEs come from the store, where the chapter on scores leaves them, or are trained.
     """
     from capsae.pipeline.run import Run
-    from capsae.sae.dictionaries import methods as untaught
+    from capsae.sae.dictionaries import methods as controls
 
     config, train = run.experiment.sae, run.features("train").cls
     saes = [run.sae]
     for seed in [seed for seed in seeds if seed != config.seed][: len(seeds) - 1]:
         saes.append(Run(run.experiment, {"sae.seed": seed, "n_boot": 0}, run.store, run.device, run.progress).sae)
-    chance = [untaught.create("random", config.latents, config.k, config.normalize, seed).fit(train) for seed in seeds]
+    chance = [controls.create("random", config.latents, config.k, config.normalize, seed).fit(train) for seed in seeds]
     return {SAE: saes, RANDOM: chance}
 
 
@@ -188,8 +188,7 @@ def numbers(data: SimpleNamespace) -> Numbers:
     made.rows(rows[rows["measure"] == "mean F1"].drop(columns="p"), "f1_{method}_{by}")
     made.rows(rows[rows["measure"] == ABOVE], "above_chance_{method}_{by}")
     gaps = data.differences[data.differences["measure"] == "mean F1"]
-    gaps = gaps.replace({"dictionary": part}, "equal number", regex=True)
-    gaps = gaps.replace({"other": part}, "equal number", regex=True)
+    gaps = gaps.replace({key: part for key in ("dictionary", "other")}, "equal number", regex=True)
     made.rows(gaps, "{dictionary}_less_{other}_{by}")
     own = data.synsets[data.synsets["asked"] & (data.synsets["method"] == SAE)]
     every = data.synsets[data.synsets["asked"] & (data.synsets["method"] == EVERY)].set_index("synset")
@@ -200,11 +199,6 @@ def numbers(data: SimpleNamespace) -> Numbers:
     chance = rows[(rows["method"] == SAE) & (rows["by"] == "classes") & (rows["measure"] == "mean F1")].iloc[0]
     made.add("permuted_classes", chance["null"], chance["null_lo"], chance["null_hi"], chance["p"])
     made.add("synsets_that_stand_out", int((own["q"] < 0.05).sum()))
-    _numbers_of_distances(made, data)
-    return made
-
-
-def _numbers_of_distances(made: Numbers, data: SimpleNamespace) -> None:
     headline = (data.agreement["distance"] == HEADLINE[0]) & (data.agreement["method"] == HEADLINE[1])
     row = data.agreement[headline & (data.agreement["of"] == SAE)].iloc[0]
     made.add("r", row["r"], row["lo"], row["hi"], row["p"])
@@ -218,3 +212,4 @@ def _numbers_of_distances(made: Numbers, data: SimpleNamespace) -> None:
     made.rows(own.rename(columns={"r": "value"}), "inside_{family}")
     training = (data.gains["distance"] == HEADLINE[0]) & (data.gains["method"] == HEADLINE[1])
     made.rows(data.gains[training], "training")
+    return made

@@ -35,11 +35,6 @@ def temperature(logits, labels) -> float:
 
     Temperature scaling (Guo et al. 2017) [s]: it changes no prediction. Fit it on rows that the classifier was not
     fitted on.
-
-    Raises
-    ------
-    ValueError
-        If labels and logits differ in number, or a label is no class.
     """
     from scipy.optimize import minimize_scalar
 
@@ -83,14 +78,6 @@ def bins_of(confidence: np.ndarray, adaptive: bool = False, bins: int = BINS) ->
 
 def measure(of: dict[str, np.ndarray], weights: np.ndarray | None = None, bins: int = BINS) -> dict[str, np.ndarray]:
     """All :data:`METRICS` from :func:`per_sample`.
-
-    Parameters
-    ----------
-    of : mapping
-        What :func:`per_sample` gives for N samples.
-    weights : (B, N) or None
-        How often each replicate drew each sample, N in sum; None = each once. Bins are those of the whole sample.
-    bins : int
 
     Returns
     -------

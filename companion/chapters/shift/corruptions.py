@@ -36,22 +36,22 @@ CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # share of each value's distance from its
 
 def blur(image: Image.Image, strength: int, id: str = "", seed: int = 0) -> Image.Image:
     """Gaussian blur with a standard deviation of 1, 2, 3, 4, 6 pixels of 224; ``id`` and ``seed`` are not used."""
-    radius = _of(SIGMA, strength) * min(image.size) / SIDE
+    radius = SIGMA[strength - 1] * min(image.size) / SIDE
     return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def noise(image: Image.Image, strength: int, id: str = "", seed: int = 0) -> Image.Image:
     """Gaussian noise on each value, standard deviation .08, .12, .18, .26, .38 of white, from ``seed`` and ``id``."""
-    word = hashlib.sha256(json.dumps([seed, str(id)]).encode()).digest()
-    rng = np.random.default_rng(np.frombuffer(word, np.uint32))
+    seeds = hashlib.sha256(json.dumps([seed, str(id)]).encode()).digest()
+    rng = np.random.default_rng(np.frombuffer(seeds, np.uint32))
     values = np.asarray(image, np.float32)
-    return _image(values + 255 * _of(NOISE, strength) * rng.standard_normal(values.shape, np.float32))
+    return _image(values + 255 * NOISE[strength - 1] * rng.standard_normal(values.shape, np.float32))
 
 
 def jpeg(image: Image.Image, strength: int, id: str = "", seed: int = 0) -> Image.Image:
     """JPEG of quality 25, 18, 15, 10, 7, decoded again; ``id`` and ``seed`` are not used."""
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=_of(QUALITY, strength))
+    image.save(file, "JPEG", quality=QUALITY[strength - 1])
     return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
 
 
@@ -59,32 +59,14 @@ def contrast(image: Image.Image, strength: int, id: str = "", seed: int = 0) -> 
     """Values drawn to their channel's mean: .4, .3, .2, .1, .05 of the distance is left; no use of ``id``, ``seed``."""
     values = np.asarray(image, np.float32)
     mean = values.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
-    return _image(mean + _of(CONTRAST, strength) * (values - mean))
+    return _image(mean + CONTRAST[strength - 1] * (values - mean))
 
 
 CORRUPTIONS: dict[str, Callable[..., Image.Image]] = {"blur": blur, "noise": noise, "jpeg": jpeg, "contrast": contrast}
 
 
 def corrupt(image: Image.Image, name: str, strength: int, id: str = "", seed: int = 0) -> Image.Image:
-    """One corruption of an 8-bit RGB image, at its own size.
-
-    Parameters
-    ----------
-    image : PIL image
-        Mode ``RGB``.
-    name : str
-        ``blur``, ``noise``, ``jpeg`` or ``contrast``.
-    strength : int
-        1 to 5; 0 returns the image itself.
-    id : str
-        The image's name: with ``seed``, what its noise is drawn from.
-    seed : int
-
-    Raises
-    ------
-    ValueError
-        Unknown name, a strength that is none of 0 to 5, an image of another mode.
-    """
+    """One corruption of an 8-bit RGB image, at its own size; strength 0 leaves it, ``id`` and ``seed`` draw noise."""
     check(name, strength)
     if image.mode != "RGB":
         raise ValueError(f"image has mode {image.mode}, expected RGB: capsae.data.images.decode_image gives it")
@@ -96,13 +78,7 @@ def corrupted(
 ):
     """A source whose images are corrupted as they are read, with a digest of its own.
 
-    Parameters
-    ----------
-    source : capsae.data.open.ImageSource
-    name, strength, seed : as for :func:`corrupt`
-    prepare : callable, optional
-        Image -> image, before the corruption: cut to what the backbone sees, since noise on a photograph of 4000 pixels
-        would be gone once it is 224.
+    ``prepare``, image -> image, comes first: noise on 4000 pixels would be gone once the backbone sees 224 of them.
 
     Returns
     -------
@@ -128,10 +104,6 @@ def check(name: str, strength: int) -> None:
         raise ValueError(f"no corruption {name!r}; there are {', '.join(CORRUPTIONS)}")
     if strength not in (0, *STRENGTHS):
         raise ValueError(f"strength of {name} is {strength!r}, expected 0 (none) or one of {STRENGTHS}")
-
-
-def _of(constants: tuple, strength: int):
-    return constants[strength - 1]
 
 
 def _image(values: np.ndarray) -> Image.Image:

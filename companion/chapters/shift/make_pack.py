@@ -45,22 +45,6 @@ def make_shift_pack(
 ) -> Path:
     """Extract the corrupted ID test images of an experiment into a pack; its sets are called ``blur/1`` and so on.
 
-    Parameters
-    ----------
-    run : capsae.pipeline.run.Run
-        Of an experiment whose test images are at hand (with a pack: set ``data_root``).
-    out : path
-        Folder of the pack.
-    names, strengths, seed : see :mod:`companion.chapters.shift.corruptions`
-    per_class : int
-        At most so many test images of each class, the same in all sets.
-    checkpoint : path, optional
-        Weights of the backbone, in place of those the experiment names.
-    max_bytes : int, optional
-        Refuse a larger pack.
-    options
-        For :func:`capsae.features.extract.extract`.
-
     Returns
     -------
     Path

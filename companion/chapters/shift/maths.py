@@ -45,22 +45,10 @@ _SAME = ("model", "pooling", "image_size", "interpolation", "mean", "std", "weig
 def sets(run, pack: str | os.PathLike | None = None) -> dict[str, FeatureSet]:
     """Known classes under other conditions: corrupted copies of the ID test images, and the experiment's shifted sets.
 
-    Parameters
-    ----------
-    run : capsae.pipeline.run.Run
-    pack : name or path, optional
-        What :func:`companion.chapters.shift.make_pack.make_shift_pack` wrote; default: ``<experiment's pack>_shift``
-        where that is embedded.
-
     Returns
     -------
     dict of FeatureSet
         ``blur/1`` ... from the pack, then ``shifted/<set>`` of the experiment.
-
-    Raises
-    ------
-    ValueError
-        Neither is there, or the pack's images or backbone are not the run's.
     """
     if pack is None and f"{run.experiment.pack}_shift" in packs():
         pack = f"{run.experiment.pack}_shift"
@@ -116,13 +104,6 @@ def evaluate(
     images: all corruptions of an image are drawn together. Replicates of binned errors are centred on the estimate
     (:func:`companion.chapters.shift.calibration.centred`).
 
-    Parameters
-    ----------
-    run : capsae.pipeline.run.Run
-    shifted : what :func:`sets` gives
-    probes : what :func:`companion.chapters.shift.probes.fit_probes` gives first; default: all of them. Must hold "cls".
-    n_boot : int
-
     Returns
     -------
     measured : DataFrame
@@ -165,12 +146,7 @@ def evaluate(
 
 
 def draw(ids: Mapping[str, np.ndarray], n_boot: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """How often each replicate draws each row of each set, (n_boot, N) float32; sets of the same ids share their draws.
-
-    Parameters
-    ----------
-    ids : mapping of sets to the names (N,) of their images, in the order of their rows
-    """
+    """How often each replicate draws each row of each set, (n_boot, N) float32; sets of equal ids share their draws."""
     shared: dict[tuple, np.ndarray] = {}
     found = {}
     for name, of in ids.items():
@@ -194,11 +170,6 @@ def places(names: Sequence[str]) -> dict[str, list[str]]:
 
 def compare(measured: pd.DataFrame, replicates: Mapping[tuple, np.ndarray], alpha: float = 0.05) -> pd.DataFrame:
     """Each representation less the CLS, and codes less the random dictionary's: clean, by corruption, mean, change.
-
-    Parameters
-    ----------
-    measured : as :func:`evaluate` gives it
-    replicates : (representation, set, metric, scaled) -> (n_boot,), drawn together
 
     Returns
     -------
@@ -257,15 +228,11 @@ def sensitivity(
 ) -> pd.DataFrame:
     """Codes less CLS and less the random dictionary's, mean accuracy under shift, by the way of choosing the probes.
 
-    Parameters
-    ----------
-    probes, tried : what :func:`companion.chapters.shift.probes.fit_probes` gives
-
     Returns
     -------
     DataFrame
-        way (:data:`WAYS`, and "the book's head": the page's codes against it), other, codes chose and other chose (in
-        words), own, than, value, lo, hi. Intervals are not corrected.
+        way (:data:`WAYS`, and "the book's head": the page's codes against it), other, codes chose and other chose (as
+        text), own, than, value, lo, hi. Intervals are not corrected.
     """
     weights = draw({name: features.ids for name, features in shifted.items()}, n_boot, run.experiment.seed)
     known: dict[tuple, tuple] = {}
@@ -282,7 +249,7 @@ def sensitivity(
 
     def chosen(name, way):
         choice = choose(tried, name, *WAYS[way])
-        return accuracy((name, choice), probes[name].others[choice]), in_words(choice)
+        return accuracy((name, choice), probes[name].others[choice]), choice_text(choice)
 
     rows = []
     for way in WAYS:
@@ -298,7 +265,7 @@ def sensitivity(
     )
 
 
-def in_words(choice) -> str:
+def choice_text(choice) -> str:
     """``standardised, C 0.03``."""
     return f"{'' if choice[0] else 'not '}standardised, C {choice[1]:g}"
 

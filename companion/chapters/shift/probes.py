@@ -29,7 +29,7 @@ TITLES = {
     "random": "random dictionary's codes",
     "pca": "PCA, k components",
 }
-TOLD = {
+READS = {  # what each of them reads
     "cls": "the head's own input, by the rule of this page",
     "normalised": "what the SAE sees: control for its normalisation",
     "codes": "k of D values",
@@ -108,14 +108,7 @@ def quality(logits, labels) -> dict[str, float]:
 
 
 def choose(tried: pd.DataFrame, name: str, rule: str = RULES[0], standardised: bool | None = None) -> Choice:
-    """The choice that a rule makes for a representation; the stronger penalty where two are equal.
-
-    Parameters
-    ----------
-    tried : what :func:`fit_probes` gives second
-    rule : one of :data:`RULES`
-    standardised : choose among these alone; None = among both
-    """
+    """The choice that a rule makes for a representation; the stronger penalty where two are equal."""
     rows = tried[tried["representation"] == name]
     rows = (rows if standardised is None else rows[rows["standardised"] == standardised]).sort_values("strength")
     if rule not in RULES or rows.empty:
@@ -132,13 +125,7 @@ def nearest_cap(codes: SparseCodes, mean: np.ndarray) -> np.ndarray:
 
 
 def view(run, name: str, sae=None, seed: int | None = None) -> Callable:
-    """Raw features (N, d) -> rows to probe, by a representation's name; with another SAE, or another seed of controls.
-
-    Raises
-    ------
-    ValueError
-        If there is no such representation, or it is not probed ("caps").
-    """
+    """Raw features (N, d) -> rows to probe, by a name of :data:`TITLES`; with another SAE, or seed of the controls."""
     config, sae = run.experiment.sae, run.sae if sae is None else sae
     if name == "cls":
         return lambda x: np.asarray(x, np.float32)
@@ -161,12 +148,6 @@ def view(run, name: str, sae=None, seed: int | None = None) -> Callable:
 
 def fit_probes(run, names=tuple(TITLES), strengths=GRID) -> tuple[dict[str, Probe], pd.DataFrame]:
     """Fit the probes of :data:`TITLES` on a run's ID training rows, and choose on its ID validation rows.
-
-    Parameters
-    ----------
-    run : capsae.pipeline.run.Run
-    names : which of them
-    strengths : inverse penalties to choose from, rising; none is tried beyond the first whose log loss is higher
 
     Returns
     -------

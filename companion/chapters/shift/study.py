@@ -44,8 +44,8 @@ def numbers(found: SimpleNamespace) -> Numbers:
     single = compared[~compared["place"].isin([shift.CLEAN, shift.MEAN, shift.LOSS]) & (compared["other"] == "cls")]
     single = single[(single["representation"] == "codes") & (single["metric"] == "accuracy")]
     made.add("corruptions", len(single))
-    for word in ("better", "worse"):
-        made.add(f"corruptions_with_codes_{word}", int((single["verdict"] == word).sum()))
+    for verdict in ("better", "worse"):
+        made.add(f"corruptions_with_codes_{verdict}", int((single["verdict"] == verdict).sum()))
     for other in ("cls", "random"):
         ways = found.ways[found.ways["other"] == other].drop_duplicates(["codes chose", "other chose"])
         seeds = found.seeds.loc[found.seeds["place"] == shift.MEAN, f"less {other}"]
@@ -67,8 +67,8 @@ def numbers(found: SimpleNamespace) -> Numbers:
 def chosen(found: SimpleNamespace) -> pd.DataFrame:
     """The classifiers, with what each reads and what was chosen for it."""
     names = found.chosen["representation"]
-    words = [shift.in_words(c) if (c := found.probes[name].choice) else "" for name in names]
-    table = found.chosen.assign(what=names.map(probes.TOLD), chosen=words).rename(columns={"title": "probe on"})
+    texts = [shift.choice_text(c) if (c := found.probes[name].choice) else "" for name in names]
+    table = found.chosen.assign(what=names.map(probes.READS), chosen=texts).rename(columns={"title": "probe on"})
     return table[["probe on", "what", "chosen", "temperature", "validation accuracy"]]
 
 

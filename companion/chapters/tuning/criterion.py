@@ -59,7 +59,15 @@ class Fold:
     known: Observations
     unknown: Observations
     kept: np.ndarray  # the classes that stay: class i of the fold is class kept[i]
-    rows: np.ndarray  # of ``unknown`` among the training rows
+    rows: np.ndarray  # of ``unknown`` among the training samples
+
+    def with_sae(self, sae) -> Fold:
+        """The same samples and head under another SAE."""
+        parts = (
+            Observations(of.cls, labels=of.labels, head=of.head, sae=sae)
+            for of in (self.train, self.known, self.unknown)
+        )
+        return Fold(*parts, self.kept, self.rows)
 
 
 class HeldOutClasses:
@@ -73,33 +81,46 @@ class HeldOutClasses:
     Parameters
     ----------
     sae : SAEConfig, optional
-        Recipe of the SAE of each fold (the fold's number is its seed); None: detectors that need codes are refused.
+        Recipe of the SAEs of each fold; None: detectors that need codes are refused.
     folds : int
     unknown : int
         At most so many rows of held-out classes a fold.
     seed : int
         Deals the classes.
+    saes : int
+        SAEs a fold, each from a seed of its own: the criterion of a detector that needs codes is the mean over them.
     """
 
-    def __init__(self, sae=None, folds: int = 4, unknown: int = 1000, seed: int = 0):
-        self.sae, self.n_folds, self.unknown, self.seed = sae, folds, unknown, seed
+    def __init__(self, sae=None, folds: int = 4, unknown: int = 1000, seed: int = 0, saes: int = 5):
+        self.sae, self.n_folds, self.unknown, self.seed, self.saes = sae, folds, unknown, seed, saes
         self._of: tuple | None = None
-        self._folds: list[Fold] = []
+        self._folds: dict[int, list[Fold]] = {}
 
     def __call__(self, make: Callable[[], Detector], train: Observations, validation: Observations) -> float:
         values = []
-        for fold in self.folds(train, validation):
+        draws = self.saes if self.sae is not None and "codes" in make().needs else 1
+        for fold in (fold for draw in range(draws) for fold in self.folds(train, validation, draw)):
             detector = make().fit(fold.train)
             known, unknown = detector.score(fold.known), detector.score(fold.unknown)
             values += [fpr95_ood_pos(known, unknown), fpr95_id_pos(known, unknown)]
         return float(np.mean(values))
 
-    def folds(self, train: Observations, validation: Observations) -> list[Fold]:
-        """The folds of these rows; made once, since each trains a head and an SAE."""
+    def folds(self, train: Observations, validation: Observations, draw: int = 0) -> list[Fold]:
+        """The folds of these samples under the SAEs of one draw; made once, since each trains a head and an SAE."""
         if self._of is None or self._of[0] is not train or self._of[1] is not validation:
-            self._of = (train, validation)
-            self._folds = [self._fold(train, validation, number) for number in range(self.n_folds)]
-        return self._folds
+            self._of, self._folds = (train, validation), {}
+            self._folds[0] = [self._fold(train, validation, number) for number in range(self.n_folds)]
+        if draw not in self._folds:
+            again = enumerate(self._folds[0])
+            self._folds[draw] = [
+                fold.with_sae(self._sae(fold.train.cls, fold.known.cls, draw * self.n_folds + n)) for n, fold in again
+            ]
+        return self._folds[draw]
+
+    def _sae(self, x: np.ndarray, held_out: np.ndarray, seed: int):
+        from capsae.sae import train_sae
+
+        return train_sae(x, replace(self.sae, seed=seed), held_out=held_out, keep="best", progress=False)[0]
 
     def _fold(self, train: Observations, validation: Observations, number: int) -> Fold:
         from capsae.features.probe import fit_linear_probe
@@ -115,10 +136,7 @@ class HeldOutClasses:
         x, labels = train.cls[seen], renumber[train.labels[seen]]
         given = {"head": fit_linear_probe(x, labels, len(kept))}
         if self.sae is not None:
-            from capsae.sae import train_sae
-
-            config = replace(self.sae, seed=number)
-            given["sae"] = train_sae(x, config, held_out=validation.cls[known], keep="best", progress=False)[0]
+            given["sae"] = self._sae(x, validation.cls[known], number)
         return Fold(
             Observations(x, labels=labels, **given),
             Observations(validation.cls[known], labels=renumber[validation.labels[known]], **given),
@@ -150,24 +168,10 @@ def tune(
     criterion: Criterion | None = None,
     default: Mapping[str, Any] | None = None,
 ) -> Tuned:
-    """Choose a detector's options by a criterion on ID rows alone.
+    """Choose a detector's options by a criterion on labelled ID samples alone (default: held-out classes, no SAE).
 
-    Parameters
-    ----------
-    name : registered detector
-    grid : {option: values}
-        All combinations are tried, and the default with them.
-    train, validation : Observations
-        ID rows with labels; rows without labels are refused, as OOD rows have none here.
-    criterion : function (make, train, validation) -> float, lower is better
-        Default :class:`HeldOutClasses` without an SAE.
-    default : options, optional
-        What the grid is compared with; default: the detector's own. It is kept where nothing is strictly better.
-
-    Raises
-    ------
-    ValueError
-        For rows without labels, an unknown option, or a default that the detector refuses.
+    All combinations of ``grid`` {option: values} are tried, and ``default`` (the detector's own) with them, which is
+    kept where nothing is strictly better. ValueError for samples without labels, as OOD samples have none here.
     """
     for what, obs in (("train", train), ("validation", validation)):
         if obs.labels is None:
@@ -225,19 +229,10 @@ def leave_one_set_out(
     The ID test rows take part in the choice as in the result. ``peeking`` is the best of the grid on the set itself:
     what a table gains that is tuned on its own test set.
 
-    Parameters
-    ----------
-    As for :func:`tune` and :func:`capsae.evaluate`; ``metric`` is one of :data:`capsae.metrics.METRICS`.
-
     Returns
     -------
     DataFrame
         Columns method, set, setting (chosen without this set), value, default, peeking (the metric, shares).
-
-    Raises
-    ------
-    ValueError
-        For fewer than two OOD sets, or a metric that is not known.
     """
     if len(ood) < 2:
         raise ValueError(f"{len(ood)} OOD set: leaving one out takes two or more")
