@@ -8,26 +8,17 @@ import numpy as np
 import pandas as pd
 
 from capsae import metrics
-from capsae.detectors import info
+from capsae.detectors import OURS, info
 from capsae.detectors.baselines.pixels import PIXEL_CONTROLS, pixel_controls_verdict
 from capsae.stats import critical_difference, win_tie_loss
 
-from ..findings import Numbers, slug
+from ..findings import Numbers
 from .tidy import METRIC_PANELS, percent
 
-OUR_SCORES = ("rpd",)  # registry names: a new score of ours is added here alone; pairs, numbers and claims follow
 HEADLINE = "fpr95_ood_pos"  # the metric of verdicts: OpenOOD's FPR95, and so presumably the paper's
 RANKED = ("epd", "rpd", "mds++", "rmds", "knn", "vim", "energy", "msp")  # a few: ranks of all would mean nothing
 BESIDE = ("rmds", "mds++", "knn", "vim", "energy", "msp")  # baselines that are named beside EPD
 CONTROLS = ("cosine", "euclidean", "code_flatness", "code_entropy", "code_energy", "sae_error", "epd_untrained")
-
-
-PLUS = {"mds++": "mdspp", "rmds++": "rmdspp"}  # a number's key has no plus, and MDS++ is not MDS
-
-
-def number_name(method: str) -> str:
-    """A detector in the key of a recorded number."""
-    return slug(PLUS.get(method, method))
 
 
 def title(name: str) -> str:
@@ -56,9 +47,9 @@ def of_means(compared: pd.DataFrame, method: str, metric: str = HEADLINE) -> pd.
 
 
 def pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """EPD and our own scores against every other detector of an evaluation, but for those that read pixels alone."""
+    """EPD and our own score against every other detector of an evaluation, but for those that read pixels alone."""
     others = [name for name in table["method"].unique() if name not in ("head", *PIXEL_CONTROLS)]
-    return [(method, other) for method in ("epd", *OUR_SCORES) for other in others if other != method]
+    return [(method, other) for method in ("epd", OURS) for other in others if other != method]
 
 
 def shown(compared: pd.DataFrame, others: Iterable[str] = (*BESIDE, *CONTROLS, "epd")) -> pd.DataFrame:
@@ -187,17 +178,17 @@ def recorded(table: pd.DataFrame, compared: pd.DataFrame) -> Numbers:
 
     The p of a difference is not corrected: a family of findings is corrected where it is judged.
     """
-    numbers = Numbers()
+    numbers, plus = Numbers(), {"mds++": "mdspp", "rmds++": "rmdspp"}  # a key has no plus, and MDS++ is not MDS
     means = table[(table["set"] == "mean") & (table["group"] == "all")]
-    named = means[means["metric"].isin(METRIC_PANELS) & means["method"].isin(["epd", *OUR_SCORES, *BESIDE, *CONTROLS])]
-    numbers.rows(named.replace({"method": PLUS}), "{method} {metric}", unit="%")
+    named = means[means["metric"].isin(METRIC_PANELS) & means["method"].isin(["epd", OURS, *BESIDE, *CONTROLS])]
+    numbers.rows(named.replace({"method": plus}), "{method} {metric}", unit="%")
     differences = compared[compared["set"] == "mean"].drop(columns="p_holm")
-    numbers.rows(differences.replace({"other": PLUS}), "{method} less {other} {metric}", unit="points")
+    numbers.rows(differences.replace({"other": plus}), "{method} less {other} {metric}", unit="points")
     accuracy = table[(table["method"] == "head") & (table["set"] == "test")]
     numbers.rows(accuracy, "accuracy", unit="%")
     scores = means[(means["metric"] == HEADLINE) & ~means["method"].isin(PIXEL_CONTROLS)]
     numbers.add("detectors", len(scores))
-    for name in ("epd", *OUR_SCORES):
+    for name in ("epd", OURS):
         value = scores.set_index("method")["value"]
         numbers.add(f"{name} rank", int((value < value[name]).sum()) + 1)
         rows = of_means(compared, name)
@@ -261,7 +252,8 @@ def recorded_of_tuning(compared: pd.DataFrame, tuned: Mapping, left_out: pd.Data
     """What the page on tuning records: differences tuned less default, how many help and hurt, what peeking gains."""
     numbers = Numbers()
     gap = compared[(compared["method"] == compared["other"] + " tuned") & (compared["set"] == "mean")]
-    numbers.rows(gap.replace({"other": PLUS}), "{other} tuned {metric}", unit="points")
+    plus = {"mds++": "mdspp", "rmds++": "rmdspp"}
+    numbers.rows(gap.replace({"other": plus}), "{other} tuned {metric}", unit="points")
     verdict = gap[gap["metric"] == HEADLINE]["verdict"]
     for name, word in {"helped": "better", "hurt": "worse", "undecided": "undecided"}.items():
         numbers.add(name, int((verdict == word).sum()))
