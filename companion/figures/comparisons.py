@@ -15,10 +15,7 @@ from capsae.stats import critical_difference, win_tie_loss
 from ..findings import Numbers, slug
 from .tidy import METRIC_PANELS, percent
 
-OUR_SCORES = (
-    "rpd",
-    "rpd+",
-)  # registry names: a new score of ours is added here alone; pairs, numbers and claims follow
+OUR_SCORES = ("rpd", "rpd+")  # registry names; pairs, numbers and claims follow
 HEADLINE = "fpr95_ood_pos"  # the metric of verdicts: OpenOOD's FPR95, and so presumably the paper's
 RANKED = ("epd", *OUR_SCORES, "mds++", "rmds", "knn", "vim", "energy", "msp")  # a few: ranks of all would mean nothing
 BESIDE = ("rmds", "mds++", "knn", "vim", "nnguide", "energy", "msp")  # baselines that are named beside EPD

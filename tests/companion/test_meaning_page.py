@@ -48,8 +48,8 @@ def _tables(lift=0.5, recall=0.1, hits=0):
         checked=pd.DataFrame(checked, columns=["kind", "measure", "value", "lo", "hi"]),
         by_set=pd.DataFrame(by_set | {"named_b": [1, 1]}),
         splits=pd.DataFrame({"found": [1] * hits + [0] * (40 - hits)}),
-        alone={"found": 20}, within={"found": 4}, null={"found": 0}, excess=0.6,
-        followed={"ari": 0.5, "lo": 0.4, "hi": 0.7}, retrieved=pd.DataFrame(measures), clusters=pd.DataFrame(clusters),
+        alone=20, within=4, null=0, excess=0.6, followed={"value": 0.5, "lo": 0.4, "hi": 0.7},
+        retrieved=pd.DataFrame(measures), clusters=pd.DataFrame(clusters),
     )  # fmt: skip
 
 

@@ -52,9 +52,9 @@ def test_classes_explain_pairs_of_their_own_and_not_the_planted_one(planted):
     pairs = {(i, j) for i, j in alone.loc[alone["q"] <= 0.05, ["i", "j"]].to_numpy().tolist()}
     assert {(0, 1), (3, 5), (7, 8), (9, 10)} <= pairs and (0, 3) not in pairs
     assert within.loc[within["q"] <= 0.05, ["i", "j"]].to_numpy().tolist() == [[9, 10]]
-    assert together.found(alone)["found"] >= 10 and together.found(within)["found"] == 1
+    assert together.found(alone) >= 10 and together.found(within) == 1
     null = together.pairs(together.shuffled(codes, labels, 3, seed=1), labels, 3)
-    assert together.found(null)["found"] == 0
+    assert together.found(null) == 0
 
 
 def test_a_shuffle_keeps_how_often_each_latent_fires_in_each_class(planted):
@@ -115,7 +115,7 @@ def test_independent_latents_give_no_more_than_the_rate():
     for share in (0.15, 0.6):
         for _ in range(30):
             table = together.pairs(_codes(rng.random((200, 25)) < share))
-            hits.append(together.found(table)["found"] > 0)
+            hits.append(together.found(table) > 0)
     assert np.mean(hits) <= 0.15
 
 
@@ -133,7 +133,7 @@ def test_a_pair_within_a_class_is_found_where_both_fire_often():
     poisson = together._upper_tail(*(np.array([x]) for x in (row["together"], row["expected"], 0.0, 0.0)))
     assert poisson[0] * within.attrs["pairs"] > 0.05 > row["p"] * within.attrs["pairs"]
     null = [together.pairs(together.shuffled(codes, labels, 2, seed=s), labels, 2) for s in range(20)]
-    assert sum(together.found(table)["found"] > 0 for table in null) <= 3
+    assert sum(together.found(table) > 0 for table in null) <= 3
     names = pd.DataFrame({"name": "", "classes": [f"c{i}" for i in range(40)]})
     assert together.strongest(within, names)[["i", "j"]].to_numpy().tolist() == [[0, 1]]
     # Classes account for how often latents meet, for less of it in the planted pair.
@@ -153,9 +153,9 @@ def test_groups_are_the_planted_classes(planted):
     shares = np.vstack([np.eye(3)[[0, 0, 0, 1, 1, 1, 2, 2, 2]], np.full((3, 3), 1 / 3)])
     inner = groups[groups["latent"] < 9]
     followed = together.follow_classes(inner, shares, n_boot=20)
-    assert followed["ari"] == 1 and followed["lo"] > 0.9 and followed["purity"] == 1
+    assert followed["value"] == 1 and followed["lo"] > 0.9
     permuted = inner.assign(community=np.random.default_rng(0).permutation(inner["community"]))
-    assert together.follow_classes(permuted, shares, n_boot=20)["ari"] < 0.6
+    assert together.follow_classes(permuted, shares, n_boot=20)["value"] < 0.6
     counted = together.group_classes(inner, shares, ["a", "b", "c"])
     assert counted["latents"].sum() == 9 and (counted["latents"] == 3).sum() == 3
     with pytest.raises(ValueError, match="too few for 50 groups"):
@@ -165,4 +165,4 @@ def test_groups_are_the_planted_classes(planted):
 def test_no_pairs_no_groups():
     rng = np.random.default_rng(4)
     table = together.pairs(_codes(rng.random((50, 6)) < 0.02))
-    assert len(table) == 0 and together.found(table)["found"] == 0
+    assert len(table) == 0 and together.found(table) == 0

@@ -94,7 +94,7 @@ def effect(bench: Bench, c: int, delta: np.ndarray, latents, shared, factor) -> 
     }  # fmt: skip
 
 
-def effects(bench: Bench, centre: np.ndarray, extra: Mapping | None = None, seed: int = 0) -> tuple:
+def effects(bench: Bench, centre: np.ndarray, extra: Mapping | None = None) -> tuple:
     """All interventions on all classes: table, matrix, moved.
 
     ``extra``: further ones, name -> function of a class that gives a change of the values (N, k).
@@ -103,7 +103,7 @@ def effects(bench: Bench, centre: np.ndarray, extra: Mapping | None = None, seed
     ``moved``: by intervention, change of x (N, d) where the row's own class is the one intervened on.
     """
     rows, cells, moved = [], [], {}
-    for c, found in deletions(bench, centre, seed):
+    for c, found in deletions(bench, centre):
         own = np.flatnonzero(bench.labels == c)
         for name, change in (extra or {}).items():
             values = change(c)
@@ -161,7 +161,7 @@ def _clear(mean: np.ndarray, p: np.ndarray) -> dict[str, int]:
     return {"larger": int((clear & (mean < 0)).sum()), "smaller": int((clear & (mean > 0)).sum()), "classes": len(mean)}
 
 
-def draws(bench: Bench, directions: int = 20, seed: int = 0) -> pd.DataFrame:
+def draws(bench: Bench, directions: int = 20) -> pd.DataFrame:
     """The core's effect on the class's logit less that of each of many controls, at the core's energy.
 
     Controls: the cores of *all* other classes; sets as large as the core along random directions (the same directions
@@ -171,7 +171,7 @@ def draws(bench: Bench, directions: int = 20, seed: int = 0) -> pd.DataFrame:
     lowers the logit more), stretch (median factor), shrunk (share of rows with a factor below 1), shared (share of the
     active latents touched that are of the core), unmatched (share of rows that nothing could be taken from, left out).
     """
-    rng, rows = np.random.default_rng(seed), []
+    rng, rows = np.random.default_rng(0), []
     size = bench.caps.core_size(bench.core_fraction)
     drawn = rng.normal(size=(directions, bench.decoder.shape[1]))
     along = np.zeros((directions, bench.codes.n_latents), bool)

@@ -180,7 +180,7 @@ def head_direction(bench: Bench, of_class: int) -> np.ndarray:
     return direction / np.linalg.norm(direction)
 
 
-def deletions(bench: Bench, centre: np.ndarray, seed: int = 0) -> Iterator[tuple[int, dict[str, tuple]]]:
+def deletions(bench: Bench, centre: np.ndarray) -> Iterator[tuple[int, dict[str, tuple]]]:
     """For each class, what deleting its core and what the controls do to *every* row.
 
     Yields (class, {intervention: (delta (N, d), latents touched (N,), those of them in the core (N,), factor (N,))}).
@@ -192,9 +192,9 @@ def deletions(bench: Bench, centre: np.ndarray, seed: int = 0) -> Iterator[tuple
     ``head_projection`` takes out the part of x - centre along that direction, at its own energy; ``core_no_error``
     deletes the core and the SAE's error. ``centre`` (d,): mean of the training features.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     other, fires = other_class(bench.n_classes, rng), bench.codes.values != 0
-    size, orders_rng = bench.caps.core_size(bench.core_fraction), np.random.default_rng([seed, 1])
+    size, orders_rng = bench.caps.core_size(bench.core_fraction), np.random.default_rng([0, 1])
 
     def taken(slots):
         counts = (slots & fires).sum(1), (slots & fires & inside).sum(1)

@@ -95,14 +95,14 @@ class CrossFit:
     The penalty is chosen on the validation rows alone, by folds among them.
     """
 
-    def __init__(self, u_val: np.ndarray, u_test: np.ndarray, folds: int = FOLDS, seed: int = 0):
-        if min(len(u_val), len(u_test)) < 2 * folds:
-            raise ValueError(f"{len(u_val)} validation and {len(u_test)} test rows are too few for {folds} folds")
-        rng = np.random.default_rng(seed)
+    def __init__(self, u_val: np.ndarray, u_test: np.ndarray):
+        if min(len(u_val), len(u_test)) < 2 * FOLDS:
+            raise ValueError(f"{len(u_val)} validation and {len(u_test)} test rows are too few for {FOLDS} folds")
+        rng = np.random.default_rng(0)
         self.u_val, self.u_test = u_val, u_test
-        self.of_val, self.of_test = (rng.permutation(len(u)) % folds for u in (u_val, u_test))
-        self.inner = [Ridge(u_val[self.of_val != f]) for f in range(folds)]
-        self.outer = [Ridge(np.concatenate([u_val, u_test[self.of_test != f]])) for f in range(folds)]
+        self.of_val, self.of_test = (rng.permutation(len(u)) % FOLDS for u in (u_val, u_test))
+        self.inner = [Ridge(u_val[self.of_val != f]) for f in range(FOLDS)]
+        self.outer = [Ridge(np.concatenate([u_val, u_test[self.of_test != f]])) for f in range(FOLDS)]
 
     def predict(self, y_val: np.ndarray, y_test: np.ndarray, penalties: Sequence[float] = PENALTIES) -> np.ndarray:
         """(N_test, t), each row predicted without itself."""
@@ -155,7 +155,7 @@ def _targets(e: np.ndarray) -> dict[str, np.ndarray]:
     return {"vector": e, "norm2": (e**2).sum(1, keepdims=True)}
 
 
-def predictability(coders: Mapping[str, object], train, val, test, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+def predictability(coders: Mapping[str, object], train, val, test, n_boot: int = 1000) -> pd.DataFrame:
     """How much of each coder's error is linear in its normalised input, on ID test rows.
 
     All ``coders`` have the same normalisation: their inputs are the same rows. The first is the one in question; it
@@ -168,25 +168,25 @@ def predictability(coders: Mapping[str, object], train, val, test, n_boot: int =
     there is none, or one for each fold), rows (how many it is fitted on, validation rows of a rescaled fit aside),
     fvu_train and fvu_test (share of the variance that the coder leaves unexplained).
     """
-    rows, control, bases, shuffle = [], [], None, np.random.default_rng(seed)
+    rows, control, bases, shuffle = [], [], None, np.random.default_rng(0)
     for name, coder in coders.items():
         split = [errors(coder, x) for x in (train, val, test)]
         if bases is None:
             first = [u for u, _ in split]
-            bases = Ridge(first[0]), CrossFit(first[1], first[2], seed=seed)
+            bases = Ridge(first[0]), CrossFit(first[1], first[2])
         elif not all(np.array_equal(u, one) for (u, _), one in zip(split, first, strict=True)):
             raise ValueError(f"{name} normalises its input in another way than {next(iter(coders))}")
         ys = [_targets(e) for _, e in split]
         fvu = [float((e**2).sum() / ((u - u.mean(0)) ** 2).sum()) for u, e in split]
         about = {"fvu_train": fvu[0], "fvu_test": fvu[2]}
-        rows += [{"coder": name} | row | about for row in _fits(*bases, *ys, n_boot, seed)]
+        rows += [{"coder": name} | row | about for row in _fits(*bases, *ys, n_boot)]
         if coder is next(iter(coders.values())):
             dealt = [_targets(e[shuffle.permutation(len(e))]) for _, e in split]
-            control = [{"coder": "shuffled rows"} | row | about for row in _fits(*bases, *dealt, n_boot, seed)]
+            control = [{"coder": "shuffled rows"} | row | about for row in _fits(*bases, *dealt, n_boot)]
     return pd.DataFrame(rows + control)
 
 
-def _fits(ridge: Ridge, crossed: CrossFit, train, val, test, n_boot: int, seed: int) -> list[dict]:
+def _fits(ridge: Ridge, crossed: CrossFit, train, val, test, n_boot: int) -> list[dict]:
     rows = []
     for target in TARGETS:
         y, y_val, y_test = train[target], val[target], test[target]
@@ -200,7 +200,7 @@ def _fits(ridge: Ridge, crossed: CrossFit, train, val, test, n_boot: int, seed: 
         else:
             guesses["constant"] = np.repeat(y.mean(0)[None], len(y_test), axis=0)
         seen = {"unseen": len(y_val) + len(y_test) * (FOLDS - 1) // FOLDS, "one number": len(y_val)}
-        for fit, cell in r2_intervals(y_test, guesses, n_boot, seed).items():
+        for fit, cell in r2_intervals(y_test, guesses, n_boot).items():
             penalty = plain.penalty if fit in ("train", "rescaled") else np.nan
             rows.append({"target": target, "fit": fit, **cell, "penalty": penalty, "rows": seen.get(fit, len(y))})
     return rows
@@ -264,7 +264,7 @@ THREE = ("reconstruction", "linear", "rest")
 CROSSED = (("reconstruction", "linear"), ("reconstruction", "rest"), ("linear", "rest"))
 
 
-def structure(split: Mapping[str, Mapping[str, np.ndarray]], n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+def structure(split: Mapping[str, Mapping[str, np.ndarray]], n_boot: int = 1000) -> pd.DataFrame:
     """Shares of the three parts and of their overlaps in the input's variance, set by set; ``split`` of :func:`parts`.
 
     Variances of every set are about the means of the set "train", which has no rows of its own in the result, nor has
@@ -278,7 +278,7 @@ def structure(split: Mapping[str, Mapping[str, np.ndarray]], n_boot: int = 1000,
             continue
         group = where.split("/")[0] if "/" in where else "id"
         centred = {part: of[part] - means[part] for part in ("input", *THREE)}
-        weights = row_weights(len(of["input"]), n_boot, seed)
+        weights = row_weights(len(of["input"]), n_boot)
         square = {part: (a**2).sum(1) for part, a in centred.items()}
         top = {part: square[part] for part in THREE}
         top |= {f"{a} x {b}": 2 * (centred[a] * centred[b]).sum(1) for a, b in CROSSED}

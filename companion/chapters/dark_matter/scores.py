@@ -207,7 +207,7 @@ def _auroc(placed: list) -> tuple[float, float, float]:
     return value, max(0, value - reach), min(1, value + reach)
 
 
-def part_table(scorers: Mapping, id_test, ood: Mapping, n_boot: int = REPLICATES, seed: int = 0) -> pd.DataFrame:
+def part_table(scorers: Mapping, id_test, ood: Mapping, n_boot: int = REPLICATES) -> pd.DataFrame:
     """Results of scorers named by :func:`key`: three of :func:`capsae.evaluate`'s metrics, at a tenth of its cost.
 
     Columns: method (the detector), part, fit (of :data:`FITS`), set ("mean" with group "near", "far" and "all"), group,
@@ -219,7 +219,7 @@ def part_table(scorers: Mapping, id_test, ood: Mapping, n_boot: int = REPLICATES
     groups, draws = {where: group_of(where) for where in ood}, {}
     for stream, where in enumerate(ood):
         thresholds = {name: Thresholds.of(of[""], of[where]) for name, of in scores.items()}
-        draws[where] = bootstrap(thresholds, n_boot, seed, stream, FPR95)
+        draws[where] = bootstrap(thresholds, n_boot, 0, stream, FPR95)
     cells = [(where, group, [where]) for where, group in groups.items()]
     cells += [("mean", g, [w for w in groups if groups[w] == g]) for g in ("near", "far") if g in groups.values()]
     cells.append(("mean", "all", list(groups)))
@@ -254,23 +254,23 @@ def pairs() -> list[tuple[str, str]]:
     return [*found, *((key(name, "reconstruction"), key(name, "features")) for name in HEADED)]
 
 
-def compared(scorers: Mapping, id_test, ood: Mapping, n_boot: int = PAIRED, seed: int = 0) -> pd.DataFrame:
+def compared(scorers: Mapping, id_test, ood: Mapping, n_boot: int = PAIRED) -> pd.DataFrame:
     """:func:`capsae.evaluation.evaluate.compare` of :func:`pairs`, by FPR95 (OOD positive) and AUROC.
 
     Columns: method, part, other_part, fit, set, metric, ...
     """
-    table = compare(scorers, id_test, ood, pairs(), metrics=(FPR95[0], "auroc"), n_boot=n_boot, seed=seed)
+    table = compare(scorers, id_test, ood, pairs(), metrics=(FPR95[0], "auroc"), n_boot=n_boot)
     left, right = (table[c].str.split(SEP, expand=True, regex=False) for c in ("method", "other"))
     about = pd.DataFrame({"method": left[0], "part": left[1], "other_part": right[1], "fit": left[2]})
     return pd.concat([about, table.drop(columns=["method", "other"])], axis=1)
 
 
-def beside_epd(scorers: Mapping, id_test, ood: Mapping, n_boot: int = PAIRED, seed: int = 0) -> pd.DataFrame:
+def beside_epd(scorers: Mapping, id_test, ood: Mapping, n_boot: int = PAIRED) -> pd.DataFrame:
     """EPD with the error's length less EPD, by FPR95 (OOD positive), set by set; p corrected by Holm over the sets.
 
     Columns of :func:`capsae.evaluation.evaluate.compare`, without the mean: it hides that sets differ in sign.
     """
     pair = key("epd+error", "input"), key("epd", "reconstruction")
-    table = compare(scorers, id_test, ood, [pair], metrics=(FPR95[0],), n_boot=n_boot, seed=seed)
+    table = compare(scorers, id_test, ood, [pair], metrics=(FPR95[0],), n_boot=n_boot)
     table = table[table["set"] != "mean"]
     return table.assign(**verdicts(-table["value"], table["p"]))

@@ -33,7 +33,7 @@ def unit_rows(x):
     return a
 
 
-def representations(run, seed: int = 0) -> dict[str, tuple]:
+def representations(run) -> dict[str, tuple]:
     """What is compared: title -> (training rows, test rows), as SparseCodes or arrays.
 
     The SAE's codes; the CLS as the SAE sees it, and the same less its training mean; signed top-k of all principal
@@ -45,7 +45,7 @@ def representations(run, seed: int = 0) -> dict[str, tuple]:
     mean = dense[0].mean(axis=0, dtype=np.float64).astype(np.float32)
     found = {SAE: (run.codes("train"), run.codes("test")), "CLS": tuple(dense)}
     found["CLS, centred"] = tuple(rows - mean for rows in dense)
-    given = {"k": min(settings.k, train.shape[1]), "normalize": settings.normalize, "seed": seed}
+    given = {"k": min(settings.k, train.shape[1]), "normalize": settings.normalize, "seed": 0}
     controls = {"PCA, top k": ("pca", train.shape[1]), RANDOM: ("random", settings.latents)}
     for title, (method, latents) in controls.items():
         fitted = dictionaries.create(method, latents=latents, **given).fit(train)
@@ -136,18 +136,18 @@ def _beside(measured: Mapping[str, Mapping[str, np.ndarray]], basic: bool = Fals
 # --- retrieval
 
 
-def retrieval(train, test, train_labels, test_labels, k: int = K, seed: int = 0) -> dict[str, np.ndarray]:
+def retrieval(train, test, train_labels, test_labels, k: int = K) -> dict[str, np.ndarray]:
     """Search the training rows by cosine, one test row at a time: precision (Q,), map (Q,).
 
     ``precision``: share of the k nearest that have the query's class. ``map``: average precision over the whole
     ranking, equal similarities (no latent in common) counted as one place, the last; NaN for a query whose class no
-    training row has. Training rows are shuffled with ``seed`` first: ties among the k nearest must not fall in the
+    training row has. Training rows are shuffled first: ties among the k nearest must not fall in the
     order of the classes.
     """
     train, test = unit_rows(train), unit_rows(test)
     if not 1 <= k <= train.shape[0]:
         raise ValueError(f"k is {k}: of {train.shape[0]} training rows, 1 to {train.shape[0]} can be retrieved")
-    order = np.random.default_rng(seed).permutation(train.shape[0])
+    order = np.random.default_rng(0).permutation(train.shape[0])
     train, labels = train[order].T, np.asarray(train_labels)[order]
     test_labels = np.asarray(test_labels)
     precision, average = np.empty(len(test_labels)), np.empty(len(test_labels))
@@ -165,9 +165,7 @@ def retrieval(train, test, train_labels, test_labels, k: int = K, seed: int = 0)
     return {"precision": precision, "map": average}
 
 
-def retrieve(
-    sets: Mapping[str, tuple], train_labels, test_labels, k: int = K, n_boot: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def retrieve(sets: Mapping[str, tuple], train_labels, test_labels, k: int = K, n_boot: int = 1000) -> pd.DataFrame:
     """:func:`retrieval` of several representations, with intervals over the queries, and the first less each other.
 
     Columns: representation, measure (precision, map), value, lo, hi (95 %, bootstrap over test rows); difference: the
@@ -175,9 +173,9 @@ def retrieve(
     (Bonferroni). The training rows and the dictionaries are taken as given.
     """
     n = len(test_labels)
-    weight = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot) / n
+    weight = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_boot) / n
     weight = np.vstack([np.full(n, 1 / n), weight])
-    found = {title: retrieval(*pair, train_labels, test_labels, k, seed) for title, pair in sets.items()}
+    found = {title: retrieval(*pair, train_labels, test_labels, k) for title, pair in sets.items()}
     return _beside({title: {key: weight @ value for key, value in of.items()} for title, of in found.items()})
 
 

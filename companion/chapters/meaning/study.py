@@ -74,9 +74,9 @@ def numbers(found: SimpleNamespace) -> Numbers:
     made.add("sets_with_both", len(of))
     made.add("sets_with_fewer_names", int((of["named_b"] / of["more_b"] < of["named_a"] / of["more_a"]).sum()))
     for name in ("alone", "within", "null"):
-        made.add(f"pairs_{name}", int(getattr(found, name)["found"]))
+        made.add(f"pairs_{name}", getattr(found, name))
     made.add("by_classes", found.excess, unit="%")
-    made.add("groups_rand_index", *(found.followed[key] for key in ("ari", "lo", "hi")))
+    made.add("groups_rand_index", **found.followed)
     both = pd.concat([found.retrieved, found.clusters])
     made.rows(_gaps(both[both["representation"] != neighbours.SAE]), "{measure}_less_{representation}", "points")
     return made

@@ -40,7 +40,7 @@ def pairs(codes, labels=None, n_classes: int = 1, least: int = LEAST_ROWS) -> pd
     ``labels`` (N,): classes, as strata; None for one stratum. ``least``: rows in which both latents must fire, each by
     itself. Columns: i, j (i < j), together (rows), expected, sd (of the count, within strata), z (together - expected,
     over sd: the partial association), pmi (log2 together / expected), phi (correlation of firing, over all rows), p, q.
-    ``attrs``: latents (paired), pairs (of these, all; the others never meet: p = 1).
+    ``attrs["pairs"]``: all pairs of such latents; those that are no row never meet: p = 1.
     """
     fires = codes.csr()
     fires.data[:] = 1
@@ -69,7 +69,7 @@ def pairs(codes, labels=None, n_classes: int = 1, least: int = LEAST_ROWS) -> pd
         {"i": kept[i], "j": kept[j], "together": together.astype(int), "expected": expected, "sd": sd, "z": z,
          "pmi": pmi, "phi": phi, "p": p, "q": q}
     )  # fmt: skip
-    table.attrs.update(latents=len(kept), pairs=total)
+    table.attrs["pairs"] = total
     return table
 
 
@@ -101,11 +101,9 @@ def _upper_tail(count: np.ndarray, expected: np.ndarray, variance: np.ndarray, t
     return p
 
 
-def found(table: pd.DataFrame) -> dict[str, float]:
-    """How many pairs meet more often than expected: latents, pairs, found, share."""
-    n = int((table["q"] <= FDR).sum())
-    total = table.attrs["pairs"]
-    return {"latents": table.attrs["latents"], "pairs": total, "found": n, "share": n / total if total else 0.0}
+def found(table: pd.DataFrame) -> int:
+    """How many pairs meet more often than expected."""
+    return int((table["q"] <= FDR).sum())
 
 
 def excess(alone: pd.DataFrame, within: pd.DataFrame) -> float:
@@ -142,7 +140,7 @@ def shuffled(codes, labels, n_classes: int, seed: int = 0):
     return SparseCodes(values, indices, codes.n_latents)
 
 
-def communities(table: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
+def communities(table: pd.DataFrame, n: int) -> pd.DataFrame:
     """Groups of latents that fire together: spectral clustering of the graph of the pairs found, weighted by phi.
 
     Columns: latent, community (0 .. n-1, the largest first). Latents without any pair are left out.
@@ -157,28 +155,25 @@ def communities(table: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
     # Latents without a path between them: a faint edge, so that the graph's one component has distinct vectors.
     affinity = (graph + graph.T).toarray() + 1e-6
     np.fill_diagonal(affinity, 1)
-    given = {"affinity": "precomputed", "assign_labels": "cluster_qr", "random_state": seed}
+    given = {"affinity": "precomputed", "assign_labels": "cluster_qr", "random_state": 0}
     label = SpectralClustering(n, **given).fit_predict(affinity)
     place = np.argsort(-np.bincount(label, minlength=n), kind="stable").argsort()
     return pd.DataFrame({"latent": latents, "community": place[label]})
 
 
-def follow_classes(groups: pd.DataFrame, shares: np.ndarray, n_boot: int = 200, seed: int = 0) -> dict[str, float]:
+def follow_classes(groups: pd.DataFrame, shares: np.ndarray, n_boot: int = 200) -> dict[str, float]:
     """Agreement of communities with each latent's strongest class: adjusted Rand index, basic bootstrap over latents.
 
-    ``shares`` (M, C) of :func:`capsae.latents.naming.posterior`. ari (0: as chance has it, 1: the same partition), lo,
-    hi, purity (share of latents whose strongest class is its community's most common), latents.
+    ``shares`` (M, C) of :func:`capsae.latents.naming.posterior`. ``value`` is 0 as chance has it, 1 for one partition.
     """
     label = groups["community"].to_numpy()
     top = shares[groups["latent"]].argmax(axis=1)
-    rng, ari = np.random.default_rng(seed), adjusted_rand_score(top, label)
+    rng, ari = np.random.default_rng(0), adjusted_rand_score(top, label)
     drawn = (rng.integers(0, len(label), len(label)) for _ in range(n_boot))
     again = [adjusted_rand_score(top[rows], label[rows]) for rows in drawn]
-    table = pd.crosstab(label, top).to_numpy()
     # Latents drawn twice agree with themselves, so replicates lie too high: the basic interval turns them around.
-    lo, hi = np.minimum(2 * ari - np.quantile(again, [0.975, 0.025]), 1) if again else (np.nan, np.nan)
-    purity = table.max(axis=1).sum() / table.sum()
-    return {"ari": ari, "lo": float(lo), "hi": float(hi), "purity": float(purity), "latents": len(label)}
+    lo, hi = np.minimum(2 * ari - np.quantile(again, [0.975, 0.025]), 1)
+    return {"value": ari, "lo": float(lo), "hi": float(hi)}
 
 
 def group_classes(groups: pd.DataFrame, shares: np.ndarray, class_names) -> pd.DataFrame:
