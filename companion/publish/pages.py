@@ -80,7 +80,7 @@ def read_claims(path: Path) -> dict[str, Any]:
 
 def claims_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers], experiments=BOOK_EXPERIMENTS) -> str:
     """The Markdown of claims.md; ``numbers_of`` gives what a page recorded (:func:`published`)."""
-    told = {
+    shown = {
         name: {"labels": list(of["numbers"].values()), "rows": [], **{key: of.get(key) for key in ("measured", "note")}}
         | {key: of[key] for key in ("sentence", "source")}
         for name, of in claims["claims"].items()
@@ -92,12 +92,12 @@ def claims_page(claims: Mapping[str, Any], numbers_of: Callable[[str], Numbers],
             recorded = numbers_of(page)
             texts = [text(recorded[key]) if key in recorded else "–" for key in of["numbers"]]
             link = f"{{doc}}`page <runs/{page}>`" if recorded else "none"
-            told[name]["rows"].append({"experiment": experiment, "mark": marks[name], "texts": texts, "link": link})
+            shown[name]["rows"].append({"experiment": experiment, "mark": marks[name], "texts": texts, "link": link})
     broken = [one for one in experiments if _broken(numbers_of(f"{one}/04_score_ood"))]
     rows = [_beside(entry, numbers_of) for entry in claims["numbers"]]
     runs = sum(bool(entry["run"]) for entry in claims["numbers"])
     note = claims["numbers_note"].strip()
-    given = {"claims": list(told.values()), "experiments": list(experiments), "broken": broken, "numbers": rows}
+    given = {"claims": list(shown.values()), "experiments": list(experiments), "broken": broken, "numbers": rows}
     return _page("claims.md", **given, runs=runs, note=note)
 
 
