@@ -1,13 +1,14 @@
-# make reproduce | reproduce-all | test | book | zoo | bench | lint | clean
+# make reproduce | reproduce-all | test | book | pdf | zoo | bench | lint | clean
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
+CHROMIUM ?= chromium
 # One place for all results; `make clean` removes it.
 export CAPSAE_HOME ?= $(CURDIR)/.capsae
 
-.PHONY: reproduce reproduce-all test book zoo bench lint clean env
+.PHONY: reproduce reproduce-all test book pdf zoo bench lint clean env
 
 reproduce: env  ## execute the main story (notebooks 01 to 06), build the book, compare every number with the published one
 	$(BIN)/capsae reproduce --main --all
@@ -22,6 +23,10 @@ test: env
 
 book: env  ## render the committed runs only
 	$(BIN)/jupyter-book build -W -n --keep-going book/
+
+pdf: book  ## the main pages (_toc_pdf.yml) as _build/html/book.pdf, printed by Chromium
+	$(BIN)/jupyter-book build --builder custom --custom-builder singlehtml --toc $(CURDIR)/_toc_pdf.yml --path-output build/pdf book/
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --no-pdf-header-footer --print-to-pdf=_build/html/book.pdf build/pdf/_build/singlehtml/intro.html
 
 zoo: env  ## every autoencoder and dictionary on the same features: tables in book/zoo
 	$(BIN)/capsae zoo

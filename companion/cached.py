@@ -148,9 +148,9 @@ def _load(folder: Path) -> Any:
     return _put_together(json.loads((folder / "value.json").read_text(encoding="utf-8")), folder, arrays)
 
 
-def _put_together(told: Any, folder: Path, arrays: Mapping[str, np.ndarray]) -> Any:
+def _put_together(form: Any, folder: Path, arrays: Mapping[str, np.ndarray]) -> Any:
     inner = functools.partial(_put_together, folder=folder, arrays=arrays)
-    match told:
+    match form:
         case {"sae": name}:
             return TopKSAE.load(folder / name)
         case {"frame": name}:
@@ -165,4 +165,4 @@ def _put_together(told: Any, folder: Path, arrays: Mapping[str, np.ndarray]) -> 
             return {inner(key): inner(of) for key, of in pairs}
         case {"kept": kind, "parts": parts}:
             return _KEPT[kind](**{name: inner(of) for name, of in parts.items()})
-    return told
+    return form

@@ -115,9 +115,9 @@ def ranks(table: pd.DataFrame, names: Sequence[str] = RANKED, metric: str = HEAD
 def rank_table(found: Mapping) -> pd.DataFrame:
     """:func:`ranks` as a table; critical difference and p hold for all rows, and the note says what they are worth."""
     mean = found["ranks"].rename_axis("method").rename("mean rank").reset_index()
-    told = {"told from the best": mean["mean rank"] - mean["mean rank"].iloc[0] > found["cd"]}
-    told["told from the best"] = told["told from the best"].map({True: "yes", False: ""})
-    return mean.assign(**told, **{"p of Friedman's test": found["p"], "note": found["note"]})
+    differs = {"differs from the best": mean["mean rank"] - mean["mean rank"].iloc[0] > found["cd"]}
+    differs["differs from the best"] = differs["differs from the best"].map({True: "yes", False: ""})
+    return mean.assign(**differs, **{"p of Friedman's test": found["p"], "note": found["note"]})
 
 
 def tie_rates(scores: pd.DataFrame) -> pd.Series:

@@ -43,6 +43,15 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwar
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
+def _panels(names: Sequence[str], height: float, extra: float = 0, columns: int = 2):
+    """A figure with a panel of some height for each name, and the pairs of axes and name."""
+    rows = -(-len(names) // columns)
+    figure, axes = _figure(7, height * rows + extra, rows, columns)
+    for ax in axes.flat[len(names) :]:
+        ax.remove()
+    return figure, list(zip(axes.flat, names, strict=False))
+
+
 def _text_colour() -> str:
     return mpl.rcParams["text.color"]
 
@@ -64,8 +73,8 @@ def set_label(name: str) -> str:
 def training_curves(data: pd.DataFrame, best_epoch: int | None = None) -> Figure:
     """Training history. Columns: epoch, panel ("FVU", "latents that never fire (%)", ...), series, value."""
     panels = list(dict.fromkeys(data["panel"]))
-    figure, axes = _figure(7, 2.5 * -(-len(panels) // 2), -(-len(panels) // 2), 2)
-    for ax, panel in zip(axes.flat, panels, strict=False):
+    figure, pairs = _panels(panels, 2.5)
+    for ax, panel in pairs:
         rows = data[data["panel"] == panel]
         for (name, part), colour in zip(rows.groupby("series", sort=False), (BLUE, ORANGE, GREEN), strict=False):
             ax.plot(part["epoch"], part["value"], color=colour, label=name)
@@ -74,8 +83,6 @@ def training_curves(data: pd.DataFrame, best_epoch: int | None = None) -> Figure
         ax.set(title=panel, xlabel="epoch")
         if rows["series"].nunique() > 1:
             ax.legend()
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
     return figure
 
 
@@ -242,19 +249,14 @@ def embedding(data: pd.DataFrame) -> Figure:
 
 def score_histograms(data: pd.DataFrame) -> Figure:
     """Densities of scores, one panel a method. Columns: method, group ("id", "near", "far"), left, right, density."""
-    methods = list(dict.fromkeys(data["method"]))
-    rows_of_panels = -(-len(methods) // 2)
-    figure, axes = _figure(7, 2.5 * rows_of_panels + 0.4, rows_of_panels, 2)
-    for ax, method in zip(axes.flat, methods, strict=False):
+    figure, pairs = _panels(list(dict.fromkeys(data["method"])), 2.5, 0.4)
+    for ax, method in pairs:
         for group, rows in data[data["method"] == method].groupby("group", sort=False):
             edges = np.append(rows["left"], rows["right"].iloc[-1])
             ax.stairs(rows["density"], edges, fill=True, alpha=0.35, color=ROLE[group])
             ax.stairs(rows["density"], edges, color=ROLE[group], linewidth=1.6, label=_GROUP[group])
         ax.set(title=method, yticks=[], xlabel="score, higher = more OOD")
-    for ax in axes.flat[len(methods) :]:
-        ax.remove()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -264,11 +266,10 @@ _GROUP = {"id": "ID test", "near": "near OOD", "far": "far OOD", "all": "all OOD
 def roc_curves(data: pd.DataFrame) -> Figure:
     """ROC curves, one panel an OOD set, OOD positive. Columns: set, method, fpr, tpr."""
     sets, methods = list(dict.fromkeys(data["set"])), list(dict.fromkeys(data["method"]))
-    rows_of_panels = -(-len(sets) // 2)
-    figure, axes = _figure(7, 2.9 * rows_of_panels + 0.5, rows_of_panels, 2)
+    figure, pairs = _panels(sets, 2.9, 0.5)
     colours = _colours(methods)
     dashes = dict(zip(methods, ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))] * 4, strict=False))
-    for ax, name in zip(axes.flat, sets, strict=False):
+    for ax, name in pairs:
         for method in methods:
             rows = data[(data["set"] == name) & (data["method"] == method)]
             ax.plot(rows["fpr"], rows["tpr"], color=colours[method], linestyle=dashes[method], label=method)
@@ -276,10 +277,7 @@ def roc_curves(data: pd.DataFrame) -> Figure:
         ax.set(xscale="log", xlim=(1e-3, 1), ylim=(0, 1.01), title=set_label(name))
         ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda share, _: f"{100 * share:g} %"))
         ax.set(xlabel="ID rejected", ylabel="OOD found")
-    for ax in axes.flat[len(sets) :]:
-        ax.remove()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -321,12 +319,10 @@ def ablation(data: pd.DataFrame, columns: int = 2) -> Figure:
     value).
     """
     panels = list(dict.fromkeys(data["panel"]))
-    columns = min(columns, len(panels))
-    rows_of_panels = -(-len(panels) // columns)
-    figure, axes = _figure(7, 2.8 * rows_of_panels + 0.4, rows_of_panels, columns)
+    figure, pairs = _panels(panels, 2.8, 0.4, min(columns, len(panels)))
     series = list(dict.fromkeys(data["series"]))
     colours = _colours(series)
-    for ax, panel in zip(axes.flat, panels, strict=False):
+    for ax, panel in pairs:
         part = data[data["panel"] == panel]
         settings = list(dict.fromkeys(part["setting"]))
         place = {setting: i for i, setting in enumerate(settings)}
@@ -344,8 +340,6 @@ def ablation(data: pd.DataFrame, columns: int = 2) -> Figure:
         ax.set_xticks(range(len(settings)), settings, rotation=40 if turned else 0, ha="right" if turned else "center")
         ax.set(title=panel, ylabel="%")
         ax.grid(axis="x", visible=False)
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
     drawn = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3)
     return figure

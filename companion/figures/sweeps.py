@@ -37,12 +37,12 @@ def recorded(method: str, divergence: str | None, changed: Mapping, means: pd.Da
     """What one setting records for the sweeps (JSON)."""
     about: dict[str, Any] = dictionary.set_index("item")["value"].to_dict()
     rows = records(means[["method", "title", "group", "metric", "value", "lo", "hi"]])
-    told = {
+    found = {
         "fvu": about["FVU, val"],
         "undefined_id": about["EPD undefined, ID test"],
         "best_epoch": about["epoch kept"],
     }
-    return {"method": method, "divergence": divergence or "kl", "changed": dict(changed), "metrics": rows} | told
+    return {"method": method, "divergence": divergence or "kl", "changed": dict(changed), "metrics": rows} | found
 
 
 def ranges(data: pd.DataFrame, metric: str = "fpr95_ood_pos") -> pd.DataFrame:

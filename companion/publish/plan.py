@@ -135,13 +135,8 @@ def sweep_pages(sweep: str, experiment: str = SWEPT) -> list[tuple[Any, Page]]:
 
 def base_page(experiment: str = SWEPT) -> Page:
     """The ablation notebook at the experiment's own settings."""
-    return Page(
-        f"{experiment}/ablation/base",
-        "05_ablation",
-        experiment,
-        {"experiment": experiment},
-        "The experiment's own settings",
-    )
+    name, title = f"{experiment}/ablation/base", "The experiment's own settings"
+    return Page(name, "05_ablation", experiment, {"experiment": experiment}, title)
 
 
 def pages() -> dict[str, Page]:
@@ -167,9 +162,8 @@ def pages() -> dict[str, Page]:
         parameters = {"experiment": SWEPT, "sweep": sweep}
         found.append(Page(f"{SWEPT}/ablation/sweep-{sweep}", "06_sweep", SWEPT, parameters, of.title, after))
     everything = tuple(dict.fromkeys(page.name for page in runs))
-    overview = {"experiment": SWEPT, "sweep": "all"}
-    name = f"{SWEPT}/ablation/overview"
-    found.append(Page(name, "06_sweep", SWEPT, overview, "All ablations at a glance", everything))
+    overview, title = {"experiment": SWEPT, "sweep": "all"}, "All ablations at a glance"
+    found.append(Page(f"{SWEPT}/ablation/overview", "06_sweep", SWEPT, overview, title, everything))
     return {page.name: page for page in found}
 
 

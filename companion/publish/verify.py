@@ -317,8 +317,10 @@ def _cpu_name() -> str:
         if named:
             return " ".join(named[1].split())
     if platform.system() == "Darwin":
-        told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-        return told.stdout.strip() or platform.machine()
+        found = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        )
+        return found.stdout.strip() or platform.machine()
     return platform.processor() or platform.machine()
 
 

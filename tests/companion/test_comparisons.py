@@ -60,10 +60,10 @@ def test_ranks_say_what_they_are_worth():
     assert found["ranks"].tolist() == list(range(1, 10)) and found["sets"] == 7
     shown = comparisons.rank_table(found)
     assert shown["method"].tolist()[:1] == ["EPD"] and shown["mean rank"].tolist() == list(range(1, 9))
-    assert shown["told from the best"].tolist()[0] == "" and shown["told from the best"].tolist()[-1] == "yes"
+    assert shown["differs from the best"].tolist()[0] == "" and shown["differs from the best"].tolist()[-1] == "yes"
     assert shown["note"].str.contains("only 7 OOD sets").all()
     one = comparisons.rank_table(comparisons.ranks(_table(comparisons.RANKED, ["near/a"])))
-    assert one["note"].str.contains("ranks over sets mean nothing").all() and (one["told from the best"] == "").all()
+    assert one["note"].str.contains("ranks over sets mean nothing").all() and (one["differs from the best"] == "").all()
 
 
 def test_pixel_wins_in_both_directions_and_without_pixels():

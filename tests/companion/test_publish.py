@@ -241,8 +241,8 @@ def test_a_page_is_found_by_name_and_by_file():
 def test_snakemake_tells_what_it_would_execute_and_why():
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--config", "everything=1"]
     done = subprocess.run(command, cwd=plan.root(), capture_output=True, text=True, check=False)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
     for name in plan.pages():
-        assert f"{name}: " in said
-    assert "everything was asked for" in said or "changed: " in said or "not published yet" in said
+        assert f"{name}: " in printed
+    assert "everything was asked for" in printed or "changed: " in printed or "not published yet" in printed

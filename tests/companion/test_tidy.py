@@ -17,9 +17,9 @@ CLASSES, LATENTS, FIRING = 3, 40, 6
 
 
 def _codes(rows, seed):
-    dice = np.random.default_rng(seed)
-    indices = np.stack([dice.permutation(LATENTS)[:FIRING] for _ in range(rows)]).astype(np.int32)
-    values = -np.sort(-dice.gamma(1.0, size=(rows, FIRING)).astype(np.float32), axis=1)
+    rng = np.random.default_rng(seed)
+    indices = np.stack([rng.permutation(LATENTS)[:FIRING] for _ in range(rows)]).astype(np.int32)
+    values = -np.sort(-rng.gamma(1.0, size=(rows, FIRING)).astype(np.float32), axis=1)
     return SparseCodes(values, indices, LATENTS)
 
 
@@ -98,10 +98,10 @@ def test_an_explanation_cut_short_still_sums_to_the_score(run):
 
 @pytest.fixture
 def scores():
-    dice, rows = np.random.default_rng(0), []
+    rng, rows = np.random.default_rng(0), []
     for name, n, shift in (("val", 50, 0), ("test", 80, 0), ("near/a", 60, 1), ("far/b", 40, 2)):
         group = name.split("/")[0] if "/" in name else "id"
-        for i, score in enumerate(np.round(dice.normal(shift, 1, n), 1)):  # rounded: there are ties
+        for i, score in enumerate(np.round(rng.normal(shift, 1, n), 1)):  # rounded: there are ties
             rows.append(("epd", name, group, i, score))
     return pd.DataFrame(rows, columns=["method", "set", "group", "row", "score"])
 

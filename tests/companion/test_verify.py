@@ -54,8 +54,8 @@ def test_one_changed_number_is_named_with_both_values(clone, capsys):
     out = capsys.readouterr().out
     assert f"{PAGE}: differ" in out and "1 pages differ" in out
     column = lines[0].split(",")[-1]
-    told = next(line for line in out.splitlines() if "roc.csv" in line)
-    assert told.endswith(f"{column}: published {last}, here 0.123456") and "row 5 (" in told
+    line = next(one for one in out.splitlines() if "roc.csv" in one)
+    assert line.endswith(f"{column}: published {last}, here 0.123456") and "row 5 (" in line
 
 
 def test_a_number_that_a_page_recorded_counts_too(clone, capsys):

@@ -75,10 +75,10 @@ def seen(tmp_path_factory) -> dict:
       const [experiment, metric] = of("results").querySelectorAll("select");
       set(experiment, "two"); out.second = column("results"); set(experiment, "one");
       set(metric, "auroc"); out.auroc = column("results", 2);
-      const told = (kind) => of(kind).querySelector("p[role=status]").textContent;
-      out.start = told("threshold");
-      set(of("threshold").querySelector("input"), 1, "input"); out.moved = told("threshold");
-      out.id = told("profiles"); set(of("profiles").querySelectorAll("select")[1], 1); out.ood = told("profiles");
+      const status = (kind) => of(kind).querySelector("p[role=status]").textContent;
+      out.start = status("threshold");
+      set(of("threshold").querySelector("input"), 1, "input"); out.moved = status("threshold");
+      out.id = status("profiles"); set(of("profiles").querySelectorAll("select")[1], 1); out.ood = status("profiles");
       out.latents = column("latents");
       of("latents").querySelectorAll("th button")[0].click(); out.sorted = column("latents");
       out.unlabelled = [...document.querySelectorAll("input, select")].filter((c) => !c.labels.length).length;
