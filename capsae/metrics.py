@@ -23,19 +23,8 @@ RECALL = 0.95
 METRICS = ("auroc", "fpr95_ood_pos", "fpr95_id_pos", "aupr_in", "aupr_out", "autc")
 WITH_CORRECT = ("oscr", "auroc_correct")
 OF_ERRORS = ("aurc", "errors_flagged")
-HIGHER_IS_BETTER = {
-    "auroc": True,
-    "fpr95_ood_pos": False,
-    "fpr95_id_pos": False,
-    "aupr_in": True,
-    "aupr_out": True,
-    "autc": False,
-    "oscr": True,
-    "auroc_correct": True,
-    "aurc": False,
-    "errors_flagged": True,
-    "accuracy": True,
-}
+_LOWER_IS_BETTER = ("fpr95_ood_pos", "fpr95_id_pos", "autc", "aurc")
+HIGHER_IS_BETTER = {m: m not in _LOWER_IS_BETTER for m in (*METRICS, *WITH_CORRECT, *OF_ERRORS, "accuracy")}
 
 
 def require_convention(names: Iterable[object]) -> None:

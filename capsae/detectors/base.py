@@ -100,7 +100,7 @@ def create(name: str, preset: str | None = None, **options) -> Detector:
         For an option the detector does not have.
     """
     cls = _lookup(name)
-    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    known = list(inspect.signature(cls).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"detector {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
@@ -121,11 +121,7 @@ def info(name: str) -> dict:
     ``presets`` holds all options of each preset; ``defaults`` are those of "ours".
     """
     cls = _lookup(name)
-    defaults = {
-        f.name: f.default_factory() if callable(f.default_factory) else f.default
-        for f in dataclasses.fields(cls)
-        if f.init
-    }
+    defaults = cls().options
     keys = ("title", "group", "formula", "source", "needs", "fitted_on")
     return {
         "name": name,

@@ -41,11 +41,8 @@ def scores_table(detectors, sets: Mapping[str, Observations]) -> pd.DataFrame:
         group = where.split("/")[0] if "/" in where else "id"
         for name, detector in _named(detectors).items():
             scores = _scores(name, detector, where, obs)
-            frames.append(
-                pd.DataFrame(
-                    {"method": name, "set": where, "group": group, "row": np.arange(len(scores)), "score": scores}
-                )
-            )
+            about = {"method": name, "set": where, "group": group, "row": np.arange(len(scores))}
+            frames.append(pd.DataFrame(about | {"score": scores}))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -146,12 +146,8 @@ def halves(codes, times: int = 100, fdr: float = FDR, seed: int = 0) -> pd.DataF
     """Compare random halves of one set with each other, `times` times: a check, since all that is found is false.
 
     Where nothing differs, the false discovery rate is the chance to find anything at all. The splits are of the same
-    rows and so not independent of each other.
-
-    Returns
-    -------
-    DataFrame
-        split, found (latents that differ), below (share of the latents compared whose p, uncorrected, is at most 5 %).
+    rows and so not independent of each other. Columns: split, found (latents that differ), below (share of the latents
+    compared whose p, uncorrected, is at most 5 %).
     """
     if len(codes) < 4:
         raise ValueError(f"the set has {len(codes)} rows: 4 or more can be halved for a check")
@@ -182,13 +178,7 @@ def testable(fired, n_a: int, n_b: int, fdr: float = FDR) -> np.ndarray:
 
 
 def doubts(n_a: int, n_b: int, tested: int) -> list[str]:
-    """What sets so small cannot show, as text; none for larger ones.
-
-    Parameters
-    ----------
-    n_a, n_b : rows
-    tested : latents that could be tested
-    """
+    """What sets of n_a and n_b images, with so many latents tested, cannot show, as text; none for larger ones."""
     found = []
     for which, n in (("A", n_a), ("B", n_b)):
         if n < FEW:
@@ -206,16 +196,8 @@ def doubts(n_a: int, n_b: int, tested: int) -> list[str]:
 def by_set(a, sets: dict[str, object], fdr: float = FDR, named=None) -> pd.DataFrame:
     """Compare one set with several. False discoveries are controlled within each comparison.
 
-    Parameters
-    ----------
-    named : (M,) bool, optional
-        Which latents have a name.
-
-    Returns
-    -------
-    DataFrame
-        set, n_b, alive (latents that fire), tested, differs, more_a, more_b, largest (difference, absolute); with
-        ``named``: named_a, named_b, how many of more_a and more_b have a name.
+    Columns: set, n_b, alive (latents that fire), tested, differs, more_a, more_b, largest (difference, absolute); with
+    ``named`` (M,) bool, which latents have a name: named_a, named_b, how many of more_a and more_b have one.
     """
     rows = []
     for name, b in sets.items():

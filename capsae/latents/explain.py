@@ -19,19 +19,7 @@ TOP_CLASSES = 3
 def explain_epd(
     codes, predicted: int, caps: ClassActivationProfiles, core_fraction: float = 0.15, class_names: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """Take one sample's EPD apart, latent by latent.
-
-    Parameters
-    ----------
-    codes : SparseCodes
-        One row.
-    predicted : int
-        The class under which the sample is scored.
-    caps : ClassActivationProfiles
-    core_fraction : float
-        p, as in the score.
-    class_names : sequence of str
-        Names in place of class numbers.
+    """Take one sample's EPD (``codes`` has one row, scored under the class ``predicted``) apart, latent by latent.
 
     Returns
     -------
@@ -67,11 +55,8 @@ def explain_slots(
 ) -> pd.DataFrame:
     """Tabulate the shares (k,) that a detector gives the slots of one sample's code.
 
-    Returns
-    -------
-    DataFrame
-        As :func:`explain_epd`, but over the whole dictionary: P is the code over its sum, Q the predicted class's
-        profile over its sum. What the shares lack of ``score`` stands in a row of its own (latent -1).
+    As :func:`explain_epd`, but over the whole dictionary: P is the code over its sum, Q the predicted class's profile
+    over its sum. What the shares lack of ``score`` stands in a row of its own (latent -1).
     """
     code, slots = _dense(codes), as_numpy(codes.indices)[0].astype(np.int64)
     share = np.zeros(caps.n_latents)
@@ -107,26 +92,10 @@ def _table(latents, p, q, shares, rest: float, caps: ClassActivationProfiles, cl
 
 
 def explain(run, obs: Observations, row: int, method: str = "epd") -> pd.DataFrame:
-    """Explain one sample of a run.
+    """Explain a row of ``run.observations(set)``, or of new images: :func:`explain_epd`, :func:`explain_slots`.
 
-    Parameters
-    ----------
-    run : capsae.pipeline.run.Run
-    obs : Observations
-        ``run.observations(set)``, or of new images.
-    row : int
-    method : str
-        "epd", or a detector that has ``contributions(obs)`` (N, k), as our own has.
-
-    Returns
-    -------
-    DataFrame
-        See :func:`explain_epd` and :func:`explain_slots`.
-
-    Raises
-    ------
-    ValueError
-        For a row that is not there, or a method that cannot be taken apart.
+    ``method`` is "epd", or a detector that has ``contributions(obs)`` (N, k), as our own have. ValueError for a row
+    that is not there, or a method that cannot be taken apart.
     """
     if not 0 <= row < len(obs):
         raise ValueError(f"row is {row}, but there are {len(obs)}: use 0..{len(obs) - 1}")
@@ -149,10 +118,8 @@ def describe(table: pd.DataFrame, score: float, title: str, top: int = 10) -> st
     silent = table[(table["kind"] == "missing") & (table["profile"] == 0)]
     silent = silent.sort_values("expected", ascending=False).head(top)
     if len(silent):
-        lines += [
-            "",
-            f"expected but silent ({silent['expected'].sum():.1%} of the class's profile in these {len(silent)})",
-        ]
+        part = silent["expected"].sum()
+        lines += ["", f"expected but silent ({part:.1%} of the class's profile in these {len(silent)})"]
         lines += [_text_row(row) for row in silent.itertuples()]
     return "\n".join(lines)
 
@@ -180,14 +147,10 @@ def _kind(latent: int, p: float, q: float) -> str:
 
 def _classes(latents, caps: ClassActivationProfiles, names: Sequence[str]) -> list[str]:
     """For each latent: the classes that its mean activation lies in, with their parts of it."""
-    mean = caps.mean
-    out = []
+    mean, out = caps.mean, []
+    names = [plain_name(name) for name in names] or [f"class {c}" for c in range(len(mean))]
     for latent in np.asarray(latents):
         column = mean[:, latent] if latent >= 0 else np.zeros(1)
         top = [c for c in np.argsort(-column, kind="stable")[:TOP_CLASSES] if column[c] > 0]
-        out.append(
-            ", ".join(
-                f"{plain_name(names[c]) if len(names) else f'class {c}'} {column[c] / column.sum():.0%}" for c in top
-            )
-        )
+        out.append(", ".join(f"{names[c]} {column[c] / column.sum():.0%}" for c in top))
     return out

@@ -41,19 +41,14 @@ KIND_TITLES = {
 class Named:
     """Latents with their names.
 
-    Attributes
-    ----------
-    table : DataFrame
-        One row a latent: latent, kind (one of KINDS), name ("" without one), held (classes that hold ``hold`` of its
-        activation), under (classes below the name), base (share of the training rows that they have), fired (training
-        rows), density, selectivity (1 - entropy of p_i / log C), classes (the held classes, strongest first, at most
-        three).
-    members : (M, C) bool
-        The classes below each latent's name; none without a name.
+    ``table`` has a row a latent: latent, kind (one of KINDS), name ("" without one), held (classes that hold ``hold``
+    of its activation), under (classes below the name), base (share of the training rows that they have), fired
+    (training rows), density, selectivity (1 - entropy of p_i / log C), classes (the held ones, strongest first, at
+    most three).
     """
 
     table: pd.DataFrame
-    members: np.ndarray
+    members: np.ndarray  # (M, C) bool: the classes below each latent's name; none without a name
 
     @property
     def named(self) -> np.ndarray:
@@ -96,15 +91,8 @@ def name_latents(
     caps : ClassActivationProfiles of C classes and M latents, of the *training* rows
     class_names : (C,) readable names
     taxonomy : capsae.latents.wordnet.Taxonomy over the classes in their order, or None: then only classes are names
-    hold : float
-        Share of a latent's summed activation that the classes of a name must hold.
-    fill : float
-        Share of a synset's classes that must be among them.
-
-    Raises
-    ------
-    ValueError
-        If the number of names or of the taxonomy's leaves is not C.
+    hold : share of a latent's summed activation that the classes of a name must hold
+    fill : share of a synset's classes that must be among them
     """
     n_classes, n_latents = caps.sums.shape
     if len(class_names) != n_classes:
@@ -125,29 +113,18 @@ def name_latents(
     kind[fired == 0] = "dead"
     order = np.argsort(-shares, axis=1, kind="stable")[:, :3]
     strongest = [", ".join(names[c] for c in row if inside[i, c]) for i, row in enumerate(order)]
-    table = pd.DataFrame(
-        {
-            "latent": np.arange(n_latents),
-            "kind": kind,
-            "name": name,
-            "held": count,
-            "under": members.sum(axis=1),
-            "base": members @ caps.counts / max(caps.counts.sum(), 1),
-            "fired": fired,
-            "density": fired / max(caps.counts.sum(), 1),
-            "selectivity": selectivity(shares),
-            "classes": strongest,
-        }
-    )
-    return Named(table, members)
+    table = pd.DataFrame({"latent": np.arange(n_latents), "kind": kind, "name": name, "held": count})
+    table["under"], table["fired"] = members.sum(axis=1), fired
+    table.insert(5, "base", members @ caps.counts / max(caps.counts.sum(), 1))
+    table["density"], table["selectivity"] = fired / max(caps.counts.sum(), 1), selectivity(shares)
+    return Named(table.assign(classes=strongest), members)
 
 
 def _lowest(inside: np.ndarray, taxonomy, fill: float):
     """Latent, synset and its leaves, for the lowest synset above two or more held classes that they fill enough."""
     if taxonomy is None:
         return
-    masks = {synset: np.asarray(taxonomy.members(synset), bool) for synset in taxonomy.synsets}
-    masks = {synset: mask for synset, mask in masks.items() if not mask.all()}
+    masks = {synset: taxonomy.members(synset) for synset in taxonomy.synsets}
     if not masks:
         return
     synsets = sorted(masks, key=lambda synset: (masks[synset].sum(), -taxonomy.depth(synset), str(synset)))
@@ -334,12 +311,8 @@ def check_names(named: Named, codes, labels, n_boot: int = 500, seed: int = 0) -
 
 
 def top_rows(codes, latents: Sequence[int], features, class_names: Sequence[str], n: int = 8) -> pd.DataFrame:
-    """The rows in which latents fire most. Columns: latent, rank, row, activation, id, class.
-
-    Parameters
-    ----------
-    codes : SparseCodes of N rows
-    features : FeatureSet of the same rows: ids and labels
+    """The rows in which latents fire most, of the same codes and features. Columns: latent, rank, row, activation, id,
+    class.
     """
     columns, rows = codes.csr().tocsc(), []
     for latent in latents:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +46,11 @@ class Taxonomy:
     """The hypernyms of some classes: a directed graph without cycles, in which a synset may have several parents.
 
     Made by :func:`load`. Synsets are named as ImageNet names them: "n" and eight digits.
-
-    Attributes
-    ----------
-    leaves : tuple of str
-        The classes, in the order in which they were given; C of them.
-    lemmas : mapping of synset to its lemmas
-    parents : mapping of synset to its hypernyms and instance hypernyms
     """
 
-    leaves: tuple[str, ...]
+    leaves: tuple[str, ...]  # the classes, in the order in which they were given; C of them
     lemmas: Mapping[str, tuple[str, ...]]
-    parents: Mapping[str, tuple[str, ...]]
+    parents: Mapping[str, tuple[str, ...]]  # hypernyms and instance hypernyms
 
     def name(self, synset: str) -> str:
         """The first lemma of a synset: "n02084071" is "dog"."""
@@ -97,16 +91,6 @@ class Taxonomy:
                 row[index[synset]] = links
         return np.stack([(row + up).min(axis=1) for row in up])
 
-    def lowest_common(self, leaves: Sequence[str]) -> str:
-        """The narrowest synset above all of some leaves (a single one is its own).
-
-        Of the common ancestors the one with the fewest leaves of this taxonomy under it, then the deepest.
-        """
-        if not len(leaves):
-            raise ValueError("no leaves given: the lowest common synset of at least one can be named")
-        common = set.intersection(*(self.ancestors(leaf) for leaf in leaves))
-        return min(common, key=lambda synset: (self.members(synset).sum(), -self.depth(synset), synset))
-
     @cached_property
     def _ups(self) -> dict[str, dict[str, int]]:
         """Of every synset, its ancestors (itself included) with the fewest links up to them."""
@@ -122,14 +106,8 @@ class Taxonomy:
     @cached_property
     def _depths(self) -> dict[str, int]:
         depths: dict[str, int] = {}
-
-        def of(synset: str) -> int:
-            if synset not in depths:
-                depths[synset] = max((of(parent) + 1 for parent in self.parents[synset]), default=0)
-            return depths[synset]
-
-        for synset in self.lemmas:
-            of(synset)
+        for synset in TopologicalSorter(self.parents).static_order():  # parents first
+            depths[synset] = max((depths[parent] + 1 for parent in self.parents[synset]), default=0)
         return depths
 
     @cached_property
@@ -143,20 +121,10 @@ class Taxonomy:
 
 
 def load(wnids: Iterable[str], folder: str | Path | None = None) -> Taxonomy:
-    """The taxonomy above some noun synsets.
+    """The taxonomy above distinct noun synsets, such as ``[wordnet.wnid(name) for name in features.class_names]``.
 
-    Parameters
-    ----------
-    wnids : distinct synsets, such as ``[wordnet.wnid(name) for name in features.class_names]``
-    folder : path, optional
-        With WordNet 3.0's data.noun. Default: the embedded extract; where that lacks a class, the folder that the
-        environment variable CAPSAE_WORDNET names.
-
-    Raises
-    ------
-    ValueError
-        For no synsets, for what is none (None, of a class that is not ImageNet's), for one given twice, one that is
-        not there, or a data.noun of another version.
+    ``folder`` has WordNet 3.0's data.noun. Default: the embedded extract; where that lacks a class, the folder that the
+    environment variable CAPSAE_WORDNET names. ValueError for what is no synset, given twice, or not there.
     """
     wnids = tuple(wnids)
     wrong = [one for one in wnids if not (isinstance(one, str) and _WNID.fullmatch(one))]
@@ -196,24 +164,11 @@ def embedded() -> dict:
 
 
 def extract(folder: str | Path, wnids: Iterable[str]) -> dict:
-    """What :func:`load` needs of WordNet for some classes: every synset above them with its lemmas and hypernyms.
+    """What :func:`load` needs of the WordNet 3.0 in a folder: every synset above some classes, as JSON.
 
-    Parameters
-    ----------
-    folder : path
-        With data.noun of WordNet 3.0, as Debian's wordnet-base or nltk's corpus has it.
-    wnids : noun synsets
-
-    Returns
-    -------
-    dict
-        JSON: "schema", "source", "licence" (the notice that redistribution asks for), "wnids" (sorted), "synsets":
-        synset -> {"lemmas": [...], "hypernyms": synsets, instance hypernyms among them}.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no data.noun, if it is not WordNet 3.0's, or a synset is not in it.
+    Keys: "schema", "source", "licence" (the notice that redistribution asks for), "wnids" (sorted), "synsets": of each
+    its "lemmas" and "hypernyms", instance hypernyms among them. FileNotFoundError or ValueError if there is no
+    data.noun, if it is not WordNet 3.0's, or a synset is not in it.
     """
     path = Path(folder) / "data.noun"
     if not path.is_file():

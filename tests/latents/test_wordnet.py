@@ -47,9 +47,6 @@ def test_beagle_is_a_hound_is_a_dog_is_a_carnivore():
     assert of.members(DOG).tolist() == [True, True, False, False, False]
     assert of.members(VERTEBRATE).tolist() == [True, True, True, True, False]
     assert of.depth(ENTITY) == 0 < of.depth(VERTEBRATE) < of.depth(CARNIVORE) < of.depth(DOG) < of.depth(BEAGLE)
-    assert of.lowest_common([BEAGLE, DALMATIAN]) == DOG and of.lowest_common([BEAGLE, FOX]) == CANINE
-    assert of.lowest_common([TENCH, FOX]) == VERTEBRATE and of.lowest_common([FOX]) == FOX
-    assert of.lowest_common(of.leaves) in of.ancestors(CHURCH)
     # beagle - hound - hunting dog - dog - dalmatian; beagle ... dog - canine - fox - Arctic fox
     distance = of.path_distance()
     assert distance[0, 1] == 4 and distance[0, 2] == 6 and distance[1, 2] == 4
@@ -110,7 +107,7 @@ def test_a_folder_serves_other_classes(tmp_path, monkeypatch):
     of = wordnet.load([rome, village], folder)
     assert of.ancestors(rome) == {rome, "n00000001", "n00000002", "n00000003"}  # an instance of a place, a big thing
     assert of.name("n00000003") == "big thing" and len(of.lemmas[village]) == 10
-    assert of.path_distance().tolist() == [[0, 2], [2, 0]] and of.lowest_common([rome, village]) == "n00000002"
+    assert of.path_distance().tolist() == [[0, 2], [2, 0]]
     assert "licence" in wordnet.extract(folder, [rome])
     monkeypatch.delenv(wordnet.FOLDER, raising=False)
     with pytest.raises(ValueError, match="n00000004 .* CAPSAE_WORDNET"):
@@ -135,8 +132,6 @@ def test_what_is_no_synset_is_refused(tmp_path):
     for ask in (of.name, of.members, of.depth, of.ancestors):
         with pytest.raises(ValueError, match="n03028079"):
             ask(CHURCH)
-    with pytest.raises(ValueError, match="no leaves"):
-        of.lowest_common([])
     with pytest.raises(FileNotFoundError, match="data.noun"):
         wordnet.extract(tmp_path, [BEAGLE])
     _fake(tmp_path, "  1 WordNet 3.1 Copyright 2011 by Princeton University.\n")
