@@ -13,7 +13,7 @@ import threading
 from importlib.metadata import entry_points
 
 from . import __version__
-from .cli import commands
+from .cli import commands, images
 
 GUIDE = """\
 Out-of-distribution detection from class activation profiles of sparse autoencoders.
@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, help: str, parents=(of_experiment,), run=None) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=help, description=help, parents=list(parents), formatter_class=raw)
-        command.set_defaults(run=run or getattr(commands, name))
+        command.set_defaults(run=run or getattr(images, name, None) or getattr(commands, name))
         return command
 
     command = add("experiments", "list the experiments, or print one in full")

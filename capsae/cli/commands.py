@@ -1,4 +1,4 @@
-"""What each command of the command line does: the parsed options in, the exit status out.
+"""What the commands do (those for own images: :mod:`.images`): the parsed options in, the exit status out.
 
 Modules load where they are used, so that the help waits for none of them.
 """
@@ -10,20 +10,7 @@ import sys
 from pathlib import Path
 
 from ..files import Output, check_folder
-from .images import explain, init, score, train
 from .run import method_of, run_of
-
-__all__ = [
-    "compare",
-    "detectors",
-    "evaluate",
-    "explain",
-    "extract",
-    "init",
-    "experiments",
-    "score",
-    "train",
-]
 
 
 def experiments(options) -> int:

@@ -49,7 +49,7 @@ def check_classes(labels: np.ndarray, n_classes: int, what: str, every: bool = T
     empty = np.flatnonzero(counts == 0)
     if every and len(empty):
         named = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        called = ": " + ", ".join(repr(names[c]) for c in empty[:5]) if names else ""
+        called = ": " + ", ".join(repr(names[c]) for c in empty[:5]) if len(names) == n_classes else ""
         raise ValueError(
             f"{what}: class {named} (of {n_classes}) has no training sample{called}; add some, or lower n_classes"
         )

@@ -4,7 +4,7 @@ From entry points (functions, classes, modules, a notebook's cells) the definiti
 packages. Each counts by its statements without docstrings, comments, annotations, lines to the log, and imports: names
 of modules and files do not count, nor the order of definitions, so that moving code makes nothing stale.
 
-What the text does not tell counts as a whole:
+What the text does not show counts as a whole:
 
 - a method counts where its class is reached and some reached code uses an attribute of its name; of a class with a base
   from elsewhere (``nn.Module``), all methods do;

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.open import by_name, open_source
 from ..data.splits import check_classes, holdout_mask
 from ..features.copies import check_copies
 from ..features.featureset import FeatureSet, LinearHead
@@ -17,6 +18,7 @@ from .code import digest as code_digest
 from .experiment_errors import ExperimentError
 from .experiment_parts import Holdout
 from .experiments import Experiment
+from .packs import load_pack, pack_info
 from .store import Store, artefact_digest
 
 log = logging.getLogger(__name__)
@@ -27,19 +29,8 @@ DIGITS_VIT = "capsae/digits_vit"
 class Inputs:
     """Features of an experiment's sets, from its pack or by extraction, before any head.
 
-    Parameters
-    ----------
-    experiment : Experiment
-    store : Store
-    device : str
-    progress : bool
-    who : dict
-        Entries for the provenance of what is stored.
-
-    Raises
-    ------
-    ExperimentError
-        For a pack that does not fit the experiment, a missing file, or an unknown backbone.
+    ``who`` goes into the provenance of what is stored. ExperimentError for a pack that does not fit the experiment, a
+    missing file or an unknown backbone.
     """
 
     def __init__(self, experiment: Experiment, store: Store, device: str, progress: bool, who: dict[str, Any]):
@@ -82,8 +73,6 @@ class Inputs:
     @property
     def has_pixels(self) -> bool:
         """Whether the statistics of the images themselves are known; nothing is read but the pack's description."""
-        from .packs import pack_info
-
         return not self.experiment.pack or bool(pack_info(self.experiment.pack).get("pixel_statistics"))
 
     def source(self, set_name: str):
@@ -91,8 +80,6 @@ class Inputs:
 
         Labels are checked here, so that a class without training samples stops a run before the first extraction.
         """
-        from ..data.open import open_source
-
         own = "train" if set_name == "val" and self.holdout else set_name
         if own not in self._sources:
             self.experiment.check_files([own])
@@ -127,8 +114,6 @@ class Inputs:
 
     def _whole(self, set_name: str) -> FeatureSet:
         if self._packed(set_name):
-            from .packs import load_pack
-
             features = load_pack(self.experiment.pack, set_name)
         else:
             features = self._extracted(set_name)
@@ -136,14 +121,10 @@ class Inputs:
 
     def _packed(self, set_name: str) -> bool:
         """Whether the experiment's pack stands in for this set's images; a set that it lacks is extracted from them."""
-        from .packs import pack_info
-
         return bool(self.experiment.pack) and set_name in pack_info(self.experiment.pack)["sets"]
 
     def _with_classes(self, set_name: str, labelled):
         """A source or feature set whose labels count along the classes of train; ValueError if they cannot."""
-        from ..data.open import by_name
-
         what, train = f"experiment {self.experiment.name!r}, {set_name}", set_name == "train"
         if len(labelled) == 0:
             raise ValueError(f"{what}: the set holds no images")
@@ -193,8 +174,6 @@ class Inputs:
 
     def _whole_digest(self, set_name: str) -> str:
         if self._packed(set_name):
-            from .packs import pack_info
-
             return pack_info(self.experiment.pack)["sets"][set_name]["sha256"]
         return artefact_digest("features", *self._recipe(set_name), reading_code())
 
@@ -271,8 +250,6 @@ def reading_code() -> str:
 
 def check_pack(experiment: Experiment) -> None:
     """Raise ExperimentError unless the experiment's pack holds its sets, made by its backbone."""
-    from .packs import pack_info
-
     info = pack_info(experiment.pack)
     lines = []
     for key in ("model", "pooling", "crop"):

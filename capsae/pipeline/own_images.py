@@ -19,6 +19,7 @@ from ..data.image_files import images_below, log_left_out
 from ..data.images import IMAGE_SUFFIXES
 from ..data.sources import ImageSource
 from ..detectors import Observations
+from ..device import pick_device
 from ..features.featureset import FeatureSet, LinearHead
 from ..files import replacing
 
@@ -79,14 +80,8 @@ class Scorer:
     ) -> Scorer:
         """Read what ``capsae train --out FOLDER`` wrote: no training images, no experiment and no store are needed.
 
-        Parameters
-        ----------
-        folder : path
-        methods : detector names, optional
-            Of those in the folder (default: all); the flag follows the first.
-        checkpoint : path, optional
-            The backbone's weights, in place of those that the folder holds or names.
-        device : str
+        ``methods`` are of those in the folder (default: all), and the flag follows the first; ``checkpoint`` holds the
+        backbone's weights, in place of those that the folder holds or names.
 
         Raises
         ------
@@ -116,8 +111,7 @@ class Scorer:
         key = hashlib.sha256(b"".join(_digest(path) for path in sorted(folder.glob("*.safetensors"))))
         key.update(json.dumps([known, chosen]).encode())
         thresholds = {name: known[name]["threshold"] for name in chosen}
-        args = found, thresholds, about["class_names"], about["n_val"], key.hexdigest()
-        scorer = cls(backbone, head, sae, *args)
+        scorer = cls(backbone, head, sae, found, thresholds, about["class_names"], about["n_val"], key.hexdigest())
         scorer.device = device
         return scorer
 
@@ -130,31 +124,24 @@ class Scorer:
         return Scores(scores, flags, table["predicted"].mask(bad, "").to_numpy(dtype=str))
 
     def table(self, images: Sequence) -> pd.DataFrame:
-        """Return a row for each image.
+        """Return a row for each image, in the order given.
 
-        Returns
-        -------
-        DataFrame
-            In the order given: path, predicted (class name), confidence (softmax of the head); for each method its
-            score and ``<method>_threshold``, above which 5 % of the ID validation rows lie; flag (True = out of
-            distribution by the first method); reason (why an image could not be read: its other cells are empty).
+        Columns: path, predicted (class name), confidence (softmax of the head); for each method its score and
+        ``<method>_threshold``, above which 5 % of the ID validation rows lie; flag (True = out of distribution by the
+        first method); reason (why an image could not be read: its other cells are empty).
         """
-        features = self._extract(images)
+        features = extract_images(images, self.backbone, self.device)
         found, why = self._rows(features), {each["id"]: each["why"] for each in features.meta["bad_images"]}
         return self._table(images, [found.get(_name(i, image)) for i, image in enumerate(images)], why)
 
     def blocks(self, images: Sequence[Path], kept: Path, parts: list[Path] | None = None) -> Iterator[pd.DataFrame]:
         """Yield :meth:`table` of image files in blocks. What a killed call made, the next one reads.
 
-        Parameters
-        ----------
-        images : files
-        kept : folder
-            Gets ``rows.jsonl``, a line for each image by name and SHA-256 of its file.
-        parts : list, optional
-            Gets the blocks' files of features, which are then kept, too: :func:`join_features` puts them together.
+        The folder ``kept`` gets ``rows.jsonl``, a line for each image by name and SHA-256 of its file; ``parts``, if
+        given, the blocks' files of features, which are then kept, too: :func:`join_features` puts them together.
         """
-        rows_file, size = _kept(kept, self.key, self.backbone), self._block()
+        rows_file = _kept(kept, self.key, self.backbone)
+        size = BLOCK.get(pick_device(self.device).type, BLOCK["cpu"])
         done = _read_rows(rows_file)
         for start in range(0, len(images), size):
             block = list(images[start : start + size])
@@ -164,7 +151,10 @@ class Scorer:
             if todo:
                 names = json.dumps([keys, [str(path) for path in block]])
                 file = kept / f"features-{hashlib.sha256(names.encode()).hexdigest()[:20]}.safetensors"
-                part = FeatureSet.load(file) if file.is_file() else self._extract([block[i] for i in todo])
+                if file.is_file():
+                    part = FeatureSet.load(file)
+                else:
+                    part = extract_images([block[i] for i in todo], self.backbone, self.device)
                 if parts is not None:
                     parts.append(file if file.is_file() else part.save(file))
                 found, bad = self._rows(part), part.meta["bad_images"]
@@ -173,14 +163,6 @@ class Scorer:
                 file.writelines(json.dumps([key, row]) + "\n" for key, row in new.items() if key not in done)
             done |= new
             yield self._table(block, [done.get(key) for key in keys], {each["id"]: each["why"] for each in bad})
-
-    def _block(self) -> int:
-        from ..device import pick_device
-
-        return BLOCK.get(pick_device(self.device).type, BLOCK["cpu"])
-
-    def _extract(self, images: Sequence) -> FeatureSet:
-        return extract_images(images, self.backbone, self.device)
 
     def _rows(self, features: FeatureSet) -> dict[str, dict[str, Any]]:
         """What the table says of each readable image, by name."""

@@ -8,17 +8,22 @@ sharpness, brightness and so on): no image can be looked at.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ..data.images import PIXEL_STATISTICS
+from ..data.open import open_source
+from ..data.sources import ImageSource
+from ..device import available_cores
 from ..features.featureset import FeatureSet, read_tensors, restored, rounded, write_tensors
+from ..files import file_record
 
 PACKS = Path(__file__).parents[1] / "packs"
 MAX_BYTES = 8_000_000
@@ -29,7 +34,6 @@ LICENCE = (
 
 
 def packs() -> list[str]:
-    """Names of the embedded packs."""
     return sorted(path.parent.name for path in PACKS.glob("*/pack.json"))
 
 
@@ -76,12 +80,10 @@ def make_pack(
     images_of: str | None = None,
     **options,
 ) -> Path:
-    """Extract sets into a pack.
+    """Extract sets into a pack; returns its folder.
 
     Parameters
     ----------
-    name : str
-        Name of the pack.
     sources : mapping
         ``{set name: ImageSource or what open_source takes}``.
     backbone : anything that ``load_backbone`` takes
@@ -100,19 +102,10 @@ def make_pack(
         A pack of the same images: names, labels and pixel statistics stay there.
     options
         For :func:`capsae.features.extract.extract`; logits are left out unless asked for.
-
-    Returns
-    -------
-    Path
-        The folder of the pack.
     """
-    import shutil
-
     from ..data import images
     from ..data import open as data
     from ..data import sources as sources_code
-    from ..data.open import open_source
-    from ..data.sources import ImageSource
     from ..features import backbone as backbone_code
     from ..features.backbone import load_backbone
     from ..features.extract import EXTRACTOR, extract
@@ -126,7 +119,7 @@ def make_pack(
     sets: dict[str, dict] = {}
     versions: dict = {}
     for set_name, given in sources.items():
-        source = given if isinstance(given, ImageSource) else open_source(given)
+        source = _opened(given)
         features = extract(source, backbone, shards / set_name.replace("/", "__"), name=set_name, **options)
         versions = features.meta["versions"]
         bad = features.meta["bad_images"]
@@ -137,12 +130,11 @@ def make_pack(
         path = _save(features, _file(out, set_name), stored, images_of)
         sets[set_name] = {
             "file": path.name,
-            "sha256": _sha256(path),
-            "bytes": path.stat().st_size,
+            **file_record(path),
             "n": len(features),
             "n_classes": len(features.class_names),
             "bad_images": len(bad),
-            "source": {file.parent.name + "/" + file.name: _sha256(file) for file in source.files},
+            "source": {file.parent.name + "/" + file.name: file_record(file)["sha256"] for file in source.files},
         }
     total = _check_size(name, sets, max_bytes)
     info = {
@@ -168,6 +160,10 @@ def make_pack(
     return out
 
 
+def _opened(given):
+    return given if isinstance(given, ImageSource) else open_source(given)
+
+
 def _save(features: FeatureSet, path: Path, stored: str, images_of: str | None) -> Path:
     if images_of is None:
         return features.save(path, dtype=stored)
@@ -178,41 +174,15 @@ def _save(features: FeatureSet, path: Path, stored: str, images_of: str | None) 
     return write_tensors(path, rounded(features.cls, stored), {"meta": features.meta})
 
 
-def add_pixels(
-    name: str | os.PathLike,
-    sources: Mapping[str, object],
-    out: str | os.PathLike,
-    *,
-    workers: int | None = None,
-    max_bytes: int | None = MAX_BYTES,
-) -> Path:
+def add_pixels(name: str | os.PathLike, sources: Mapping[str, object], out: str | os.PathLike) -> Path:
     """Measure the images of a pack and write it again with their statistics; its features stay as they are, bit for
-    bit, so that no backbone is needed.
-
-    Parameters
-    ----------
-    name : str or path
-        The pack.
-    sources : mapping
-        ``{set name: ImageSource or what open_source takes}``, one for each set of the pack.
-    out : path
-        Folder of the new pack; may be the old one's.
-    workers : int or None
-        Decoding threads; None = the cores that this process may use.
-    max_bytes : int or None
-        Refuse a pack that is larger.
+    bit, so that no backbone is needed. ``out`` may be the folder of the old one.
 
     Raises
     ------
     ValueError
         A set without a source; images whose names or labels are not the pack's, row by row; a bad image.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from ..data.open import open_source
-    from ..data.sources import ImageSource
-    from ..device import available_cores
-
     info, out = pack_info(name), Path(out)
     if "images" in info:
         raise ValueError(f"pack {os.fspath(name)!r}: pixel statistics are those of pack {info['images']!r}")
@@ -220,18 +190,17 @@ def add_pixels(
     if missing:
         raise ValueError(f"pack {os.fspath(name)!r}: no images are given for its set {missing[0]!r}")
     measured: dict[str, FeatureSet] = {}
-    with ThreadPoolExecutor(workers or available_cores()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         for set_name in info["sets"]:
-            given, features = sources[set_name], load_pack(name, set_name)
-            source = given if isinstance(given, ImageSource) else open_source(given)
-            source = _matched(source, features, f"pack {os.fspath(name)!r}, {set_name}")
+            features = load_pack(name, set_name)
+            source = _matched(_opened(sources[set_name]), features, f"pack {os.fspath(name)!r}, {set_name}")
             pixels = np.stack([one for _, one in pool.map(source.measured, range(len(source)))])
             measured[set_name] = replace(features, pixels=pixels)
     out.mkdir(parents=True, exist_ok=True)
     for set_name, features in measured.items():
         path = features.save(_file(out, set_name), dtype=info["dtype"]["stored"])
-        info["sets"][set_name] |= {"sha256": _sha256(path), "bytes": path.stat().st_size}
-    info["bytes"] = _check_size(name, info["sets"], max_bytes)
+        info["sets"][set_name] |= file_record(path)
+    info["bytes"] = _check_size(name, info["sets"], MAX_BYTES)
     info["pixel_statistics"] = list(PIXEL_STATISTICS)
     _write_info(out, info)
     return out
@@ -277,8 +246,3 @@ def _folder(name: str | os.PathLike) -> Path:
 
 def _file(folder: Path, set_name: str) -> Path:
     return folder / f"{set_name.replace('/', '__')}.safetensors"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

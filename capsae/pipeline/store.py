@@ -54,13 +54,7 @@ class Entry:
 
 
 class Store:
-    """Artefacts under one folder.
-
-    Parameters
-    ----------
-    root : path, optional
-        Default: see :func:`default_root`.
-    """
+    """Artefacts under one folder, by default :func:`default_root`."""
 
     def __init__(self, root: str | Path | None = None):
         self.root = Path(root).expanduser().absolute() if root is not None else default_root()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_experiments_lists_all_with_what_they_need(capsae_):
     status, out, _ = capsae_("experiments")
     assert status == 0
     assert [line for line in out.splitlines() if line in available()] == available()
-    assert out.count("  needs ") == len(available()) and "14278 images, 6.5 MB" in out and "150 GB" in out
+    assert out.count("  needs ") == len(available()) and "16572 images, 7.0 MB" in out and "150 GB" in out
 
 
 def test_experiments_prints_one_with_overrides(capsae_):
@@ -93,7 +94,7 @@ def test_a_printed_experiment_is_a_experiment_file(capsae_, name, tmp_path):
     status, out, _ = capsae_("experiments", name, "--set", "n_boot=7")
     assert status == 0
     experiment = load_experiment(name, {"n_boot": 7})
-    assert Experiment.model_validate(tomllib.loads(out)) == experiment
+    assert Experiment.model_validate_json(json.dumps(tomllib.loads(out))) == experiment
     line = next(line for line in out.splitlines() if line.startswith("ood."))  # as printed, with TOML's quotes
     status, again, _ = capsae_("experiments", name, "--set", "pack=none", "--set", line.replace(" = ", "=", 1))
     assert status == 0 and f"{line}\n" in again
@@ -112,7 +113,7 @@ def test_detectors_are_listed_with_formula_and_options(capsae_):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
         (["train", "--out", "x", "--set", "sae.kk=3"], "did you mean sae.k?"),
         (["train", "--out", "x", "--set", "sae.k=1e3"], "write 1000"),
@@ -127,11 +128,11 @@ def test_detectors_are_listed_with_formula_and_options(capsae_):
         (["reproduce", "cifar10"], "no pages in the book"),
     ],
 )
-def test_wrong_input_is_refused(capsae_, monkeypatch, arguments, words):
+def test_wrong_input_is_refused(capsae_, monkeypatch, arguments, expected):
     monkeypatch.delenv("CAPSAE_DATA", raising=False)
     monkeypatch.setattr("capsae.sae.train_sae", lambda *_, **__: pytest.fail("work had started"))
     status, out, err = capsae_(*arguments)
-    assert status == 2 and words in err and out == ""
+    assert status == 2 and expected in err and out == ""
     assert err.startswith("capsae: ") and "Traceback" not in err
 
 
@@ -321,7 +322,7 @@ def test_a_dry_run_names_each_page_and_why(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "printed"),
     [
         ("zoo --jobs 0", "--jobs 0: 1 or more"),
         ("zoo --seeds -1", "--seeds -1: 0 or more"),
@@ -340,9 +341,9 @@ def test_a_dry_run_names_each_page_and_why(monkeypatch, capsys):
         ("score f.png --device meta", "auto or cpu would do"),
     ],
 )
-def test_nonsense_is_refused_before_work(capsae_, command, said):
+def test_nonsense_is_refused_before_work(capsae_, command, printed):
     status, out, err = capsae_(*command.split())
-    assert status == 2 and said in err and out == "" and "Traceback" not in err
+    assert status == 2 and printed in err and out == "" and "Traceback" not in err
 
 
 def test_the_store_is_listed_and_cleaned_of_what_no_settings_use(capsae_, tmp_path, monkeypatch):

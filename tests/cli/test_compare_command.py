@@ -46,12 +46,12 @@ def compare(home, capsys):
 
 def test_two_sets_of_a_experiment_without_any_image(compare, experiment, tmp_path):
     out = tmp_path / "differences.csv"
-    status, said, _ = compare("test", "near/shifted", "-p", experiment, "--out", out, "--top", 2)
+    status, printed, _ = compare("test", "near/shifted", "-p", experiment, "--out", out, "--top", 2)
     table = pd.read_csv(out)
     tested, differs = table["q"].notna().sum(), table["differs"].sum()
-    assert status == 0 and "A: set test of experiment small, 80 images" in said and "B: set near/shifted" in said
-    assert f"{tested} of {len(table)} latents" in said and f") {differs} differ: " in said
-    more = said.split("More often in B; ")[1].split("\n\n")[0].splitlines()[1:]
+    assert status == 0 and "A: set test of experiment small, 80 images" in printed and "B: set near/shifted" in printed
+    assert f"{tested} of {len(table)} latents" in printed and f") {differs} differ: " in printed
+    more = printed.split("More often in B; ")[1].split("\n\n")[0].splitlines()[1:]
     first = table[table["more"] == "B"].nlargest(1, "difference").iloc[0]
     assert more[0].split()[0] == "latent" and len(more) <= 3 and more[1].split()[0] == str(first["latent"])
     assert f"{100 * first['frequency_a']:.1f}  " in more[1] and first["examples_b"].split(" | ")[0] in more[1]
@@ -66,10 +66,10 @@ def test_two_sets_of_a_experiment_without_any_image(compare, experiment, tmp_pat
 def test_a_set_and_itself_do_not_differ(home, experiment):
     run = Run(experiment, progress=False)
     one = compare_report.side(run, "test")
-    said = compare_report.report(compare_report.compare_sides(one, one, of_run(run)), one, one)
-    assert ") 0 differ: 0 more in B, 0 more in A" in said and "The most certain difference" in said
-    assert "unadjusted" not in said
-    assert f"Caution: {len(one.ids)} images are in A and in B" in said
+    printed = compare_report.report(compare_report.compare_sides(one, one, of_run(run)), one, one)
+    assert ") 0 differ: 0 more in B, 0 more in A" in printed and "The most certain difference" in printed
+    assert "unadjusted" not in printed
+    assert f"Caution: {len(one.ids)} images are in A and in B" in printed
 
 
 def test_the_help_has_an_example_with_two_folders(capsys):
@@ -79,7 +79,7 @@ def test_the_help_has_an_example_with_two_folders(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
         (["test", "nowhere"], "B, 'nowhere', is no folder of images and no set of experiment 'small', which has train"),
         (["EMPTY", "test"], "holds no images"),
@@ -87,11 +87,11 @@ def test_the_help_has_an_example_with_two_folders(capsys):
         (["test", "near/shifted", "--out", "no/such/folder/x.csv"], "no folder"),
     ],
 )
-def test_wrong_input_is_named(compare, experiment, tmp_path, arguments, words):
+def test_wrong_input_is_named(compare, experiment, tmp_path, arguments, expected):
     (tmp_path / "EMPTY").mkdir()
     arguments = [str(tmp_path / a) if a == "EMPTY" else a for a in arguments]
     status, out, err = compare("-p", experiment, *arguments)
-    assert status == 2 and words in err and not out
+    assert status == 2 and expected in err and not out
 
 
 real = pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"no images and weights at {SHARED} (set CAPSAE_SHARED)")
@@ -125,19 +125,19 @@ FAST = ["--checkpoint", str(WEIGHTS), "--set", "sae.epochs=2", "--device", "cpu"
 @pytest.mark.slow
 def test_folders_of_real_images(compare, folders, tmp_path):
     out = tmp_path / "out.csv"
-    status, said, err = compare(folders / "photos", folders / "textures", *FAST, "--out", out)
+    status, printed, err = compare(folders / "photos", folders / "textures", *FAST, "--out", out)
     table = pd.read_csv(out)
-    assert status == 0 and f"images under {folders / 'textures'}, 40 images" in said
+    assert status == 0 and f"images under {folders / 'textures'}, 40 images" in printed
     assert "skipped" in err and "broken.jpg" in err
-    assert table["differs"].any() and "More often in" in said and ".webp" in said
-    assert (table["n_a"] == 40).all() and said.count("Caution") == 1
+    assert table["differs"].any() and "More often in" in printed and ".webp" in printed
+    assert (table["n_a"] == 40).all() and printed.count("Caution") == 1
 
 
 @real
 @pytest.mark.slow
 def test_few_images_and_none_that_can_be_read(compare, folders):
-    status, said, _ = compare("far/textures", folders / "few", *FAST)
-    assert status == 0 and "Caution: B has 5 images" in said and "8 or more images would do" in said
+    status, printed, _ = compare("far/textures", folders / "few", *FAST)
+    assert status == 0 and "Caution: B has 5 images" in printed and "8 or more images would do" in printed
     status, _, err = compare("test", folders / "broken", *FAST)
     assert status == 2 and "none of its 1 images can be read" in err
 

@@ -33,7 +33,7 @@ HEAD = "path,predicted,"
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "expected"),
     [
         (lambda p: p.mkdir(), "is a folder"),
         (lambda p: p.write_text("a,b\n1,2\n"), "is no output of this command"),
@@ -42,12 +42,12 @@ HEAD = "path,predicted,"
         (lambda p: p.parent.chmod(0o555), "cannot be written to"),
     ],
 )
-def test_an_output_is_refused_before_any_work(make, words, tmp_path, monkeypatch):
+def test_an_output_is_refused_before_any_work(make, expected, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     folder.mkdir()
     make(folder / "t.csv")
     monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & stat.S_IWUSR))  # as root, too
-    with pytest.raises(OSError, match=words) as error:
+    with pytest.raises(OSError, match=expected) as error:
         Output(folder / "t.csv", HEAD)
     assert "--out" in str(error.value) and error.value.errno is None
     folder.chmod(0o755)
@@ -155,11 +155,11 @@ def test_no_cell_is_a_formula(start):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"", "is empty"), (LFS + b"/spec/v1\noid sha256:00\n", "git lfs pull")]
+    ("content", "expected"), [(b"", "is empty"), (LFS + b"/spec/v1\noid sha256:00\n", "git lfs pull")]
 )
-def test_stubs_in_place_of_files_are_named(content, words, tmp_path):
+def test_stubs_in_place_of_files_are_named(content, expected, tmp_path):
     (tmp_path / "weights.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=expected):
         refuse_stub(tmp_path / "weights.pth")
 
 
@@ -313,13 +313,13 @@ def test_a_trained_folder_scores_without_experiment_images_and_store(
     assert found.flags.tolist() == [*one["flag"][:4].astype(bool), True] and found.predicted.tolist()[4] == ""
     assert found.predicted[:4].tolist() == one["predicted"][:4].tolist()
     capsys.readouterr()
-    for arguments, words in {
+    for arguments, expected in {
         ("--sae", folder, "--method", "knn"): "no threshold of 'knn'; it holds those of epd, rpd",
         ("--sae", str(images)): "holds no scorer.json",
         ("--sae", folder, "-p", experiment): "leave --experiment and --set out",
     }.items():
         assert main(["score", str(images), "-q", *arguments]) == 2
-        assert words in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
 
 
 def test_a_scorer_takes_what_a_service_has_at_hand(home, tmp_path, monkeypatch):

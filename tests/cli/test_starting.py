@@ -68,7 +68,7 @@ def test_class_folders_alone_are_split_by_lists(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parts", "options", "words"),
+    ("parts", "options", "expected"),
     [
         (["train/a"], {}, "two classes at least"),
         (["test/a", "test/b"], {}, "one for each class"),
@@ -77,8 +77,8 @@ def test_class_folders_alone_are_split_by_lists(tmp_path):
         (["train/a", "train/b", "test/a"], {"checkpoint": "no.pth"}, "--checkpoint 'no.pth': no such file"),
     ],
 )
-def test_what_is_no_experiment_is_said(parts, options, words, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+def test_what_is_no_experiment_is_named(parts, options, expected, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=expected):
         look(folders(tmp_path / "x", *parts), **options)
 
 
@@ -124,9 +124,9 @@ def test_a_new_ood_set_stands_beside_an_embedded_pack(tmp_path, monkeypatch):
     assert set(run.table(["msp"])["set"]) >= {"far/mine", "far/noise"}
     with pytest.raises(ExperimentError, match="would change nothing"):
         Run(experiment, {"ood.far/noise": str(mine)})
-    for gone, words in (
+    for gone, expected in (
         ({"ood.far/gone": "no/such"}, "no/such"),
         ({"ood.far/rel.kind": "folder", "ood.far/rel.path": "x"}, "rel"),
     ):
-        with pytest.raises(ExperimentError, match=words):
+        with pytest.raises(ExperimentError, match=expected):
             Run(experiment, gone)

@@ -148,11 +148,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_does_not_fit_is_said(what):
-    raw, words = WRONG[what]
+def test_what_does_not_fit_is_named(what):
+    raw, expected = WRONG[what]
     with pytest.raises(ValueError) as caught:
         arrays_from(raw, "file")
-    assert words in str(caught.value) and str(caught.value).startswith("file: ")
+    assert expected in str(caught.value) and str(caught.value).startswith("file: ")
 
 
 def test_files_that_cannot_be_read_end_with_status_2(tmp_path, capsys):
@@ -165,7 +165,7 @@ def test_files_that_cannot_be_read_end_with_status_2(tmp_path, capsys):
     np.save(tmp_path / "a" / "train" / "labels.npy", np.array([{}] * 160))
     (tmp_path / "model.pt").write_bytes(b"PK")
     (tmp_path / "nothing").mkdir()
-    for file, words in {
+    for file, expected in {
         "cut.safetensors": "is not a whole safetensors file",
         "cut.npz": "is not a whole .npz file",
         "pickled.npz": "train/labels is a pickled object array, and loading it would run code",
@@ -176,7 +176,7 @@ def test_files_that_cannot_be_read_end_with_status_2(tmp_path, capsys):
     }.items():
         assert main(["evaluate", str(tmp_path / file), "-q"]) == 2
         out, err = capsys.readouterr()
-        assert words in err and err.startswith("capsae: ") and out == "" and "Traceback" not in err
+        assert expected in err and err.startswith("capsae: ") and out == "" and "Traceback" not in err
 
 
 # --- the table
@@ -312,7 +312,7 @@ def test_the_command_prints_an_aligned_table_and_writes_three_files(tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("more", "expected"),
     [
         (["--method", "msq"], "no detector is named 'msq'"),
         (["--against", "nobody"], "no detector is named 'nobody'"),
@@ -325,11 +325,11 @@ def test_the_command_prints_an_aligned_table_and_writes_three_files(tmp_path, ca
         (["--out", "no/such/folder/table.csv"], "no folder"),
     ],
 )
-def test_wrong_options_end_with_status_2(tmp_path, capsys, more, words):
+def test_wrong_options_end_with_status_2(tmp_path, capsys, more, expected):
     file = write(raw_arrays(), tmp_path, "npz")
     assert main(["evaluate", str(file), "-q", *more]) == 2
     out, err = capsys.readouterr()
-    assert words in err and out == "" and "Traceback" not in err
+    assert expected in err and out == "" and "Traceback" not in err
 
 
 def test_the_layout_is_printed(capsys):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import sys
@@ -70,25 +71,25 @@ SMALL = {
     "parts/__init__.py": "from .model import Model\n",
     "parts/model.py": """
         from pathlib import Path
-        WORDS = Path(__file__).with_name("words.json")
+        NAMES = Path(__file__).with_name("names.json")
         class Base:
             def shared(self, x):
                 return x + 30
         class Model(Base):
             def go(self, x):
-                return self.shared(x) + len(WORDS.read_text())
+                return self.shared(x) + len(NAMES.read_text())
             def stay(self, x):
                 return x + 40
     """,
-    "parts/words.json": '["one"]',
+    "parts/names.json": '["one"]',
 }
 MOVED = {
-    "road.py": "lane/path.py",
-    "maths.py": "lane/numbers/sums.py",
+    "road.py": "sub/path.py",
+    "maths.py": "sub/numbers/sums.py",
     "kinds.py": "kinds/all_of_them.py",
-    "registry.py": "lane/known.py",
+    "registry.py": "sub/known.py",
     "parts/model.py": "models.py",
-    "parts/words.json": "words.json",
+    "parts/names.json": "names.json",
     "__init__.py": "__init__.py",
 }
 REWRITTEN = {
@@ -96,8 +97,8 @@ REWRITTEN = {
     "from .maths import f as plus": "from .numbers.sums import f",
     "return plus(x)": "return f(x)",
     "from .parts.model import Model": "from ..models import Model",
-    "from .registry import register": "from ..lane.known import register",
-    '"road"': '"lane.path"',
+    "from .registry import register": "from ..sub.known import register",
+    '"road"': '"sub.path"',
     '"parts.model"': '"models"',
 }
 CELLS = "import small\nsmall.score(3)"
@@ -132,13 +133,13 @@ def test_moving_modules_and_rewriting_imports_changes_nothing(tmp_path, before):
         for a, b in REWRITTEN.items():
             text = text.replace(a, b.replace("\n", "\n        "))
         moved[new] = text
-    for folder in ("lane", "lane/numbers", "kinds"):
+    for folder in ("sub", "sub/numbers", "kinds"):
         moved[f"{folder}/__init__.py"] = "__all__ = []\n"
     sources = write(tmp_path / "after", moved)
     assert of_cells(sources) == before
-    by_module = "from small.lane import path\npath.score(3)"  # another way to write the same call
+    by_module = "from small.sub import path\npath.score(3)"  # another way to write the same call
     assert of_cells(sources, by_module) == before
-    assert sources.digest(sources.units("small.lane.path:score")) == (
+    assert sources.digest(sources.units("small.sub.path:score")) == (
         (first := write(tmp_path / "again", SMALL)).digest(first.units("small.road:score"))
     )
 
@@ -151,7 +152,7 @@ def test_moving_modules_and_rewriting_imports_changes_nothing(tmp_path, before):
         ("maths.py", "LIMIT = 3", "LIMIT = 4"),
         ("maths.py", "x + 10", "x + 11"),
         ("parts/model.py", "x + 30", "x + 31"),  # a method that a subclass calls through self
-        ("parts/words.json", "one", "two"),
+        ("parts/names.json", "one", "two"),
         ("kinds.py", "x - 7", "x - 8"),  # enters the registry
         ("kinds.py", "from .registry", "import os\n        os.environ.clear()\n        from .registry"),
         ("registry.py", "return _KNOWN[name]", "return _KNOWN[name.lower()]"),
@@ -191,7 +192,7 @@ def test_a_module_may_count_by_a_number(tmp_path):
 
 
 @pytest.mark.parametrize("used", ["getattr(maths, x)(1)", "import_module(x)", "pick(maths, 1)"])
-def test_what_the_text_does_not_tell_counts_as_a_whole(tmp_path, used):
+def test_what_the_text_does_not_show_counts_as_a_whole(tmp_path, used):
     def of(unused):
         maths = SMALL["maths.py"].replace("x * 5", unused)
         road = f"""
@@ -274,7 +275,9 @@ def copy(tmp_path_factory):
             path.write_text(text)
         return sources
 
-    return edited
+    gc.disable()  # parsed sources are many objects, and none of them is garbage: collections take most of the time
+    yield edited
+    gc.enable()
 
 
 def _page(sources, notebook):

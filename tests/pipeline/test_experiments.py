@@ -55,7 +55,7 @@ def test_ood_sets_near_first():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "expected"),
     [
         ({"sae.kk": 64}, ["sae.kk = 64", "unknown key", "did you mean sae.k?"]),
         ({"core_fraction": 0.2}, ["core_fraction = 0.2", "or caps.core_fraction?"]),
@@ -97,10 +97,10 @@ def test_ood_sets_near_first():
         ({"n_boot": -1}, ["n_boot = -1"]),
     ],
 )
-def test_refused_with_key_value_and_what_would_do(overrides, words):
+def test_refused_with_key_value_and_what_would_do(overrides, expected):
     message = refused(**overrides)
-    for word in words:
-        assert word in message
+    for part in expected:
+        assert part in message
     assert "pydantic" not in message and "type=" not in message
 
 

@@ -249,15 +249,15 @@ def test_scores_hold_every_row_of_every_set(run):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "expected"),
     [
         ({"detectors.knn.kk": 3}, "detectors.knn.kk = 3.*known: k"),
         ({"detectors.knnn.k": 3}, "detectors.knnn: no such detector"),
         ({"pack": "nowhere"}, "no pack 'nowhere'"),
     ],
 )
-def test_refused_at_the_start(experiment, tmp_path, overrides, words):
-    with pytest.raises(ValueError, match=words):
+def test_refused_at_the_start(experiment, tmp_path, overrides, expected):
+    with pytest.raises(ValueError, match=expected):
         Run(experiment, overrides, tmp_path)
 
 

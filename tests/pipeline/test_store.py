@@ -246,7 +246,7 @@ def test_a_file_system_without_modes_is_used_all_the_same(tmp_path, monkeypatch)
     assert (tmp_path / "a.txt").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_lock_that_cannot_be_had_for_another_reason_is_told(tmp_path, monkeypatch):
+def test_a_lock_that_cannot_be_had_for_another_reason_is_an_error(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.EMFILE, "Too many open files")
 
