@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .data.asarray import as_numpy
+from .data.asarray import as_numpy, as_real
 
 RECALL = 0.95
 METRICS = ("auroc", "fpr95_ood_pos", "fpr95_id_pos", "aupr_in", "aupr_out", "autc")
@@ -40,7 +40,7 @@ def require_convention(names: Iterable[object]) -> None:
 
 
 def _scores(name: str, scores) -> np.ndarray:
-    scores = as_numpy(scores).astype(np.float64)
+    scores = as_real(scores, name)
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"{name} must be a non-empty vector of scores, found shape {scores.shape}")
     if np.isnan(scores).any():

@@ -12,6 +12,7 @@ import unicodedata
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 import capsae.features.extract
-from capsae import detectors
+from capsae import detectors, metrics
 from capsae.__main__ import main
 from capsae.caps import ClassActivationProfiles
 from capsae.data import image_files
@@ -202,7 +203,14 @@ WRONG_LABELS = {
     "mixed": (["cat", 0], "holds 'cat'"),
     "under -1": ([0, -2], "holds -2, .*-1 for none"),
     "too large": (np.array([0, 2**63], np.uint64), "holds 9223372036854775808"),
+    "far too large": ([0, 2**70], "holds 1180591620717411303424, .*row 1"),
+    "categories": (pd.Categorical(["cat", "dog"]), "holds 'cat'"),
+    "complex": (np.array([0, 1j]), "holds 0j"),
+    "a structure": (np.zeros(2, [("label", int)]), r"holds \(0,\)"),
+    "none and text": ([None, "cat"], "holds 'cat', .*row 1"),
+    "ragged": ([[0], [1, 2]], r"holds \[0\]"),
 }
+NO_PARQUET = ("mixed", "too large", "categories", "far too large", "complex", "a structure", "none and text", "ragged")
 
 
 @pytest.mark.parametrize("case", WRONG_LABELS)
@@ -211,7 +219,7 @@ def test_labels_are_whole_numbers(case, tmp_path):
     cls = np.zeros((2, 3), np.float32)
     uses = [as_labels, lambda labels: FeatureSet(cls, labels, ["a", "b"])]
     uses.append(lambda labels: fit_linear_probe(cls, labels, 2))
-    if case not in ("mixed", "too large"):
+    if case not in NO_PARQUET:
         blob = png(drawn("ant", 0))
         pq.write_table(pa.table({"image": [blob] * 2, "label": pa.array(labels)}), tmp_path / "x.parquet")
         uses.append(lambda _: open_source({"kind": "parquet", "path": str(tmp_path / "x.parquet")}))
@@ -220,7 +228,10 @@ def test_labels_are_whole_numbers(case, tmp_path):
             use(labels)
 
 
-@pytest.mark.parametrize("labels", [[0, None, 3], [0.0, -1.0, 3.0], np.array([0, -1, 3], np.int8), ([0, -1, 3])])
+NONE = [np.array([0, None, 3], object), torch.tensor([0, -1, 3]), list(torch.tensor([0, -1, 3])), pd.Series([0, -1, 3])]
+
+
+@pytest.mark.parametrize("labels", [[0, None, 3], [0.0, -1.0, 3.0], np.array([0, -1, 3], np.int8), [0, -1, 3], *NONE])
 def test_labels_that_are_whole_numbers_are_taken(labels):
     assert as_labels(labels).tolist() == [0, -1, 3] and as_labels(labels).dtype == np.int64
 
@@ -485,6 +496,7 @@ ODD = {
     "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
     "nested lists": lambda x: x.tolist(),
     "float64": lambda x: x.astype(np.float64),
+    "sparse": lambda x: torch.from_numpy(x.copy()).to_sparse(),
 }
 
 
@@ -525,7 +537,7 @@ def test_an_array_is_what_it_says_however_it_lies_in_memory(odd, plain, tmp_path
             obs = Observations(rows, logits=None, labels=labels, head=head)
             both.append(detectors.create(name, **options).fit(obs).score(Observations(rows, head=head)))
         np.testing.assert_allclose(both[0], both[1], rtol=1e-5, atol=1e-6)
-    if odd != "nested lists":
+    if odd not in ("nested lists", "sparse"):
         sae = TopKSAE.load(_an_sae(tmp_path / "sae", x))
         np.testing.assert_array_equal(as_numpy(sae.encode(given).values), as_numpy(sae.encode(x).values))
 
@@ -548,6 +560,15 @@ def test_masked_values_are_no_values():
         Observations(masked)
     with pytest.raises(ValueError, match="holds nan"):
         as_labels(np.ma.masked_array([0, 1], mask=[0, 1]))
+
+
+@pytest.mark.parametrize("dtype", [complex, "U3", "M8[D]", [("x", float)], object])
+def test_what_is_no_real_number_is_no_score_and_no_feature(dtype):
+    given = np.zeros(4, dtype) if dtype is not object else np.array([0, 1, "x", {}], object)
+    with pytest.raises(ValueError, match="id_scores holds .*real numbers"):
+        metrics.auroc(given, np.arange(4))
+    with pytest.raises(ValueError, match="features or logits holds .*real numbers"):
+        FeatureSet(given[:, None], np.arange(4), list("abcd"))
 
 
 # --- the model's own preprocessing

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from ..data.asarray import as_numpy
+from ..data.asarray import as_numpy, as_real
 from ..detectors import Detector, Observations
 from ..stats import FPR95
 from .tables import COLUMNS, COMPARED, Scores, compare_scores, evaluate_scores, group_of
@@ -26,7 +26,7 @@ def _named(detectors) -> dict[str, Detector]:
 
 
 def _scores(name: str, detector: Detector, where: str, obs: Observations) -> np.ndarray:
-    scores = as_numpy(detector.score(obs)).astype(np.float64)
+    scores = as_real(detector.score(obs), f"{name} on {where}")
     if scores.shape != (len(obs),):
         raise ValueError(f"{name} gave scores of shape {scores.shape} for {where}, expected ({len(obs)},)")
     if np.isnan(scores).any():

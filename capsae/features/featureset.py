@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.asarray import as_labels, as_numpy
+from ..data.asarray import as_labels, as_numpy, as_real
 from ..files import replacing
 
 SCHEMA = 1
@@ -84,7 +84,7 @@ def restored(tensors: dict[str, np.ndarray]) -> np.ndarray:
 
 def as_float32(array) -> np.ndarray | None:
     """Any framework's array in C order and float32; None stays None."""
-    return None if array is None else as_numpy(array).astype(np.float32, copy=False)
+    return None if array is None else as_real(array, "an array of features or logits", np.float32)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ of it is :func:`capsae.pipeline.arrays.evaluate_arrays`.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import zipfile
@@ -311,11 +312,13 @@ def _check_labels(sets: Mapping[str, FeatureSet], n_classes: int, source: str) -
             hint = "; classes count from 0" if labels[row] == n_classes and labels.min() == 1 else ""
             found = f"{name}/labels is {labels[row]} in row {row}"
             raise ValueError(f"{source}: {found}, expected 0..{n_classes - 1}{hint}")
-    empty = np.flatnonzero(np.bincount(sets["train"].labels, minlength=n_classes) == 0)
-    if len(empty):
-        named = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+    present = set(sets["train"].labels.tolist())
+    n_empty = n_classes - len(present)  # no array of n_classes: a label may be an id of ten digits
+    if n_empty:
+        empty = itertools.islice((c for c in range(n_classes) if c not in present), 5)
+        named = ", ".join(map(str, empty)) + (", ..." if n_empty > 5 else "")
         raise ValueError(
-            f"{source}: {len(empty)} of {n_classes} classes have no row in train/labels: {named}; "
+            f"{source}: {n_empty} of {n_classes} classes have no row in train/labels: {named}; "
             "number the classes from 0 without gaps, and cut head and logits to them"
         )
 

@@ -230,7 +230,7 @@ def test_two_ranks_share_the_shards_and_a_killed_run_goes_on(checkpoint, pixels,
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", code, spec["path"], checkpoint, str(out), "64"]
+    command = [sys.executable, "-c", code, spec["path"], checkpoint, str(out), "32"]  # shards 2 to 5 wait for ever
     started = [
         subprocess.Popen(command, env=os.environ | ranks.environment(rank, 2, port), stderr=subprocess.PIPE)
         for rank in range(2)
@@ -452,8 +452,10 @@ def test_feature_set_round_trip(tmp_path, logits):
     half = FeatureSet.load(before.save(tmp_path / "h.safetensors", dtype="float16"))
     np.testing.assert_array_equal(half.cls, before.cls.astype(np.float16).astype(np.float32))
     assert half.cls.dtype == np.float32 and half.digest() != before.digest()
-    with pytest.raises(ValueError, match="dtype is 'int8'"):
-        before.save(tmp_path / "x", dtype="int8")
+    quarter = FeatureSet.load(before.save(tmp_path / "q.safetensors", dtype="int8"))
+    assert (np.abs(quarter.cls - before.cls) <= np.abs(before.cls).max(axis=0) / 254 * 1.001).all()
+    with pytest.raises(ValueError, match="dtype is 'int4'"):
+        before.save(tmp_path / "x", dtype="int4")
 
 
 def test_take_and_digest():

@@ -127,6 +127,10 @@ WRONG = {
     "label 4": (changed(train__labels=put(5, 4)), "train/labels is 4 in row 5, expected 0..3"),
     "label -2": (changed(test__labels=put(1, -2)), "test/labels holds -2, expected whole numbers"),
     "no class 2": (changed(train__labels=lambda y: np.where(y == 2, 1, y)), "classes have no row in train/labels: 2"),
+    "ids for labels": (
+        changed(head__weight=None, head__bias=None, train__labels=lambda y: y + 3_000_000_000),
+        "3000000000 of 3000000004 classes have no row in train/labels: 0, 1, 2, 3, 4, ...",
+    ),
     "one class": (
         changed(head__weight=None, head__bias=None, train__labels=lambda y: y * 0, test__labels=None),
         "1 class; detectors need at least 2",
