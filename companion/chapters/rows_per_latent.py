@@ -51,7 +51,7 @@ def file(experiment: str) -> Path:
 
 
 def read(experiment: str) -> pd.DataFrame:
-    """The committed table; columns as COLUMNS, values as shares."""
+    """The committed table; values are shares."""
     return pd.read_csv(file(experiment))
 
 
