@@ -14,6 +14,7 @@ size after the other; stopped, it goes on from what the file holds.
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,7 @@ SEEDS: dict[int | None, int] = {None: 10, 384: 10, 1920: 10, 7680: 3}  # by size
 DICTIONARIES = {"trained": BLUE, "untrained": ORANGE, "random": GREEN, "dense": GREY}
 SCORES, GROUPS = ("epd", "rpd"), ("near", "far", "all")
 METRICS = {"fpr95_ood_pos": metrics.fpr95_ood_pos, "auroc": metrics.auroc}
+TICKS = (0.1, 0.3, 1, 3, 10, 30)
 COLUMNS = ["fraction", "N", "D", "samples_per_latent", "dictionary", "score", "seed", "group", "metric", "value"]
 
 
@@ -53,6 +55,12 @@ def file(experiment: str) -> Path:
 def read(experiment: str) -> pd.DataFrame:
     """The committed table; values are shares."""
     return pd.read_csv(file(experiment))
+
+
+def source_line(experiment: str) -> str:
+    """Where the numbers come from, to stand under the figure."""
+    digest = hashlib.sha256(file(experiment).read_bytes()).hexdigest()[:12]
+    return f"Experiment {experiment} · book/rows_per_latent/{experiment}.csv, digest {digest}"
 
 
 def measure(features: Mapping, sae: SAEConfig, seed: int, size: int | None, options: Mapping) -> pd.DataFrame:
@@ -108,7 +116,8 @@ def numbers(table: pd.DataFrame, metric: str = "fpr95_ood_pos") -> Numbers:
         for other in ("untrained", "random"):
             found = seeds_and_images(part["trained"] - part[other], 0.0)
             key = f"{score}_{size}_{round(100 * fraction)}_less_{other}"
-            made.add(key, found["value"], found["lo"], found["hi"], unit="points")
+            ends = (found["lo"], found["hi"]) if len(part) > 1 else (None, None)  # one seed says nothing of seeds
+            made.add(key, found["value"], *ends, unit="points")
     return made
 
 
@@ -133,6 +142,10 @@ def figure(data: pd.DataFrame) -> Figure:
             ax.plot(part["x"], part["value"], color=colour, marker=markers[size], markersize=4, label=label)
             ax.fill_between(part["x"], part["lo"], part["hi"], color=colour, alpha=0.15, linewidth=0)
         ax.set(xscale="log", title=score.upper(), xlabel="training samples per latent")
+        ends = 0.9 * data["x"].min(), 1.1 * data["x"].max()
+        ax.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        ax.set_xticks([], minor=True)
+        ax.set_xlim(*ends)
     axes[0, 0].set_ylabel("FPR95, OOD positive, %")
     drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return drawn
