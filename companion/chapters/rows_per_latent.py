@@ -13,8 +13,8 @@ size after the other; stopped, it goes on from what the file holds.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,6 @@ SEEDS: dict[int | None, int] = {None: 10, 384: 10, 1920: 10, 7680: 3}  # by size
 DICTIONARIES = {"trained": BLUE, "untrained": ORANGE, "random": GREEN, "dense": GREY}
 SCORES, GROUPS = ("epd", "rpd"), ("near", "far", "all")
 METRICS = {"fpr95_ood_pos": metrics.fpr95_ood_pos, "auroc": metrics.auroc}
-TICKS = (0.1, 0.3, 1, 3, 10, 30)
 COLUMNS = ["fraction", "N", "D", "samples_per_latent", "dictionary", "score", "seed", "group", "metric", "value"]
 
 
@@ -109,7 +108,7 @@ def scored(features: Mapping, encode, options: Mapping) -> list[dict]:
 
 def numbers(table: pd.DataFrame, metric: str = "fpr95_ood_pos") -> Numbers:
     """What the trained dictionary gains over the untrained one, paired by seed; the interval holds seeds alone."""
-    made, rows = Numbers(), table[(table["group"] == "all") & (table["metric"] == metric)]
+    made, rows = Numbers(), table.query("group == 'all' and metric == @metric")
     made.add("seeds", int(rows["seed"].nunique()))
     wide = rows.pivot_table(index=["score", "D", "fraction", "seed"], columns="dictionary", values="value")
     for (score, size, fraction), part in wide.dropna(subset="trained").groupby(level=[0, 1, 2]):
@@ -123,8 +122,7 @@ def numbers(table: pd.DataFrame, metric: str = "fpr95_ood_pos") -> Numbers:
 
 def curves(table: pd.DataFrame, metric: str = "fpr95_ood_pos") -> pd.DataFrame:
     """Mean and interval over seeds of a metric over all sets, in %. Columns: dictionary, score, D, x, value, lo, hi."""
-    rows = table[(table["group"] == "all") & (table["metric"] == metric)]
-    found = []
+    rows, found = table.query("group == 'all' and metric == @metric"), []
     for keys, part in rows.groupby(["dictionary", "score", "D", "fraction"], sort=False):
         mean = seeds_and_images(100 * part["value"], 0.0)
         found.append((*keys[:3], part["samples_per_latent"].mean(), mean["value"], mean["lo"], mean["hi"]))
@@ -142,10 +140,8 @@ def figure(data: pd.DataFrame) -> Figure:
             ax.plot(part["x"], part["value"], color=colour, marker=markers[size], markersize=4, label=label)
             ax.fill_between(part["x"], part["lo"], part["hi"], color=colour, alpha=0.15, linewidth=0)
         ax.set(xscale="log", title=score.upper(), xlabel="training samples per latent")
-        ends = 0.9 * data["x"].min(), 1.1 * data["x"].max()
-        ax.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
-        ax.set_xticks([], minor=True)
-        ax.set_xlim(*ends)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
     axes[0, 0].set_ylabel("FPR95, OOD positive, %")
     drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return drawn
@@ -154,10 +150,8 @@ def figure(data: pd.DataFrame) -> Figure:
 def main() -> None:
     from capsae.pipeline.run import Run
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("experiment")
-    options = parser.parse_args()
-    run, path = Run(options.experiment, device="cpu", progress=False), file(options.experiment)
+    run = Run(sys.argv[1], device="cpu", progress=False)
+    path = file(run.experiment.name)
     features = {name: run.features(name) for name in ("train", "val", "test", *run.experiment.ood_sets)}
     given = {name: run.detector_options(name) for name in SCORES}
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COLUMNS)
