@@ -13,7 +13,8 @@ size after the other; stopped, it goes on from what the file holds.
 
 from __future__ import annotations
 
-import argparse
+import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -51,8 +52,14 @@ def file(experiment: str) -> Path:
 
 
 def read(experiment: str) -> pd.DataFrame:
-    """The committed table; columns as COLUMNS, values as shares."""
+    """The committed table; values are shares."""
     return pd.read_csv(file(experiment))
+
+
+def source_line(experiment: str) -> str:
+    """Where the numbers come from, to stand under the figure."""
+    digest = hashlib.sha256(file(experiment).read_bytes()).hexdigest()[:12]
+    return f"Experiment {experiment} · book/rows_per_latent/{experiment}.csv, digest {digest}"
 
 
 def measure(features: Mapping, sae: SAEConfig, seed: int, size: int | None, options: Mapping) -> pd.DataFrame:
@@ -101,21 +108,21 @@ def scored(features: Mapping, encode, options: Mapping) -> list[dict]:
 
 def numbers(table: pd.DataFrame, metric: str = "fpr95_ood_pos") -> Numbers:
     """What the trained dictionary gains over the untrained one, paired by seed; the interval holds seeds alone."""
-    made, rows = Numbers(), table[(table["group"] == "all") & (table["metric"] == metric)]
+    made, rows = Numbers(), table.query("group == 'all' and metric == @metric")
     made.add("seeds", int(rows["seed"].nunique()))
     wide = rows.pivot_table(index=["score", "D", "fraction", "seed"], columns="dictionary", values="value")
     for (score, size, fraction), part in wide.dropna(subset="trained").groupby(level=[0, 1, 2]):
         for other in ("untrained", "random"):
             found = seeds_and_images(part["trained"] - part[other], 0.0)
             key = f"{score}_{size}_{round(100 * fraction)}_less_{other}"
-            made.add(key, found["value"], found["lo"], found["hi"], unit="points")
+            ends = (found["lo"], found["hi"]) if len(part) > 1 else (None, None)  # one seed says nothing of seeds
+            made.add(key, found["value"], *ends, unit="points")
     return made
 
 
 def curves(table: pd.DataFrame, metric: str = "fpr95_ood_pos") -> pd.DataFrame:
     """Mean and interval over seeds of a metric over all sets, in %. Columns: dictionary, score, D, x, value, lo, hi."""
-    rows = table[(table["group"] == "all") & (table["metric"] == metric)]
-    found = []
+    rows, found = table.query("group == 'all' and metric == @metric"), []
     for keys, part in rows.groupby(["dictionary", "score", "D", "fraction"], sort=False):
         mean = seeds_and_images(100 * part["value"], 0.0)
         found.append((*keys[:3], part["samples_per_latent"].mean(), mean["value"], mean["lo"], mean["hi"]))
@@ -133,6 +140,8 @@ def figure(data: pd.DataFrame) -> Figure:
             ax.plot(part["x"], part["value"], color=colour, marker=markers[size], markersize=4, label=label)
             ax.fill_between(part["x"], part["lo"], part["hi"], color=colour, alpha=0.15, linewidth=0)
         ax.set(xscale="log", title=score.upper(), xlabel="training samples per latent")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
     axes[0, 0].set_ylabel("FPR95, OOD positive, %")
     drawn.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return drawn
@@ -141,10 +150,8 @@ def figure(data: pd.DataFrame) -> Figure:
 def main() -> None:
     from capsae.pipeline.run import Run
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("experiment")
-    options = parser.parse_args()
-    run, path = Run(options.experiment, device="cpu", progress=False), file(options.experiment)
+    run = Run(sys.argv[1], device="cpu", progress=False)
+    path = file(run.experiment.name)
     features = {name: run.features(name) for name in ("train", "val", "test", *run.experiment.ood_sets)}
     given = {name: run.detector_options(name) for name in SCORES}
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=COLUMNS)

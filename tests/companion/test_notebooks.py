@@ -45,6 +45,7 @@ def test_the_chapters_are_there():
         "12_causal",
         "13_meaning",
         "14_layers",
+        "15_rows_per_latent",
     ]
 
 

@@ -91,6 +91,8 @@ def test_differences_are_paired_by_seed(table):
     found = rows.numbers(table)["rpd_48_100_less_untrained"]
     assert found.value == pytest.approx(100 * (wide["trained"] - wide["untrained"]).mean(), abs=0.06)
     assert found.lo <= found.value <= found.hi
+    alone = rows.numbers(table[table["seed"] == 0])["rpd_48_100_less_untrained"]
+    assert alone.lo is None and alone.hi is None, "one seed has an interval over seeds"
     assert len(rows.figure(rows.curves(table)).axes) == 2
 
 
