@@ -17,7 +17,8 @@ from .tidy import METRIC_PANELS, percent
 
 OUR_SCORES = ("rpd", "rpd+")  # registry names; pairs, numbers and claims follow
 HEADLINE = "fpr95_ood_pos"  # the metric of verdicts: OpenOOD's FPR95, and so presumably the paper's
-RANKED = ("epd", *OUR_SCORES, "mds++", "rmds", "knn", "vim", "energy", "msp")  # a few: ranks of all would mean nothing
+JUDGED = ("epd", *OUR_SCORES)  # each against all others
+RANKED = (*JUDGED, "mds++", "rmds", "knn", "vim", "energy", "msp")  # a few: ranks of all would mean nothing
 BESIDE = ("rmds", "mds++", "knn", "vim", "nnguide", "energy", "msp")  # baselines that are named beside EPD
 CONTROLS = ("cosine", "euclidean", "code_flatness", "code_entropy", "code_energy", "sae_error", "epd_untrained")
 
@@ -55,7 +56,7 @@ def of_means(compared: pd.DataFrame, method: str, metric: str = HEADLINE) -> pd.
 def pairs(table: pd.DataFrame) -> list[tuple[str, str]]:
     """EPD and our own scores against every other detector of an evaluation, but for those that read pixels alone."""
     others = [name for name in table["method"].unique() if name not in ("head", *PIXEL_CONTROLS)]
-    return [(method, other) for method in ("epd", *OUR_SCORES) for other in others if other != method]
+    return [(method, other) for method in JUDGED for other in others if other != method and method in others]
 
 
 def shown(compared: pd.DataFrame, others: Iterable[str] = (*BESIDE, *CONTROLS, "epd")) -> pd.DataFrame:
@@ -186,7 +187,7 @@ def recorded(table: pd.DataFrame, compared: pd.DataFrame) -> Numbers:
     """
     numbers = Numbers()
     means = table[(table["set"] == "mean") & (table["group"] == "all")]
-    named = means[means["metric"].isin(METRIC_PANELS) & means["method"].isin(["epd", *OUR_SCORES, *BESIDE, *CONTROLS])]
+    named = means[means["metric"].isin(METRIC_PANELS) & means["method"].isin([*JUDGED, *BESIDE, *CONTROLS])]
     numbers.rows(named.assign(method=named["method"].map(number_name)), "{method} {metric}", unit="%")
     differences = compared[compared["set"] == "mean"].drop(columns="p_holm")
     numbers.rows(
@@ -198,14 +199,14 @@ def recorded(table: pd.DataFrame, compared: pd.DataFrame) -> Numbers:
     numbers.rows(accuracy, "accuracy", unit="%")
     scores = means[(means["metric"] == HEADLINE) & ~means["method"].isin(PIXEL_CONTROLS)]
     numbers.add("detectors", len(scores))
-    for name in ("epd", *OUR_SCORES):
+    for name in (one for one in JUDGED if one in set(scores["method"])):
         value = scores.set_index("method")["value"]
-        numbers.add(f"{name} rank", int((value < value[name]).sum()) + 1)
+        numbers.add(f"{number_name(name)} rank", int((value < value[name]).sum()) + 1)
         rows = of_means(compared, name)
         rows = rows[rows["other"].map(lambda other: info(other)["group"] == "baseline")]
         for word in ("better", "worse", "undecided"):
-            numbers.add(f"{name} {word} than baselines", int((rows["verdict"] == word).sum()))
-        numbers.add(f"{name} baselines", len(rows))
+            numbers.add(f"{number_name(name)} {word} than baselines", int((rows["verdict"] == word).sum()))
+        numbers.add(f"{number_name(name)} baselines", len(rows))
     wins = pixel_wins(table)
     if len(wins):
         numbers.add("pixel wins", int(wins["broken"].sum()))
