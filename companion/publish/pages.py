@@ -253,7 +253,11 @@ def rpd_page(grid: Path) -> str:
     prose = " ".join(_plain(ours["description"]).split())
     best = {"best": first["profile"], "epd": first["epd"], "rmds": first["rmds"]}
     codes = _codes(grid.parents[2] / "book" / "zoo")
-    return _page("rpd.md", formula=ours["formula"], description=prose, heads=heads, grid=rows, codes=codes, **best)
+    plus = info("rpd+")
+    given = {"plus": plus["formula"], "plus_description": " ".join(_plain(plus["description"]).split())}
+    return _page(
+        "rpd.md", formula=ours["formula"], description=prose, **given, heads=heads, grid=rows, codes=codes, **best
+    )
 
 
 CODES = {
