@@ -44,22 +44,9 @@ def bootstrap(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Bootstrap replicates of the metrics, the same draws for all methods.
 
-    Parameters
-    ----------
-    methods : dict of Thresholds
-        ID and OOD scores of each method on the same samples.
-    n_boot : int
-        Number of replicates.
-    seed : int
-        Seeds the ID draws; two calls with equal N and seed draw the same ID samples.
-    stream : int
-        Number of the OOD set: seeds its draws, together with ``seed``.
-    metrics : names, optional
-        Default: all that the thresholds allow (:attr:`capsae.metrics.Thresholds.metrics`).
-
-    Returns
-    -------
-    dict of method -> metric -> (n_boot,) float64
+    ``seed`` seeds the ID draws (two calls with equal N and seed draw the same ID samples) and, with ``stream``, the
+    number of the OOD set, the OOD draws. ``metrics``: by default all that the thresholds allow. Gives method -> metric
+    -> (n_boot,) float64.
     """
     first = next(iter(methods.values()))
     metrics = first.metrics if metrics is None else tuple(metrics)
@@ -167,16 +154,13 @@ def seeds_and_images(values, image_error: float, other=None, level: float = 0.95
         Standard error of the number *averaged over the seeds*, from replicates that draw the same images for all seeds
         (and both methods).
     other : (R,) float, optional
-        Values of another method with seeds of its own, to be taken off: the difference of two means of independent
-        seeds. ``image_error`` is that of this difference.
-    level : float
+        Values of another method with seeds of its own, to be taken off; ``image_error`` is then of the difference.
 
     Returns
     -------
     dict
         ``value`` (the mean over seeds, less that of ``other``), ``lo``, ``hi``, ``p`` (two-sided, of "nothing"),
-        ``error`` (SE), ``df``, ``seeds``, and ``holds``: what the interval holds, "images and seeds" or, where one
-        seed says nothing of seeds, "images".
+        ``error`` (SE), ``df``, ``seeds``, and ``holds``: "images and seeds" or, of one seed, "images".
 
     Examples
     --------

@@ -20,6 +20,16 @@ from .observations import Observations
 PAPER = "oh2026sparsity"
 
 
+def profiles(obs: Observations, codes, correct_only: bool) -> ClassActivationProfiles:
+    """The profiles of the true classes, of all samples or of those that the head classifies correctly."""
+    n_classes = obs.logits.shape[1]
+    labels = obs.require_labels(n_classes)
+    if correct_only:
+        hit = obs.predicted == labels
+        codes, labels = codes[hit], labels[hit]
+    return ClassActivationProfiles.fit(codes, labels, n_classes)
+
+
 @dataclass
 class _OnProfiles(Control):
     """Fits the CAPs that a score on profiles needs."""
@@ -36,12 +46,7 @@ class _OnProfiles(Control):
         return obs.codes
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
-        n_classes = obs.logits.shape[1]
-        labels, codes = obs.require_labels(n_classes), self._codes(obs)
-        if self.correct_only:
-            hit = obs.predicted == labels
-            codes, labels = codes[hit], labels[hit]
-        return self.on(ClassActivationProfiles.fit(codes, labels, n_classes))
+        return self.on(profiles(obs, self._codes(obs), self.correct_only))
 
     def on(self, caps: ClassActivationProfiles) -> Detector:
         """Fit on profiles that are made already; returns self."""

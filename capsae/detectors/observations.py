@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -129,17 +130,15 @@ class Observations:
             raise ValueError("fit needs the true classes: give labels to Observations(...)")
         return check_labels(self.labels, len(self), n_classes)
 
-    def require_head(self) -> tuple[np.ndarray, np.ndarray]:
-        """``(weight (C, d), bias (C,))`` in float64, or a ValueError."""
+    def require_head(self, dtype: Any = np.float64) -> tuple[np.ndarray, np.ndarray]:
+        """``(weight (C, d), bias (C,))``, or a ValueError."""
         if self.head is None:
             raise ValueError("this detector needs the classification head: give head to Observations(...)")
-        return as_numpy(self.head.weight).astype(np.float64), as_numpy(self.head.bias).astype(np.float64)
+        return as_numpy(self.head.weight).astype(dtype), as_numpy(self.head.bias).astype(dtype)
 
     def head_logits(self, z: np.ndarray) -> np.ndarray:
         """The head applied to (edited) features z (N, d), in the precision of z."""
-        if self.head is None:
-            raise ValueError("this detector needs the classification head: give head to Observations(...)")
-        weight, bias = (as_numpy(a).astype(z.dtype, copy=False) for a in (self.head.weight, self.head.bias))
+        weight, bias = self.require_head(z.dtype)
         return z @ weight.T + bias
 
     def take(self, rows) -> Observations:
@@ -160,17 +159,12 @@ class Observations:
         A detector that goes through them needs memory for one part at a time. Detectors that are given the same part
         share what it has computed: :func:`capsae.detectors.score_all` is one pass over the features for all scores.
         """
-        width = self.cls.shape[1]
-        if "logits" in self.__dict__:
-            width = max(width, self.logits.shape[1])
-        elif self.head is not None:
-            width = max(width, len(self.head.weight))
-        rows = max(1, CELLS // max(width, 1))
+        n_classes = self.logits.shape[1] if "logits" in self.__dict__ else len(self.head.weight) if self.head else 0
+        rows = max(1, CELLS // max(self.cls.shape[1], n_classes, 1))
         if len(self) <= rows:
             yield self
         else:
-            for start in range(0, len(self), rows):
-                yield self.take(slice(start, start + rows))
+            yield from (self.take(slice(start, start + rows)) for start in range(0, len(self), rows))
 
 
 def unit_rows(x: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from scipy.special import softmax
 
 from ..caps import ClassActivationProfiles
 from .base import Detector, create, register
+from .epd import profiles
 from .observations import Observations
 
 _CELLS = 2**22  # rows x classes held at a time
@@ -47,12 +48,7 @@ class RPD(Detector):
             raise ValueError(f"epsilon is {self.epsilon}: use a number between 0 and 1")
 
     def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
-        n_classes = obs.logits.shape[1]
-        labels, codes = obs.require_labels(n_classes), obs.codes
-        if self.correct_only:
-            hit = obs.predicted == labels
-            codes, labels = codes[hit], labels[hit]
-        return self.on(ClassActivationProfiles.fit(codes, labels, n_classes))
+        return self.on(profiles(obs, obs.codes, self.correct_only))
 
     def on(self, caps: ClassActivationProfiles) -> Detector:
         """Fit on profiles that are made already; returns self."""

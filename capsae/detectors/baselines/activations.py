@@ -45,7 +45,7 @@ class ReAct(Detector):
 class _Shaped(Detector):
     """What ASH and SCALE share: the k = d - round(d percentile / 100) largest entries of a feature.
 
-    Without the bound on s1 / s2, a sum near zero would give infinite scores.
+    s1 / s2 is bounded, which the features of a ReLU network hardly reach, or a sum near zero would give infinity.
     """
 
     needs, fitted_on = ("features", "head"), "nothing"
@@ -108,8 +108,7 @@ class ASHP(_Shaped):
 class ASHS(_Shaped):
     """Energy after the smallest activations are set to 0 and the k others multiplied by exp(s1 / s2).
 
-    s1 is the sum of all activations, s2 that of the k kept; the ratio is held within +-50, which features of a ReLU
-    network hardly reach.
+    s1 is the sum of all activations, s2 that of the k kept; the ratio is held within +-50.
     """
 
     title, source = "ASH-S", "djurisic2023ash"
@@ -127,8 +126,7 @@ class ASHS(_Shaped):
 class SCALE(_Shaped):
     """Energy of the feature multiplied by exp(s1 / s2); nothing is pruned.
 
-    s1 is the sum of all activations, s2 that of the k = d - round(d percentile / 100) largest; the ratio is held
-    within +-50, which features of a ReLU network hardly reach.
+    s1 is the sum of all activations, s2 that of the k largest; the ratio is held within +-50.
     """
 
     title, source = "SCALE", "xu2024scale"
