@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 
-from .base import register
+from .base import Detector, register
 from .epd import _standardised_rows, dense_codes
 from .observations import Observations
 from .rpd import RPD
@@ -16,13 +14,13 @@ from .rpd import RPD
 class RPDDense(RPD):
     """RPD with the feature itself, each row standardised and rectified, in place of the code: no dictionary at all."""
 
-    title: ClassVar[str] = "RPD on dense ReLU"
-    group: ClassVar[str] = "control"
-    formula: ClassVar[str] = r"\text{RPD with } h=\mathrm{relu}(\mathrm{std}(z))"
-    source: ClassVar[str] = "our control"
-    needs: ClassVar[tuple[str, ...]] = ("features", "labels", "logits")
+    title = "RPD on dense ReLU"
+    group = "control"
+    formula = r"\text{RPD with } h=\mathrm{relu}(\mathrm{std}(z))"
+    source = "our control"
+    needs = ("features", "labels", "logits")
 
-    def fit(self, obs: Observations, validation: Observations | None = None) -> RPD:
+    def fit(self, obs: Observations, validation: Observations | None = None) -> Detector:
         return super().fit(_rectified(obs))
 
     def score(self, obs: Observations) -> np.ndarray:

@@ -176,9 +176,9 @@ class FeatureSet:
         if info.get("schema") != SCHEMA or "cls" not in tensors:
             found = info.get("schema")
             raise ValueError(f"{os.fspath(path)!r} holds no FeatureSet of schema {SCHEMA} (found {found!r})")
-        given = {"cls": restored(tensors), "ids": unpack_strings(tensors["ids"])}
-        given |= {key: tensors.get(key) for key in ("labels", "logits", "pixels")}
-        return cls(**given, name=info["name"], class_names=info["class_names"], meta=info["meta"])
+        ids, rest = np.asarray(unpack_strings(tensors["ids"])), (tensors.get("logits"), tensors.get("pixels"))
+        about = {"name": info["name"], "class_names": tuple(info["class_names"]), "meta": info["meta"]}
+        return cls(restored(tensors), tensors["labels"], ids, logits=rest[0], pixels=rest[1], **about)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class LinearHead:
 
     def logits(self, cls: np.ndarray) -> np.ndarray:
         """Logits (N, C) float32 of features (N, d)."""
-        cls = as_float32(cls)
+        cls = as_numpy(cls).astype(np.float32, copy=False)
         if cls.ndim != 2 or cls.shape[1] != self.weight.shape[1]:
             raise ValueError(f"cls has shape {cls.shape}, this head expects (N, {self.weight.shape[1]})")
         return cls @ self.weight.T + self.bias

@@ -62,7 +62,7 @@ def results(tables: Mapping[str, pd.DataFrame]) -> str:
     return widget("results", "All scores", {"metrics": METRICS, "rows": rows}, static)
 
 
-def threshold(run, methods: Iterable[str] = ("epd", "rpd", "energy", "vim", "mds++", "msp")) -> None:
+def threshold(run, methods: Iterable[str] = ("epd", "rpd", "rpd+", "energy", "vim", "mds++", "msp")) -> None:
     """Histograms of a score with a threshold to move: how many ID images it flags and how many OOD images it misses."""
     scores, data, static = run.scores(), {}, []
     for method in methods:
