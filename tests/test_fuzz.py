@@ -21,20 +21,13 @@ METHODS = ("msp", "energy", "mds", "knn")
 OPTIONS = {"knn": {"k": 3}}
 
 LAYOUTS = (
-    lambda x: x,
-    np.asfortranarray,
-    lambda x: x[::-1].copy()[::-1],
-    lambda x: np.repeat(x, 2, axis=0)[::2],
+    *(lambda x: x, np.asfortranarray, lambda x: x[::-1].copy()[::-1], lambda x: np.repeat(x, 2, axis=0)[::2]),
     lambda x: x.astype(x.dtype.newbyteorder(">")),
     lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
-    lambda x: torch.tensor(x.tolist()),
-    lambda x: x.tolist(),
-    lambda x: x[..., None],
-    lambda x: x[:0],
-    lambda x: x[:1],
+    *(lambda x: torch.tensor(x.tolist()), lambda x: x.tolist(), lambda x: x[..., None]),
+    *(lambda x: x[:0], lambda x: x[:1], lambda x: x.astype(object)),
     lambda x: np.ma.masked_array(x, mask=np.arange(x.size).reshape(x.shape) == 2),
-    lambda x: x.astype(object),
-)
+)  # fmt: skip
 DTYPES = ("f2", "f4", "f8", "f4", "f8", "i1", "i8", "u1", "c8", "?", "U8", "O", "M8[D]", [("x", "f4")])
 POISON = (np.nan, np.inf, -np.inf, 1e300, -1, 2.7, 2**40, 0)
 
@@ -51,38 +44,33 @@ def _arrays(rng) -> dict:
         if name != "train":
             raw[f"{name}/scores/mine"] = rng.integers(0, 5, n) / 4  # ties
     for key in rng.choice(list(raw), int(rng.integers(0, 4)), replace=False):
-        kind = rng.integers(4)
+        kind, array = rng.integers(4), raw[key]
+        dtype, poison = DTYPES[rng.integers(len(DTYPES))], POISON[rng.integers(len(POISON))]
         if kind == 0:
             del raw[key]
         elif kind == 1:
-            raw[key] = LAYOUTS[rng.integers(len(LAYOUTS))](raw[key])
+            raw[key] = LAYOUTS[rng.integers(len(LAYOUTS))](array)
         elif kind == 2:
-            with np.errstate(invalid="ignore"):
-                raw[key] = np.zeros(raw[key].shape, DTYPES[-1]) if rng.integers(9) == 0 else _cast(raw[key], rng)
+            raw[key] = np.zeros(array.shape, dtype) if np.dtype(dtype).kind in "VM" else array.astype(dtype)
         else:
-            raw[key] = raw[key].astype(float if rng.integers(2) else raw[key].dtype)
-            poison = POISON[rng.integers(len(POISON))]
-            if raw[key].dtype.kind == "f" or np.isfinite(poison) and abs(poison) < 2**62:
-                raw[key].flat[rng.integers(raw[key].size)] = poison
+            raw[key] = array = array.astype(float) if rng.integers(2) else array.copy()
+            if array.dtype.kind == "f" or abs(poison) < 2**62:
+                array.flat[rng.integers(array.size)] = poison
     return raw
-
-
-def _cast(array, rng):
-    dtype = DTYPES[rng.integers(len(DTYPES) - 1)]
-    return array.astype("i8").astype(dtype) if dtype == "M8[D]" else array.astype(dtype)
 
 
 def _check_table(raw, table):
     """Every number is finite or undefined by its definition, and the AUROC is scikit-learn's."""
     shares = table[~table["metric"].isin(("errors_flagged", "auroc_correct"))]  # undefined without an error, a hit
     assert np.isfinite(shares["value"]).all(), shares[~np.isfinite(shares["value"])]
-    mine = {where: np.asarray(raw[f"{where}/scores/mine"], float) for where in ("test", "near/a", "far/b")
-            if f"{where}/scores/mine" in raw}  # fmt: skip
     found = table[(table["method"] == "mine") & (table["metric"] == "auroc")].set_index("set")["value"]
-    for where in set(mine) - {"test"}:
-        sides = np.r_[np.zeros(len(mine["test"])), np.ones(len(mine[where]))]
-        expected = roc_auc_score(sides, np.r_[mine["test"], mine[where]])
-        np.testing.assert_allclose(found[where], expected, atol=1e-12)
+    for where in {"near/a", "far/b"} & set(found.index):
+        known, other = (np.asarray(raw[f"{name}/scores/mine"], float) for name in ("test", where))
+        np.testing.assert_allclose(found[where], _sklearn(known, other), atol=1e-12)
+
+
+def _sklearn(known, other) -> float:
+    return roc_auc_score(np.r_[np.zeros(len(known)), np.ones(len(other))], np.r_[known, other].astype(float))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -95,7 +83,7 @@ def test_evaluate_refuses_by_name_or_is_right(tmp_path):
             arrays = arrays_from(raw, "mine.npz")
             found = evaluate_arrays(arrays, METHODS, sae=False, options=OPTIONS, n_boot=0, progress=False)
         except ValueError as error:
-            named = ("mine.npz", "detector ", "held out", *arrays_names(raw))
+            named = ("mine.npz", "detector ", "held out", *(key.rpartition("/")[0] for key in raw))
             assert any(name in str(error) for name in named), f"seed {seed}: {error}"
         else:
             done += 1
@@ -111,18 +99,13 @@ def test_evaluate_refuses_by_name_or_is_right(tmp_path):
     assert 30 <= done <= 110 and through_the_command == 3, "both sides are tried"
 
 
-def arrays_names(raw):
-    return [key.rpartition("/")[0] or key for key in raw]
-
-
 def test_auroc_is_scikit_learns_for_any_dtype_and_tie():
     for seed in range(100):
         rng = np.random.default_rng(seed)
         dtype = DTYPES[rng.integers(8)]
         known, other = (rng.integers(-3, 4, rng.integers(1, 30)).astype(dtype) for _ in range(2))
-        sides = np.r_[np.zeros(len(known)), np.ones(len(other))]
-        expected = roc_auc_score(sides, np.r_[known, other].astype(float))
-        assert metrics.auroc(LAYOUTS[rng.integers(6)](known), other) == pytest.approx(expected, abs=1e-12)
+        given = LAYOUTS[rng.integers(6)](known)
+        assert metrics.auroc(given, other) == pytest.approx(_sklearn(known, other), abs=1e-12)
 
 
 def test_labels_are_whole_numbers_or_refused():
