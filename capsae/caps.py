@@ -25,6 +25,13 @@ def _check_codes(codes) -> tuple[np.ndarray, np.ndarray, int]:
     values, indices = as_numpy(codes.values), as_numpy(codes.indices)
     if values.ndim != 2 or values.shape != indices.shape:
         raise ValueError(f"codes need values and indices of one shape (N, k), found {values.shape} and {indices.shape}")
+    if values.dtype.kind not in "fiu" or indices.dtype.kind not in "iu":
+        raise ValueError(f"codes hold {values.dtype} at {indices.dtype}, expected real values at whole indices")
+    if not np.isfinite(values).all():
+        raise ValueError(f"codes hold NaN or infinity in row {int(np.argwhere(~np.isfinite(values))[0, 0])}")
+    if indices.size and (indices.min() < 0 or indices.max() >= codes.n_latents):
+        found = f"codes fire latents {indices.min()}..{indices.max()}"
+        raise ValueError(f"{found}, but n_latents is {codes.n_latents}: 0..{codes.n_latents - 1} would do")
     return values, indices, int(codes.n_latents)
 
 
@@ -33,7 +40,7 @@ def check_labels(labels, n_rows: int, n_classes: int, what: str = "labels") -> n
     labels = as_numpy(labels)
     if labels.ndim != 1 or len(labels) != n_rows:
         raise ValueError(f"{what} has {labels.shape[0] if labels.ndim else 0} rows, codes {n_rows}")
-    if labels.dtype.kind not in "iu":
+    if len(labels) and labels.dtype.kind not in "iu":
         raise TypeError(f"{what} must hold integers, found {labels.dtype}")
     if len(labels) and (labels.min() < 0 or labels.max() >= n_classes):
         raise ValueError(
@@ -100,8 +107,6 @@ class ClassActivationProfiles:
         if n_latents != self.n_latents:
             raise ValueError(f"codes have {n_latents} latents, the profiles {self.n_latents}")
         labels = check_labels(labels, len(values), self.n_classes)
-        if values.size and not np.isfinite(values).all():
-            raise ValueError(f"codes hold NaN or infinity in row {int(np.argwhere(~np.isfinite(values))[0, 0])}")
         size = self.sums.size
         for start in range(0, len(values), _ROWS):
             rows = slice(start, start + _ROWS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import capsae
-from capsae.caps import ClassActivationProfiles, core_reference, epd_terms, stability
+from capsae.caps import ClassActivationProfiles, core_reference, energy_profile_divergence, epd_terms, stability
 from capsae.sae import SparseCodes
 
 
@@ -178,3 +178,25 @@ def test_impossible_core_fraction(fraction):
     caps = ClassActivationProfiles.fit(codes, np.arange(50) % 3, 3)
     with pytest.raises(ValueError, match="core_fraction"):
         capsae.energy_profile_divergence(codes, np.arange(50) % 3, caps, fraction)
+
+
+@pytest.mark.parametrize(
+    "values, indices, message",
+    [
+        (np.nan, 0, "NaN or infinity in row 0"),
+        (-np.inf, 0, "NaN or infinity in row 0"),
+        (1j, 0, "codes hold complex128"),
+        (1.0, -1, "fire latents -1..-1, but n_latents is 6"),
+        (1.0, 6, "fire latents 6..6, but n_latents is 6"),
+        (1.0, 0.5, "expected real values at whole indices"),
+    ],
+)
+def test_codes_that_are_none_give_no_profile_and_no_score(values, indices, message):
+    good = SparseCodes(np.ones((2, 1)), np.zeros((2, 1), np.int32), 6)
+    caps = ClassActivationProfiles.fit(good, [0, 1], 2)
+    bad = SparseCodes(np.full((2, 1), values), np.full((2, 1), indices), 6)
+    for use in (lambda: caps.update(bad, [0, 1]), lambda: energy_profile_divergence(bad, [0, 1], caps)):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert caps.counts.tolist() == [1, 1], "what is refused leaves no trace"
+    assert energy_profile_divergence(good[:0], [], caps).shape == (0,)

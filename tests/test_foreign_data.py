@@ -26,7 +26,7 @@ from capsae.__main__ import main
 from capsae.caps import ClassActivationProfiles
 from capsae.data import image_files
 from capsae.data.asarray import as_labels, as_numpy
-from capsae.data.images import BadImage
+from capsae.data.images import BadImage, read_encoded
 from capsae.data.open import by_name, open_source
 from capsae.detectors import Observations
 from capsae.evaluation.evaluate import evaluate
@@ -834,3 +834,77 @@ def _set(run):
     paths = {"train": run.experiment.train, "test": run.experiment.test}
     paths |= {f"ood.{key}": source for key, source in run.experiment.ood.items()}
     return [text for key, source in paths.items() for text in ("--set", f"{key}.path={source.path}")]
+
+
+# --- what was found by trying similar inputs
+
+
+def test_folders_that_link_to_each_other_are_read_once(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.png").write_bytes(png(drawn("ant", ord(name))))
+    os.symlink(tmp_path / "a", tmp_path / "b" / "to_a")
+    os.symlink(tmp_path / "b", tmp_path / "a" / "to_b")
+    os.symlink(tmp_path / "self", tmp_path / "self")
+    source = open_source(tmp_path)
+    assert source.ids.tolist() == ["a/a.png", "a/to_b/b.png", "b/b.png", "b/to_a/a.png"]
+    why = "link to a folder that holds it"
+    assert source.left_out[:2] == (("a/to_b/to_a", why), ("b/to_a/to_b", why)) and source.left_out[2][0] == "self"
+
+
+def _parquet(tmp_path, columns, metadata=None):
+    table = pa.table(columns)
+    pq.write_table(table.replace_schema_metadata(metadata) if metadata else table, tmp_path / "x.parquet")
+    return {"kind": "parquet", "path": str(tmp_path / "x.parquet")}
+
+
+ODD_COLUMNS = {
+    "numbers, which open as file descriptors": ({"image": [{"bytes": 1}, {"bytes": 2}]}, "holds struct<bytes: int64>"),
+    "paths, which open any file": ({"image": [{"bytes": "/etc/hosts"}] * 2}, "holds struct<bytes: string>"),
+    "lists of images": ({"image": [[b"x"], [b"y"]]}, "holds list<element: binary>"),
+    "lists of labels": ({"label": [[0], [1]]}, r"holds \[0\], expected whole numbers"),
+    "text categories": ({"label": pa.array(["a", "b"]).dictionary_encode()}, "holds 'a', expected whole numbers"),
+    "times": ({"label": pa.array([1, 2], pa.timestamp("s"))}, "expected whole numbers"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_COLUMNS)
+def test_odd_columns_of_a_parquet_are_refused_by_name(odd, tmp_path):
+    columns, message = ODD_COLUMNS[odd]
+    with pytest.raises(ValueError, match=f"{next(iter(columns))} column .*{message}"):
+        open_source(_parquet(tmp_path, {"image": [b"x", b"y"], "label": [0, 1]} | columns))
+
+
+@pytest.mark.parametrize("found", [3, None, 1.5, "a\0b"])
+def test_what_is_no_path_is_a_bad_image_and_no_file_descriptor(found):
+    with pytest.raises(BadImage, match="cannot be read"):
+        read_encoded(found, "x")
+
+
+def test_a_name_that_looks_numbered_is_another_name(tmp_path):
+    columns = {"image": [b"x"] * 4, "label": [0, 1, 0, 1], "source": ["a", "a", "a#1", "b"]}
+    ids = open_source(_parquet(tmp_path, columns)).ids.tolist()
+    assert len(set(ids)) == 4 and ids[0] == "a#0" and ids[3] == "b"
+
+
+@pytest.mark.parametrize("written", [b"{bad", b"[]"])
+def test_a_damaged_description_of_a_parquet_is_named(written, tmp_path):
+    with pytest.raises(ValueError, match="metadata 'huggingface' is no description"):
+        open_source(_parquet(tmp_path, {"image": [b"x"], "label": [0]}, {b"huggingface": written}))
+    assert len(open_source(_parquet(tmp_path, {"image": [b"x"], "label": [0]}, {b"huggingface": b'{"info": null}'})))
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (3, "a source is 3"),
+        ({"kind": ["folder"]}, "kind of source is"),
+        ({"kind": "folder", "path": 3}, "path of a folder source is 3, expected text"),
+        ({"kind": "builtin", "name": ["x"]}, "name of a builtin source"),
+        ({"kind": "builtin", "name": "letters", "seed": -1}, "seed is -1"),
+        ({"kind": "builtin", "name": "digits/test", "classes": "01"}, "classes is '01', expected a list"),
+    ],
+)
+def test_odd_settings_of_a_source_are_refused_by_key(spec, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(spec)

@@ -38,14 +38,18 @@ def images_below(root: str | os.PathLike) -> tuple[list[Path], LeftOut]:
         left.append((os.path.relpath(path, root), why))
 
     unreadable = lambda error: leave(error.filename, f"unreadable folder ({error.strerror})")  # noqa: E731
+    places = {os.fspath(root): [os.path.join(os.path.realpath(root), "")]}  # where the folders above one really are
     for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
-        place = os.path.realpath(folder)
+        above = places.pop(folder)
         for name in list(folders):
             path = os.path.join(folder, name)
-            loop = os.path.islink(path) and os.path.join(place, "").startswith(os.path.join(os.path.realpath(path), ""))
+            place = os.path.join(os.path.realpath(path), "")
+            loop = os.path.islink(path) and any(each.startswith(place) for each in above)
             if loop or is_hidden(name):
                 folders.remove(name)
                 leave(path, "link to a folder that holds it" if loop else "hidden folder")
+            else:
+                places[path] = [*above, place]
         for name in files:
             path = Path(folder, name)
             why = _why_not(path, name)

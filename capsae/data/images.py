@@ -109,10 +109,10 @@ def read_encoded(data: bytes | str | os.PathLike, id: str = "image") -> bytes:
     """Encoded bytes as they are, or those of a file; :class:`BadImage` if there are none."""
     if not isinstance(data, bytes | bytearray | memoryview):
         try:
-            with open(data, "rb") as file:
+            with open(os.fspath(data), "rb") as file:  # fspath: open would take a number for a file descriptor
                 data = file.read()
-        except OSError as error:
-            raise BadImage(id, f"cannot be read: {error.strerror or error}") from None
+        except (OSError, TypeError, ValueError) as error:  # ValueError: a null character in its name
+            raise BadImage(id, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not data:
         raise BadImage(id, "empty file")
     return bytes(data)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 KINDS = tuple(OPENERS)
 _FILTERS = ("classes", "limit", "exclude", "exif")  # for all kinds
+_TEXTS = {"path", "name", "split", "config", "list", "root", "image", "label", "id", "exclude"}
 
 
 def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
@@ -65,9 +66,11 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
     """
     if isinstance(spec, str | os.PathLike):
         spec = {"kind": "folder", "path": os.fspath(spec)}
-    spec = {key: value for key, value in dict(spec).items() if value is not None}
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"a source is {spec!r}, expected the path of a folder, or a mapping with the key 'kind'")
+    spec = {key: value for key, value in spec.items() if value is not None}
     kind = spec.get("kind")
-    if kind not in OPENERS:
+    if kind not in KINDS:
         raise ValueError(f"kind of source is {kind!r}, expected one of {', '.join(KINDS)}")
     options = inspect.signature(OPENERS[kind]).parameters
     unknown = sorted(set(spec) - {"kind", *_FILTERS, *options})
@@ -76,6 +79,13 @@ def open_source(spec: Mapping | str | os.PathLike) -> ImageSource:
     missing = [key for key, option in options.items() if option.default is option.empty and key not in spec]
     if missing:
         raise ValueError(f"a {kind} source needs {missing[0]!r}; given: {', '.join(sorted(spec))}")
+    for key in _TEXTS & set(spec):
+        if not isinstance(spec[key], str | os.PathLike):
+            raise ValueError(f"{key} of a {kind} source is {spec[key]!r}, expected text")
+    if isinstance(spec.get("classes"), str):
+        raise ValueError(f"classes is {spec['classes']!r}, expected a list of names")
+    if not isinstance(spec.get("seed", 0), int) or spec.get("seed", 0) < 0:
+        raise ValueError(f"seed is {spec['seed']!r}, expected a whole number from 0")
     limit = spec.get("limit")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is {limit!r}, expected a whole number of images, at least 1")
@@ -103,7 +113,8 @@ def _each_id_once(source: ImageSource) -> ImageSource:
     if (counts == 1).all():
         return source
     pairs = zip(source.ids, source.rows, counts[which] > 1, strict=True)
-    return replace(source, ids=np.array([f"{id}#{row}" if several else id for id, row, several in pairs]))
+    numbered = [f"{id}#{row}" if several else id for id, row, several in pairs]
+    return _each_id_once(replace(source, ids=np.array(numbered)))  # again: a name may look like a numbered one
 
 
 def by_name(labelled, class_names, what: str):

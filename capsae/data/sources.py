@@ -100,7 +100,7 @@ def _pick_columns(where: str, columns: list[str], features: dict, image: str | N
     for key, name in (("image", image), ("label", label), ("id", id)):
         if name and name not in columns:
             raise ValueError(f"{where} has no {key} column {name!r}; its columns are {', '.join(columns)}")
-    image = choice("image", ("image", "img"), "Image") if image is None else image
+    image = choice("image", ("image", "img"), "Image") if not image else image
     label = choice("label", ("label",), "ClassLabel") if label is None else label
     if id is None:
         id = next((name for name in ("source", "file_name", "filename") if name in columns), None)
@@ -150,8 +150,8 @@ def _open_parquet(path, image=None, label=None, id=None) -> ImageSource:
         where = str(files[0]) if len(files) == 1 else str(path)
         image, label, id = _pick_columns(where, schema.names, _hub_features(schema), image, label, id)
         kind = schema.field(image).type
-        is_struct = pa.types.is_struct(kind) and "bytes" in [f.name for f in kind]
-        if not (is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        encoded = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+        if not (pa.types.is_binary(encoded) or pa.types.is_large_binary(encoded)):
             wanted = "encoded bytes or a struct with 'bytes'"
             raise ValueError(f"image column {image!r} of {where} holds {kind}, expected {wanted}")
         tables = [pq.read_table(file, columns=[name for name in dict.fromkeys((label, id)) if name]) for file in files]
@@ -183,7 +183,11 @@ def _open_parquet(path, image=None, label=None, id=None) -> ImageSource:
 
 
 def _hub_features(schema) -> dict:
-    return json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    written = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        return (json.loads(written).get("info") or {}).get("features") or {}
+    except (ValueError, AttributeError):
+        raise ValueError(f"the parquet file's metadata 'huggingface' is no description: {written[:40]!r}") from None
 
 
 def renumber(labels: np.ndarray, own, wanted, what: str) -> np.ndarray:

@@ -73,7 +73,11 @@ def rounded(cls: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
         return {"cls": np.rint(cls / scale).astype(np.int8), "scale": scale}
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype is {dtype!r}, expected 'int8', 'float16' or 'float32'")
-    return {"cls": cls.astype(dtype)}
+    with np.errstate(over="ignore"):
+        out = cls.astype(dtype)
+    if dtype == "float16" and np.isinf(out).any() and np.isfinite(cls).all():
+        raise ValueError(f"values reach {np.abs(cls).max():.3g}, float16 ends at 65504: use dtype 'float32'")
+    return {"cls": out}
 
 
 def restored(tensors: dict[str, np.ndarray]) -> np.ndarray:
@@ -163,7 +167,7 @@ class FeatureSet:
         )
         tensors = {**rounded(self.cls, dtype), "labels": labels, "ids": pack_strings(self.ids)}
         if self.logits is not None:
-            tensors["logits"] = self.logits.astype("float32" if dtype == "float32" else "float16")
+            tensors["logits"] = rounded(self.logits, "float32" if dtype == "float32" else "float16")["cls"]
         if self.pixels is not None:
             tensors["pixels"] = self.pixels  # float32 always: a file may have more bytes than float16 can count
         info = {"schema": SCHEMA, "name": self.name, "class_names": list(self.class_names), "meta": self.meta}
@@ -176,9 +180,9 @@ class FeatureSet:
         if info.get("schema") != SCHEMA or "cls" not in tensors:
             found = info.get("schema")
             raise ValueError(f"{os.fspath(path)!r} holds no FeatureSet of schema {SCHEMA} (found {found!r})")
-        ids, rest = np.asarray(unpack_strings(tensors["ids"])), (tensors.get("logits"), tensors.get("pixels"))
-        about = {"name": info["name"], "class_names": tuple(info["class_names"]), "meta": info["meta"]}
-        return cls(restored(tensors), tensors["labels"], ids, logits=rest[0], pixels=rest[1], **about)
+        given: dict[str, Any] = {"cls": restored(tensors), "ids": unpack_strings(tensors["ids"])}
+        given |= {key: tensors.get(key) for key in ("labels", "logits", "pixels")}
+        return cls(**given, name=info["name"], class_names=info["class_names"], meta=info["meta"])
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ class LinearHead:
 
     def logits(self, cls: np.ndarray) -> np.ndarray:
         """Logits (N, C) float32 of features (N, d)."""
-        cls = as_numpy(cls).astype(np.float32, copy=False)
+        cls = as_real(cls, "cls", np.float32)
         if cls.ndim != 2 or cls.shape[1] != self.weight.shape[1]:
             raise ValueError(f"cls has shape {cls.shape}, this head expects (N, {self.weight.shape[1]})")
         return cls @ self.weight.T + self.bias

@@ -32,7 +32,7 @@ def explain_validation(error: ValidationError, raw: dict, known: dict[str, list[
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             message = f"unknown key; {_nearest(path, known)}"
         elif isinstance(value, float) and item["type"].startswith("int"):
-            message = f"{message}; write {value:.0f}" if value == int(value) else "a whole number is needed"
+            message = f"{message}; write {value:.0f}" if value.is_integer() else "a whole number is needed"
         elif item["type"] == "union_tag_invalid":
             key, value = f"{key}.kind", item["ctx"]["tag"]
         elif item["type"] == "union_tag_not_found":

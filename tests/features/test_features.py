@@ -454,6 +454,9 @@ def test_feature_set_round_trip(tmp_path, logits):
     assert half.cls.dtype == np.float32 and half.digest() != before.digest()
     quarter = FeatureSet.load(before.save(tmp_path / "q.safetensors", dtype="int8"))
     assert (np.abs(quarter.cls - before.cls) <= np.abs(before.cls).max(axis=0) / 254 * 1.001).all()
+    before.cls[0, 0] = 70_000
+    with pytest.raises(ValueError, match="values reach 7e.04, float16 ends at 65504"):
+        before.save(tmp_path / "x", dtype="float16")
     with pytest.raises(ValueError, match="dtype is 'int4'"):
         before.save(tmp_path / "x", dtype="int4")
 
