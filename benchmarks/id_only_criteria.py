@@ -167,7 +167,8 @@ def main() -> None:
         return
     table = pd.concat([measure(run) for run in runs], ignore_index=True)
     table.round(5).to_csv(RESULTS / "id_only_criteria.csv", index=False)
-    print(correlations(table).pivot(index="rule", columns=["group", "experiment"], values="spearman").round(2).to_string())
+    wide = correlations(table).pivot(index="rule", columns=["group", "experiment"], values="spearman")
+    print(wide.round(2).to_string())
 
 
 if __name__ == "__main__":
