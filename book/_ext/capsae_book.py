@@ -39,8 +39,10 @@ def link_code(app, doctree, docname: str) -> None:
 def code_pages(app):
     """A page for each module that draws: its source, with an anchor at each function."""
     root = Path(app.srcdir).parent
-    for file in sorted(file for file in (root / "companion").rglob("*.py") if "figures" in str(file.relative_to(root))):
+    for file in sorted((root / "companion").rglob("*.py")):
         text, module = file.read_text(encoding="utf-8"), ".".join(file.relative_to(root).with_suffix("").parts)
+        if "-> Figure:" not in text:
+            continue
         functions = {node.lineno: node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
         lines = highlight(text, PythonLexer(), HtmlFormatter(nowrap=True)).split(LINE)
         for number, name in functions.items():

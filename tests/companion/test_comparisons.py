@@ -164,7 +164,7 @@ def test_a_published_page_records_the_numbers_of_its_tables(experiment):
     compared = pd.read_csv(data / "differences.csv")
     rows = compared[(compared["set"] == "mean") & (compared["metric"] == comparisons.HEADLINE)]
     for row in rows.to_dict("records"):
-        key = f"{row['method']}_less_{row['other'].replace('++', 'pp')}_{row['metric']}".replace("-", "_")
+        key = "_".join(map(comparisons.number_name, (row["method"], "less", row["other"], row["metric"])))
         assert recorded[key].value == pytest.approx(100 * row["value"], abs=0.06), key
         clear = row["p_holm"] < 0.05
         assert row["verdict"] == (("better" if row["value"] < 0 else "worse") if clear else "undecided")
