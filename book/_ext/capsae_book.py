@@ -36,6 +36,14 @@ def link_code(app, doctree, docname: str) -> None:
             node.children = [nodes.Text(changed)]
 
 
+def drop_silent_cells(app, doctree) -> None:
+    """Take out folded cells that show nothing: a button that opens one line of bookkeeping helps no reader."""
+    for node in list(doctree.findall(nodes.container)):
+        if "tag_hide-input" in node.get("classes", ()):
+            if not any("cell_output" in part.get("classes", ()) for part in node.findall(nodes.container)):
+                node.parent.remove(node)
+
+
 def code_pages(app):
     """A page for each module that draws: its source, with an anchor at each function."""
     root = Path(app.srcdir).parent
@@ -84,6 +92,7 @@ def setup(app) -> dict:
     app.add_config_value("comments_config", {}, "html")  # Jupyter Book sets it even where sphinx_comments is left out
     app.connect("config-inited", use_repository_buttons)
     app.connect("env-updated", write_in_parallel)
+    app.connect("doctree-read", drop_silent_cells)
     app.connect("doctree-resolved", link_code)
     app.connect("html-collect-pages", code_pages)
     app.connect("build-finished", copy_data)

@@ -36,7 +36,7 @@ def convert_torchvision_vit(state: dict[str, torch.Tensor]) -> dict[str, torch.T
     """State dict of torchvision's ``VisionTransformer`` -> state dict of timm's; the tensors are the same, only named
     otherwise.
 
-    Raises ValueError for a key that torchvision's vision transformers do not have.
+    Raises ValueError for a key that torchvision's vision transformers lack, and for two that become one.
     """
     out: dict[str, torch.Tensor] = {}
     for key, value in state.items():
@@ -45,6 +45,8 @@ def convert_torchvision_vit(state: dict[str, torch.Tensor]) -> dict[str, torch.T
             new = new.replace(theirs, ours)
         if new == key:
             raise ValueError(f"{key!r} is no parameter of torchvision's VisionTransformer: is this its state dict?")
+        if new in out:
+            raise ValueError(f"{key!r} and another key both become {new!r}")
         out[new] = value
     return out
 
