@@ -103,8 +103,9 @@ class RPDPlus(Detector):
     RPD reads the code alone; what the dictionary leaves out of a feature, it cannot see. Soft RMDS++ reads the whole
     feature and weighs the classes by the same posterior. Each is standardised, $z(s) = (s - m) / \sigma$, by its mean
     and standard deviation on ID validation samples (on the training samples where there are none, which flatters the
-    density); the weights are equal, temperature and epsilon are RPD's, nothing was tuned. That a sum of such a pair does well was suggested by results on the OOD sets of this project's own
-    experiments, which therefore cannot confirm it.
+    density); the weights are equal, temperature and epsilon are RPD's, nothing was tuned. That a sum of such a pair
+    does well was suggested by results on the OOD sets of this project's own experiments, which therefore cannot
+    confirm it.
     """
 
     title, source, group = "RPD+ (ours)", "this work", "ours"
