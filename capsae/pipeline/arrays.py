@@ -379,9 +379,12 @@ def _fit(names, by_name: bool, reasons: Mapping, observed: Mapping, options: Map
             chosen = preset if preset in about["presets"] else None
             detector = _detectors.create(name, chosen, **options.get(name, {}))
             try:
-                fitted[name] = detector.fit(observed["train"], observed["val"])
-                continue
-            except ValueError as error:  # such as a k larger than the bank
+                tried = detector.fit(observed["train"], observed["val"]).score(observed["train"].take(slice(8)))
+                if np.isfinite(tried).all():
+                    fitted[name] = detector
+                    continue
+                why = "its scores of training rows are not finite"
+            except ValueError as error:  # such as a k larger than the bank, or a share that leaves no activation
                 why = str(error)
         if by_name:
             raise ValueError(f"detector {name!r}: {why}")

@@ -371,3 +371,14 @@ def test_the_pages_python_call_works(tmp_path, monkeypatch):
     call = call.replace('"k": 16', '"k": 4, "latents": 16, "epochs": 1')
     call = call.replace('against="msp"', '["msp", "epd"], n_boot=0')
     exec(compile(call, "book/evaluate.md", "exec"), {})
+
+
+def test_a_detector_that_cannot_score_is_left_out_and_named(tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(300) % 3
+    x = (3 * labels[:, None] + rng.normal(size=(300, 1))).astype(np.float32)  # one column: nothing is left to prune
+    sets = {"train": (x[:200], labels[:200]), "test": (x[200:], labels[200:]), "far/x": (9 * x[:80], None)}
+    arrays = {f"{name}/features": of for name, (of, _) in sets.items()}
+    arrays |= {f"{name}/labels": of for name, (_, of) in sets.items() if of is not None}
+    np.savez(tmp_path / "one.npz", **arrays)
+    found = evaluate_arrays(load_arrays(tmp_path / "one.npz"), sae=False, n_boot=0)
+    assert "leaves none of 1 activations" in found.left_out["scale"] and "mds" in set(found.table["method"])
